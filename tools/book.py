@@ -1,19 +1,48 @@
-"""Keep the three forms of a chapter in step: MyST Markdown twin, notebook with outputs, exported module.
+"""Keep the forms of the book in step: Markdown twin, notebook with its outputs, exported module, README.
 
     python tools/book.py build nbs/01_groups.md    # twin -> notebook, run it, export its module
-    python tools/book.py build --no-run nbs/*.md   # the same without running
+    python tools/book.py build --no-run nbs/*.md   # the same without running: outputs of unchanged cells are kept
+    python tools/book.py all                       # every chapter in order, and README.md
+    python tools/book.py readme                    # README.md alone, from nbs/index.ipynb
+    python tools/book.py check                     # say what is out of step; writes nothing
 """
 import argparse
+import difflib
 import hashlib
 import os
+import re
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jupytext
 import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+BOOK = ROOT / "nbs"
+LIBRARY = ROOT / "symbnn"
+INDEX = BOOK / "index.ipynb"
+README = ROOT / "README.md"
+KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}  # as `nbdev_clean` leaves it
+
+# Warnings are errors, in the notebooks and in the tests. The exceptions, as (message, category), each with its reason:
+ALLOWED_WARNINGS: list[tuple[str, type[Warning]]] = []
+
+
+# Twin and notebook
+
+
+def chapters(folder: Path = BOOK) -> list[Path]:
+    """The notebooks of the book in their order."""
+    return sorted(path for path in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
 
 
 def read_twin(twin: Path) -> nbformat.NotebookNode:
@@ -29,11 +58,23 @@ def read_twin(twin: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-def run(notebook: nbformat.NotebookNode) -> None:
-    """Execute every cell, from the repository root, with warnings as errors."""
-    from nbclient import NotebookClient
-
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+def run(notebook: nbformat.NotebookNode, folder: Path = BOOK) -> None:
+    """Execute every cell in `folder`, as Jupyter would, with warnings as errors and one thread."""
+    prelude = ["import warnings", "warnings.simplefilter('error')"]
+    prelude.append("warnings.filterwarnings('ignore', module='ipykernel')")  # the machinery around the chapter
+    for message, category in ALLOWED_WARNINGS:
+        prelude.append(f"warnings.filterwarnings('ignore', {message!r}, {category.__name__})")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment.pop("MPLBACKEND", None)  # figures are shown in the notebook, whatever the caller draws on
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("\n".join(prelude)))
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    kernel = client.create_kernel_manager()
+    with tempfile.TemporaryDirectory() as sockets:  # files and not ports, for which kernels started together compete
+        kernel.transport, kernel.ip = "ipc", os.path.join(sockets, "kernel")
+        try:
+            client.execute(env=environment)
+        finally:
+            del notebook.cells[0]
 
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
@@ -44,48 +85,200 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
         if cell.cell_type == "code":
             cell.execution_count = None
             for output in cell.outputs:
-                output.pop("execution_count", None)
+                if "execution_count" in output:
+                    output.execution_count = None
                 output.get("metadata", {}).clear()
+                for kind, value in output.get("data", {}).items():
+                    if kind.startswith("image/") and isinstance(value, str):
+                        output.data[kind] = value.rstrip()
 
 
 def keep_outputs(notebook: nbformat.NotebookNode, previous: Path) -> None:
     """Outputs of cells that have not changed are carried over when nothing is run."""
     if previous.exists():
-        old = {cell.id: cell for cell in nbformat.read(previous, as_version=4).cells}
+        old = {cell.id: cell for cell in read(previous).cells}
         for cell in notebook.cells:
             if cell.cell_type == "code" and cell.id in old:
                 cell.outputs = old[cell.id].outputs
 
 
-def export(notebook_path: Path, library: Path = ROOT / "symbnn") -> None:
+# Module and index of symbols
+
+
+def export(notebook_path: Path) -> None:
     """Write the chapter's module with nbdev; a chapter without `default_exp` writes none."""
     from nbdev.export import nb_export
 
     os.chdir(ROOT)
-    nb_export(str(notebook_path), lib_path=str(library))
+    nb_export(str(notebook_path), lib_path=str(LIBRARY))
+
+
+def export_book(project: Path) -> None:
+    """`nbdev_export` in `project`: every module, the version, and the index of symbols for links (_modidx.py)."""
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    environment.pop("IN_TEST", None)  # set by nbdev_test, and makes nbdev_export do nothing
+    command = [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"]
+    subprocess.run(command, cwd=project, env=environment, check=True)
 
 
 def build(twin: Path, execute: bool) -> None:
+    """Twin -> notebook and module. The module is written before the run, since the chapter's later cells may use it."""
     notebook, path = read_twin(twin), twin.with_suffix(".ipynb")
     keep_outputs(notebook, path)
     if execute:
         nbformat.write(notebook, path)
         export(path)
-        run(notebook)
+        run(notebook, path.parent)
     tidy(notebook)
     nbformat.write(notebook, path)
     export(path)
 
 
+# README
+
+
+def readme(index: Path = INDEX) -> str:
+    """README.md: the front page's text, its code, and what the code prints."""
+    parts = ["<!-- Generated from nbs/index.ipynb by tools/book.py. -->"]
+    for cell in read(index).cells:
+        if cell.cell_type == "markdown":
+            parts.append(without_directives(cell.source))
+        elif cell.cell_type == "code" and not re.search(r"^#\| *(hide|include: *false)\b", cell.source, re.M):
+            parts.append(f"```python\n{without_directives(cell.source)}\n```")
+            printed = "".join(text_of(output) for output in cell.outputs).rstrip()
+            if printed:
+                parts.append(f"```\n{printed}\n```")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def without_directives(source: str) -> str:
+    """The cell as a reader sees it outside Quarto: no `#|` lines, no heading labels, links from the root."""
+    source = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
+    source = re.sub(r"^(#+ .*?) *\{[#.][^}]*\}$", r"\1", source, flags=re.M)
+    source = re.sub(r"^- (aliases|description|toc|listing):.*\n?", "", source, flags=re.M)
+    return re.sub(r"\]\((?!\w+:|#|/)([^)]+)\)", lambda link: f"]({from_root(link[1])})", source).strip()
+
+
+def from_root(link: str) -> str:
+    """A link written in nbs/ as it reads from the root."""
+    return os.path.relpath(BOOK / link, ROOT).replace(os.sep, "/")
+
+
+def text_of(output: nbformat.NotebookNode) -> str:
+    """The printed text of a cell's output."""
+    if output.output_type == "stream":
+        return output.text
+    return output.get("data", {}).get("text/plain", "") + "\n" if output.output_type == "execute_result" else ""
+
+
+# In step?
+
+
+def twin_problems(path: Path) -> list[str]:
+    """Where the cells of a notebook differ from those of its twin."""
+    twin = path.with_suffix(".md")
+    if not twin.exists():
+        return [f"{path.name} has no twin {twin.name}: run `jupytext --sync {path.relative_to(ROOT)}`"]
+    sides = read(path), read_twin(twin)
+    ours, theirs = ([(cell.cell_type, cell.source.strip()) for cell in side.cells] for side in sides)
+    for number, (one, other) in enumerate(zip(ours, theirs)):
+        if one != other:
+            lines = difflib.unified_diff(one[1].splitlines(), other[1].splitlines(), path.name, twin.name, lineterm="")
+            return ["\n".join([f"{path.name} and {twin.name} differ at cell {number}:", *lines])]
+    if len(ours) != len(theirs):
+        return [f"{path.name} has {len(ours)} cells and {twin.name} has {len(theirs)}"]
+    return []
+
+
+def module_problems() -> list[str]:
+    """Where symbnn/ differs from what `nbdev_export` makes of the notebooks."""
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder)
+        shutil.copy(ROOT / "settings.ini", project)
+        for path in chapters():
+            copy = project / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+        (project / "symbnn").mkdir()
+        shutil.copy(LIBRARY / "__init__.py", project / "symbnn")
+        export_book(project)
+        fresh = {path.name: path.read_text() for path in (project / "symbnn").glob("*.py")}
+    stored = {path.name: path.read_text() for path in LIBRARY.glob("*.py")}
+    return [
+        f"symbnn/{name} " + ("differs from what the notebooks export" if name in fresh else "comes from no notebook")
+        for name in sorted(fresh.keys() | stored.keys())
+        if fresh.get(name) != stored.get(name)
+    ]
+
+
+def readme_problems() -> list[str]:
+    """Where README.md differs from the front page."""
+    current = README.exists() and README.read_text() == readme()
+    return [] if current else ["README.md differs from nbs/index.ipynb: run `python tools/book.py readme`"]
+
+
+def output_problems(path: Path) -> list[str]:
+    """What a stored notebook must not hold (errors, warnings, machine paths), or lacks (its outputs)."""
+    problems, code = [], [cell for cell in read(path).cells if cell.cell_type == "code"]
+    here = {str(ROOT), str(Path.home()), tempfile.gettempdir()} - {"/"}
+    for number, cell in enumerate(code):
+        for output in cell.outputs:
+            if output.output_type == "error":
+                problems.append(f"{path.name}: code cell {number} stores an error: {output.ename}: {output.evalue}")
+            if output.output_type == "stream" and output.name == "stderr":
+                problems.append(f"{path.name}: code cell {number} stores standard error: {output.text.strip()[:200]}")
+            if any(place + os.sep in str(output) for place in here):
+                problems.append(f"{path.name}: code cell {number} stores a path of the machine it ran on")
+        if draws(cell.source) and not any("image/png" in output.get("data", {}) for output in cell.outputs):
+            problems.append(f"{path.name}: code cell {number} has a figure caption and no figure: run the chapter")
+    if code and not any(cell.outputs for cell in code):
+        problems.append(f"{path.name} has no outputs: run the chapter")
+    return problems
+
+
+def draws(source: str) -> bool:
+    """Whether a cell promises a figure."""
+    return re.search(r"^#\| *fig-cap:", source, re.M) is not None
+
+
+def problems() -> list[str]:
+    """Everything that is out of step."""
+    each = [problem for path in chapters() for problem in twin_problems(path) + output_problems(path)]
+    return each + module_problems() + readme_problems()
+
+
+# Command line
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["build"])
-    parser.add_argument("twins", nargs="+", type=Path)
-    parser.add_argument("--no-run", action="store_true")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("build", "all"):
+        command = commands.add_parser(name)
+        command.add_argument("--no-run", action="store_true", help="export only; keep the outputs of unchanged cells")
+        if name == "build":
+            command.add_argument("twins", nargs="+", type=Path)
+    commands.add_parser("readme")
+    commands.add_parser("check")
     arguments = parser.parse_args()
-    for twin in arguments.twins:
-        build(twin.resolve(), execute=not arguments.no_run)
-        print("built", twin)
+
+    if arguments.command == "check":
+        found = problems()
+        print("\n".join(found) if found else "Twins, notebooks, modules and README are in step.")
+        return 1 if found else 0
+    if arguments.command in ("build", "all"):
+        every = sorted(BOOK.rglob("*.md"))
+        for twin in arguments.twins if arguments.command == "build" else every:
+            try:
+                build(twin.resolve(), execute=not arguments.no_run)
+            except CellExecutionError as error:
+                print(f"{twin.name} stopped: {error}", file=sys.stderr)
+                return 1
+            print("built", twin.name, flush=True)
+    if arguments.command == "all":
+        export_book(ROOT)
+    if arguments.command in ("readme", "all"):
+        README.write_text(readme())
     return 0
 
 

@@ -1,0 +1,51 @@
+# Every target makes what it needs (.venv, pinned packages, this package in editable form) and nothing twice.
+# `make PYTHON=python3.12 ...` chooses the interpreter of a new .venv.
+
+BIN := .venv/bin
+# Workers of the tests: one a core, four at most.
+WORKERS ?= auto
+# Idle threads give their core away: on a busy machine this is several times faster.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: help ready demo test lab docs quarto bench book clean
+
+help:
+	@echo "make demo    train a small Bayesian network on digits, with and without orbit expansion; results in output/demo"
+	@echo "make test    everything that can fail: notebooks, tests, style, documentation"
+	@echo "make lab     JupyterLab on the notebooks"
+	@echo "make book    run every chapter, export the package, write README.md"
+	@echo "make docs    the book as a web site in _docs (needs Quarto)"
+	@echo "make bench   the benchmarks"
+	@echo "make clean   remove what can be made again, except .venv and output"
+
+ready:
+	@PYTHON="$(PYTHON)" sh tools/environment.sh
+
+demo: ready
+	$(BIN)/symbnn compare --output output/demo
+
+test: ready
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=4 --dist=worksteal
+
+lab: ready
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
+
+book: ready
+	$(BIN)/python tools/book.py all
+
+quarto:
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto: install it from https://quarto.org/docs/get-started/ and run make docs again." >&2; exit 1; }
+
+docs: quarto ready
+	$(BIN)/nbdev_proc_nbs
+	cd _proc && quarto render --no-cache
+	rm -rf _docs && mv _proc/_docs _docs
+	@echo "The site is in _docs: open _docs/index.html"
+
+bench: ready
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf _docs _proc nbdev.yml .quarto build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .last_checked
+	find symbnn tests tools benchmarks nbs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find nbs -name .ipynb_checkpoints -type d -prune -exec rm -rf {} +
