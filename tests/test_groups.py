@@ -216,3 +216,21 @@ def test_a_refusal_is_one_paragraph_with_four_parts_and_can_be_pickled():
     copy = pickle.loads(pickle.dumps(refusal))
     assert (type(copy), str(copy)) == (Refusal, str(refusal))
     assert (copy.invariant, copy.received, copy.cause, copy.fix) == ("x must be y.", "z", "w", "v.")
+
+
+def test_conventions():
+    """The product is "a after b": the opposite product is a group too, so the axioms cannot tell them apart."""
+    a, b = (1, 2, 0), (1, 0, 2)
+    assert Symmetric(3).compose(a, b) == tuple(a[b[i]] for i in range(3)) == (2, 1, 0)
+    assert Dihedral(4).compose((1, 0), (0, 1)) == (1, 1)  # flip, then turn by one
+    assert Dihedral(4).compose((0, 1), (1, 0)) == (3, 1)
+    assert Product(Symmetric(3), Cyclic(4)).compose((a, 1), (b, 3)) == ((2, 1, 0), 0)
+
+
+def test_the_limit_of_listing():
+    assert len(Symmetric(7).elements()) == 5040
+    with pytest.raises(Refusal, match="order 40320"):
+        Symmetric(8).elements()
+    assert len(Cyclic(10_000).elements()) == 10_000
+    with pytest.raises(Refusal, match="order 10001"):
+        Cyclic(10_001).elements()
