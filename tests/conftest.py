@@ -9,6 +9,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import hypothesis
 import pytest
 import torch
+
 from book import ALLOWED_WARNINGS, ROOT
 
 torch.set_num_threads(1)

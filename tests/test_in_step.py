@@ -2,6 +2,7 @@
 from configparser import ConfigParser
 
 import pytest
+
 import symbnn
 from book import BOOK, LIBRARY, ROOT, chapters, module_problems, output_problems, readme_problems, twin_problems
 
@@ -11,7 +12,8 @@ each_chapter = pytest.mark.parametrize(
 
 
 def report(problems: list[str]) -> None:
-    assert not problems, "\n".join(problems)
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)
 
 
 @each_chapter

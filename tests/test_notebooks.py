@@ -1,5 +1,6 @@
 """Every chapter runs from its first cell to its last, with warnings as errors. One chapter, one test."""
 import pytest
+
 from book import BOOK, chapters, read, run
 
 
