@@ -37,7 +37,7 @@ quarto:
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto: install it from https://quarto.org/docs/get-started/ and run make docs again." >&2; exit 1; }
 
 docs: quarto ready
-	$(BIN)/nbdev_proc_nbs
+	$(BIN)/python tools/book.py site
 	cd _proc && quarto render --no-cache
 	rm -rf _docs && mv _proc/_docs _docs
 	@echo "The site is in _docs: open _docs/index.html"

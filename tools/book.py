@@ -5,6 +5,7 @@
     python tools/book.py all                       # every chapter in order, and README.md
     python tools/book.py readme                    # README.md alone, from nbs/index.ipynb
     python tools/book.py check                     # say what is out of step; writes nothing
+    python tools/book.py site                      # _proc/, what `make docs` gives to Quarto
 """
 import argparse
 import difflib
@@ -139,15 +140,16 @@ def build(twin: Path, execute: bool) -> None:
 
 def readme(index: Path = INDEX) -> str:
     """README.md: the front page's text, its code, and what the code prints."""
-    parts = ["<!-- Generated from nbs/index.ipynb by tools/book.py. -->"]
+    parts = []
     for cell in read(index).cells:
         if cell.cell_type == "markdown":
             parts.append(without_directives(cell.source))
-        elif cell.cell_type == "code" and not re.search(r"^#\| *(hide|include: *false)\b", cell.source, re.M):
+        elif cell.cell_type == "code" and not is_hidden(cell):
             parts.append(f"```python\n{without_directives(cell.source)}\n```")
             printed = "".join(text_of(output) for output in cell.outputs).rstrip()
             if printed:
                 parts.append(f"```\n{printed}\n```")
+    parts.append("<!-- Generated from nbs/index.ipynb by tools/book.py. -->")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -155,7 +157,6 @@ def without_directives(source: str) -> str:
     """The cell as a reader sees it outside Quarto: no `#|` lines, no heading labels, links from the root."""
     source = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
     source = re.sub(r"^(#+ .*?) *\{[#.][^}]*\}$", r"\1", source, flags=re.M)
-    source = re.sub(r"^- (aliases|description|toc|listing):.*\n?", "", source, flags=re.M)
     return re.sub(r"\]\((?!\w+:|#|/)([^)]+)\)", lambda link: f"]({from_root(link[1])})", source).strip()
 
 
@@ -169,6 +170,34 @@ def text_of(output: nbformat.NotebookNode) -> str:
     if output.output_type == "stream":
         return output.text
     return output.get("data", {}).get("text/plain", "") + "\n" if output.output_type == "execute_result" else ""
+
+
+# Site
+
+
+def site(folder: Path = ROOT / "_proc") -> None:
+    """What Quarto renders: the front page at the top, and the chapters as they stand, with their stored outputs.
+
+    `nbdev_docs` hides exported code behind its documentation and runs the cells that import something; in this book
+    the code is what the text is about, and nothing needs to be run again.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for path in chapters():
+        notebook, page = read(path), folder / path.relative_to(ROOT)
+        notebook.cells = [cell for cell in notebook.cells if not is_hidden(cell)]
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.source = re.sub(r"^#\|[^:\n]*\n", "", cell.source, flags=re.M)  # nbdev's directives, not Quarto's
+        page.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, page)
+    for name in ("_quarto.yml", "references.bib", "nbs/styles.css"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "index.md").write_text(readme())
+
+
+def is_hidden(cell: nbformat.NotebookNode) -> bool:
+    """Whether a cell is for the machinery alone."""
+    return cell.cell_type == "code" and re.search(r"^#\| *(hide\b|default_exp\b|include: *false)", cell.source, re.M)
 
 
 # In step?
@@ -260,6 +289,7 @@ def main() -> int:
             command.add_argument("twins", nargs="+", type=Path)
     commands.add_parser("readme")
     commands.add_parser("check")
+    commands.add_parser("site")
     arguments = parser.parse_args()
 
     if arguments.command == "check":
@@ -279,6 +309,8 @@ def main() -> int:
         export_book(ROOT)
     if arguments.command in ("readme", "all"):
         README.write_text(readme())
+    if arguments.command == "site":
+        site()
     return 0
 
 
