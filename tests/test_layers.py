@@ -1,0 +1,409 @@
+"""Variational layers: conversion, weights as arguments, estimators against exact gradients, prediction in pieces."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from symbnn.families import BlockGaussian, FullGaussian, Laplace, LogNormal, MeanFieldGaussian
+from symbnn.groups import Refusal
+from symbnn.layers import (
+    VariationalConv2d,
+    VariationalLinear,
+    apply_weights,
+    bayesianize,
+    fixed_means,
+    forward,
+    isotropic,
+    kl_per_datum,
+    kl_sum,
+    mean_weights,
+    per_tensor,
+    posterior_mean_network,
+    predict,
+    random_means,
+    sample_weights,
+    variational_tensors,
+)
+from tolerances import assert_close, exact64, within_standard_errors
+
+LAYERS = [
+    (nn.Linear(6, 3), (4, 6)),
+    (nn.Linear(6, 3, bias=False), (4, 5, 6)),
+    (nn.Conv1d(2, 4, 3, padding=2, dilation=2, padding_mode="reflect"), (4, 2, 9)),
+    *[
+        (nn.Conv2d(2, 4, 3, padding=1, padding_mode=mode, groups=groups, stride=stride, bias=bias), (4, 2, 8, 8))
+        for mode, groups, stride, bias in [
+            ("zeros", 1, 1, True), ("circular", 2, 1, True), ("reflect", 1, 2, False), ("replicate", 1, 1, True)
+        ]
+    ],
+    (nn.Conv2d(2, 4, 3, padding="same", dilation=2), (4, 2, 8, 8)),
+]
+LAYER_IDS = [str(layer) for layer, _ in LAYERS]
+FAMILIES = [MeanFieldGaussian, Laplace, LogNormal, BlockGaussian, FullGaussian]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small_cnn():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2),
+    ).double()
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return x + self.first(torch.tanh(self.first(x)))  # one layer used twice, and a path without any
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=LAYER_IDS)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_bare_layer_round_trip_and_draws(layer, shape, family):
+    layer, x = copy.deepcopy(layer).double(), torch.randn(shape, generator=seeded(), dtype=torch.float64)
+    bayesian = bayesianize(layer, family=family)
+    assert_close(posterior_mean_network(bayesian).weight, bayesian.weight.posterior.mean, exact64)
+    weights = sample_weights(bayesian, 3, seeded(1))
+    together = apply_weights(bayesian, x, weights)
+    for s in range(3):
+        alone = functional_call(layer, {name: weight[s] for name, weight in weights.items()}, (x,))
+        assert_close(together[s], alone, exact64)
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=LAYER_IDS)
+def test_conversion_keeps_function_dtype_and_training_flag(layer, shape):
+    for dtype in (torch.float32, torch.float64):
+        plain = copy.deepcopy(layer).to(dtype).eval()
+        x = torch.randn(shape, generator=seeded(), dtype=dtype)
+        back = posterior_mean_network(bayesianize(plain))
+        assert type(back) is type(plain)
+        assert back.weight.dtype == dtype
+        assert not back.training
+        assert torch.equal(back(x), plain(x))
+
+
+def test_shared_layer_and_residual_path():
+    plain, x = Residual().double(), torch.randn(4, 5, dtype=torch.float64, generator=seeded())
+    bayesian = bayesianize(plain)
+    assert set(variational_tensors(bayesian)) == {"first.weight", "first.bias"}
+    weights = sample_weights(bayesian, 2, seeded())
+    alone = functional_call(plain, {name: weight[1] for name, weight in weights.items()}, (x,))
+    assert_close(apply_weights(bayesian, x, weights)[1], alone, exact64)
+
+
+def test_layer_object_used_under_two_names_stays_one():
+    layer = nn.Linear(3, 3)
+    bayesian = bayesianize(nn.Sequential(layer, nn.Tanh(), layer))
+    assert bayesian[0] is bayesian[2]
+    assert len(variational_tensors(bayesian)) == 2
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+def tied():
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    return network
+
+
+def hooked():
+    layer = nn.Linear(3, 3)
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 3)), "LSTM"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), Subclass(3, 3)), "Subclass"),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(1, 1, 3)), "ConvTranspose2d"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "Parametrized"),
+        (tied, "shared by"),
+        (hooked, "hooks"),
+        (nn.ReLU, "without Linear"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.Embedding(3, 3)), "'1'"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_by_name(network, named):
+    with pytest.raises(Refusal, match=named):
+        bayesianize(network())
+
+
+def test_conversion_leaves_the_original_alone():
+    plain = small_cnn()
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    bayesian = bayesianize(plain)
+    with torch.no_grad():
+        for parameter in bayesian.parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_plain_call_is_refused_in_either_mode(mode):
+    network = bayesianize(small_cnn())
+    getattr(network, mode)()
+    with pytest.raises(Refusal, match="predict"):
+        network(torch.zeros(1, 1, 4, 4, dtype=torch.float64))
+
+
+def test_eval_does_not_change_whether_weights_are_random():
+    network, x = bayesianize(small_cnn()), torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    outputs = [forward(mode, x, draws=2, generator=seeded()) for mode in (network.train(), network.eval())]
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0][0], outputs[0][1])
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_state_dict_contains_priors_and_restores_everything(family):
+    plain, x = small_cnn(), torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=seeded())
+    one = bayesianize(plain, family=family, prior=isotropic(0.3))
+    other = bayesianize(plain, family=family, scale=0.2, prior=isotropic(0.9))
+    assert any(".prior." in name for name in one.state_dict())
+    assert not any(".prior." in name for name, _ in one.named_parameters())
+    assert kl_sum(one) != kl_sum(other)
+    other.load_state_dict(one.state_dict())
+    assert kl_sum(one) == kl_sum(other)
+    outputs = [forward(network, x, 2, generator=seeded()) for network in (one, other, pickle.loads(pickle.dumps(one)))]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_kl_is_a_sum_over_tensors_and_per_datum_divides_it():
+    network = bayesianize(small_cnn(), scale=0.1, prior=isotropic(0.5))
+    normal = torch.distributions.Normal
+    exact = sum(
+        torch.distributions.kl_divergence(normal(t.posterior.loc, 0.1), normal(torch.zeros_like(t.posterior.loc), 0.5)).sum()
+        for t in variational_tensors(network).values()
+    )
+    assert_close(kl_sum(network), exact, 1e-10)
+    assert_close(kl_per_datum(network, 50), exact / 50, 1e-10)
+    with pytest.raises(Refusal, match="num_data=0"):
+        kl_per_datum(network, 0)
+
+
+def test_priors():
+    plain = small_cnn()
+    fan = variational_tensors(bayesianize(plain, prior=per_tensor(2.0, bias=3.0)))
+    assert fan["3.weight"].prior.variance.unique().item() == pytest.approx(4.0 / 27)
+    assert fan["7.bias"].prior.variance.unique().item() == pytest.approx(9.0)
+    random = [variational_tensors(bayesianize(plain, prior=random_means(seed)))["3.weight"].prior.mean for seed in (1, 1, 2)]
+    assert torch.equal(random[0], random[1])
+    assert not torch.equal(random[0], random[2])
+    assert random[0].std() > 0.7
+    fixed = variational_tensors(bayesianize(plain, prior=fixed_means(plain.state_dict())))["7.weight"]
+    assert torch.equal(fixed.prior.mean, plain[7].weight)
+    with pytest.raises(Refusal, match="no entry"):
+        bayesianize(plain, prior=fixed_means({}))
+    with pytest.raises(Refusal, match="keeps its sign"):
+        bayesianize(plain, family=LogNormal, prior=random_means(0))
+    laplace = variational_tensors(bayesianize(plain, family=Laplace, prior=isotropic(0.3)))["7.weight"].prior
+    assert isinstance(laplace, Laplace)
+    assert laplace.variance.unique().item() == pytest.approx(0.09)
+
+
+def test_weights_of_another_network_are_refused():
+    network, x = bayesianize(small_cnn()), torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    with pytest.raises(Refusal, match=r"0\.bias"):
+        apply_weights(network, x, {k: v for k, v in mean_weights(network).items() if k != "0.bias"})
+    with pytest.raises(Refusal, match="shapes or numbers"):
+        apply_weights(network, x, mean_weights(network) | {"7.bias": torch.zeros(2, 2)})
+    with pytest.raises(Refusal, match="bayesianize"):
+        sample_weights(small_cnn(), 2)
+    with pytest.raises(Refusal, match="draws=0"):
+        sample_weights(network, 0)
+
+
+def test_network_that_reshapes_the_batch_is_refused():
+    network = bayesianize(nn.Sequential(nn.Linear(2, 4), nn.Flatten(0)))
+    with pytest.raises(Refusal, match="row"):
+        forward(network, torch.zeros(3, 2), draws=2)
+
+
+# --- estimators -------------------------------------------------------------------------------------------------------
+
+
+def linear_problem(kind):
+    """A network that is linear in its weights, so that the exact expected squared error is known: f = design @ theta."""
+    torch.manual_seed(1)
+    if kind == "linear":
+        plain, x = nn.Linear(3, 1), torch.randn(8, 3)
+    else:  # every position's output counts through the sum: shared kernels make the positions dependent
+        plain, x = nn.Sequential(nn.Conv2d(1, 1, 2), nn.AvgPool2d(3, divisor_override=1), nn.Flatten()), torch.randn(8, 1, 4, 4)
+    plain, x = plain.double(), x.double()
+    network, y = bayesianize(plain, scale=0.5), torch.randn(8, 1, dtype=torch.float64)
+    columns = []
+    means = mean_weights(network)
+    zeros = {name: torch.zeros_like(weight) for name, weight in means.items()}
+    for name, weight in means.items():
+        for position in itertools.product(*map(range, weight.shape[1:])):
+            unit = zeros[name].clone()
+            unit[(0, *position)] = 1.0
+            columns.append(apply_weights(network, x, zeros | {name: unit})[0, :, 0])
+    return network, x, y, torch.stack(columns, -1).detach()
+
+
+def posterior_parameters(network):
+    tensors = variational_tensors(network).values()
+    return [t.posterior.loc for t in tensors] + [t.posterior.log_scale for t in tensors]
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize(
+    ("estimator", "draws"), [("shared", 1), ("shared", 4), ("split", 4), ("split", 3), ("flipout", 2), ("local", 4)]
+)
+def test_estimators_are_unbiased(kind, estimator, draws):
+    network, x, y, design = linear_problem(kind)
+    parameters = posterior_parameters(network)
+    half = len(parameters) // 2
+    mean = torch.cat([p.flatten() for p in parameters[:half]])
+    variance = torch.cat([(2 * p).exp().flatten().expand(q.numel()) for p, q in zip(parameters[half:], parameters[:half])])
+    exact_loss = 0.5 * ((y[:, 0] - design @ mean).square() + design.square() @ variance).mean()
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(exact_loss, parameters)])
+    generator, found = seeded(5), []
+    for _ in range(3000):
+        out = forward(network, x, draws, estimator, generator)
+        loss = 0.5 * (out - y).square().mean()
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    found = torch.stack(found)
+    within_standard_errors(found.mean(0), exact, found.std(0) / len(found) ** 0.5, k=4.5)  # 4.5: several entries at once
+
+
+def location_variance(network, x, y, repeats, draws, estimator):
+    generator, found = seeded(6), []
+    locs = posterior_parameters(network)[: len(variational_tensors(network))]
+    for _ in range(repeats):
+        loss = 0.5 * (forward(network, x, draws, estimator, generator) - y).square().mean()
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, locs)]))
+    return torch.stack(found).var(0).sum()
+
+
+def test_split_and_flipout_have_lower_variance_than_shared_at_equal_cost():
+    network, _, _, _ = linear_problem("convolution")
+    x = torch.randn(64, 1, 4, 4, generator=seeded(7), dtype=torch.float64)
+    y = torch.randn(64, 1, generator=seeded(8), dtype=torch.float64)
+    one, two, split, flipout = (
+        location_variance(network, x, y, 400, draws, estimator)
+        for estimator, draws in [("shared", 1), ("shared", 2), ("split", 8), ("flipout", 1)]
+    )
+    assert split < one / 4  # one pass each; the derivation gives 8 where the covariance dominates
+    assert flipout < two / 4  # two passes each
+
+
+def test_local_is_exact_for_the_head_and_does_not_touch_convolutions():
+    network, x = bayesianize(small_cnn(), scale=0.3), torch.randn(1, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    many = x.expand(6000, -1, -1, -1)  # each row its own draw in both estimators
+    split, local = (forward(network, many, len(many), name, seeded(1))[0].detach() for name in ("split", "local"))
+    error = (split.var(0) * (2 / 6000) ** 0.5 * 2**0.5) * 2  # heavy tails: twice the Gaussian error of a variance difference
+    within_standard_errors(local.var(0), split.var(0), error)
+    within_standard_errors(local.mean(0), split.mean(0), (split.var(0) * 2 / 6000).sqrt())
+
+
+def test_local_refuses_a_layer_used_twice_and_leaves_sequences_to_split():
+    with pytest.raises(Refusal, match="used twice"):
+        forward(bayesianize(Residual()), torch.randn(4, 5), 2, "local")
+    network, x = bayesianize(nn.Linear(3, 2)), torch.randn(4, 6, 3)
+    assert torch.equal(forward(network, x, 2, "local", seeded()), forward(network, x, 2, "split", seeded()))
+
+
+@pytest.mark.parametrize("family", [LogNormal, FullGaussian])
+def test_flipout_refuses_families_whose_noise_depends_on_signs(family):
+    with pytest.raises(Refusal, match="Flipout"):
+        forward(bayesianize(nn.Linear(2, 2), family=family), torch.zeros(3, 2), 1, "flipout")
+
+
+def test_flipout_rows_have_the_right_marginal_law():
+    network = bayesianize(nn.Conv2d(2, 2, 2).double(), scale=0.5)
+    x = torch.randn(1, 2, 3, 3, generator=seeded(), dtype=torch.float64)
+    shared = forward(network, x, 20_000, "shared", seeded(1)).detach()[:, 0].flatten(1)
+    flipout = forward(network, x, 20_000, "flipout", seeded(2)).detach()[:, 0].flatten(1)
+    assert_close(flipout.T.cov(), shared.T.cov(), 0.15)  # the joint law over positions, not only the variances
+    within_standard_errors(flipout.mean(0), shared.mean(0), (shared.var(0) * 2 / 20_000).sqrt())
+
+
+def test_unknown_estimator_is_refused():
+    with pytest.raises(Refusal, match="misspelt"):
+        forward(bayesianize(nn.Linear(2, 2)), torch.zeros(1, 2), estimator="antithetic")
+
+
+@pytest.mark.parametrize(("rows", "runs"), [(8, 4), (7, 4), (3, 8), (1, 4)])
+def test_split_uses_one_draw_for_each_run_of_rows(rows, runs):
+    network = bayesianize(nn.Linear(2, 1).double())
+    x = torch.ones(rows, 2, dtype=torch.float64)
+    out = forward(network, x, runs, "split", seeded())
+    assert out.shape == (1, rows, 1)
+    size = -(-rows // min(runs, rows))
+    assert len(out.unique()) == -(-rows // size)
+    assert all(len(run.unique()) == 1 for run in out[0].split(size))
+
+
+# --- prediction -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [1, 5_000, 100_000, 2**30])
+def test_prediction_does_not_depend_on_the_memory_budget(memory):
+    network, x = bayesianize(small_cnn()), torch.randn(9, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    expected = predict(network, x, draws=21, generator=seeded(1))
+    assert expected.shape == (21, 9, 2)
+    assert not expected.requires_grad
+    assert_close(predict(network, x, draws=21, memory=memory, generator=seeded(1)), expected, exact64)
+    weights = sample_weights(network, 21, seeded(2))
+    assert_close(predict(network, x, weights=weights, memory=memory), apply_weights(network, x, weights), exact64)
+
+
+def test_prediction_needs_draws_or_weights():
+    network, x = bayesianize(small_cnn()), torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    for arguments in ({}, {"draws": 2, "weights": mean_weights(network)}, {"draws": 2, "memory": 0}):
+        with pytest.raises(Refusal, match="draws"):
+            predict(network, x, **arguments)
+    with pytest.raises(Refusal, match="0 inputs"):
+        predict(network, x[:0], draws=2)
+    with pytest.raises(Refusal, match="At least one draw"):
+        predict(network, x, draws=0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler's own
+def test_layers_compile():
+    network, x = bayesianize(small_cnn()), torch.randn(3, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    weights = sample_weights(network, 2, seeded())
+    compiled = torch.compile(lambda x, weights: apply_weights(network, x, weights), backend="eager")
+    assert_close(compiled(x, weights), apply_weights(network, x, weights), exact64)
+
+
+def test_layer_types_and_channels_last():
+    network, x = bayesianize(small_cnn()), torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    assert isinstance(network[0], VariationalConv2d)
+    assert isinstance(network[7], VariationalLinear)
+    layouts = []
+    network[1].register_forward_hook(lambda module, inputs, output: layouts.append(inputs[0]))
+    apply_weights(network, x, mean_weights(network))
+    assert layouts[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_half_precision_and_tiny_scales_stay_finite():
+    network = bayesianize(small_cnn(), scale=1e-12).float()
+    out = forward(network, torch.randn(2, 1, 8, 8), 2)
+    (out.square().mean() + kl_per_datum(network, 10)).backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters())
+    assert forward(network.bfloat16(), torch.randn(2, 1, 8, 8).bfloat16(), 2).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+def test_cuda_agrees_with_cpu(estimator, require_cuda):
+    network, x = bayesianize(small_cnn(), scale=1e-9), torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    expected = forward(network, x, 2, estimator)
+    assert_close(forward(network.cuda(), x.cuda(), 2, estimator).cpu(), expected, 1e-6)
