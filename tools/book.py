@@ -28,7 +28,10 @@ BOOK = ROOT / "nbs"
 LIBRARY = ROOT / "symbnn"
 INDEX = BOOK / "index.ipynb"
 README = ROOT / "README.md"
-KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}  # as `nbdev_clean` leaves it
+METADATA = {  # of every notebook: what `nbdev_clean` and jupytext leave of it
+    "jupytext": {"default_lexer": "ipython3"},
+    "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
+}
 
 # Warnings are errors, in the notebooks and in the tests. The exceptions, as (message, category), each with its reason:
 ALLOWED_WARNINGS: list[tuple[str, type[Warning]]] = []
@@ -49,7 +52,7 @@ def read(path: Path) -> nbformat.NotebookNode:
 def read_twin(twin: Path) -> nbformat.NotebookNode:
     """The notebook that a Markdown twin describes, with cell ids that depend on content alone."""
     notebook = jupytext.read(twin, fmt="md:myst")
-    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
+    notebook.metadata = nbformat.from_dict(METADATA)
     seen: dict[str, int] = {}
     for cell in notebook.cells:
         cell.metadata = {}
@@ -80,7 +83,7 @@ def run(notebook: nbformat.NotebookNode, folder: Path = BOOK) -> None:
 
 def tidy(notebook: nbformat.NotebookNode) -> None:
     """Drop what changes from run to run and says nothing: counts, timings, kernel versions."""
-    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
+    notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -107,15 +110,17 @@ def keep_outputs(notebook: nbformat.NotebookNode, previous: Path) -> None:
 
 
 def export(notebook_path: Path) -> None:
-    """Write the chapter's module with nbdev; a chapter without `default_exp` writes none."""
+    """What `nbdev_export` does for one chapter: its module, if it has `default_exp`, and the index of symbols."""
+    from nbdev.doclinks import _build_modidx
     from nbdev.export import nb_export
 
     os.chdir(ROOT)
     nb_export(str(notebook_path), lib_path=str(LIBRARY))
+    _build_modidx()
 
 
 def export_book(project: Path) -> None:
-    """`nbdev_export` in `project`: every module, the version, and the index of symbols for links (_modidx.py)."""
+    """`nbdev_export` in `project`: every module, the version, and the index of symbols."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     environment.pop("IN_TEST", None)  # set by nbdev_test, and makes nbdev_export do nothing
     command = [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"]
