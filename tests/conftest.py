@@ -1,5 +1,6 @@
 """What every test shares: one thread, warnings as errors, fixed random examples, skips that name their reason."""
 import os
+from collections.abc import Callable
 
 # Before torch is imported: two workers with two threads each are slower than two with one.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from book import ALLOWED_WARNINGS, ROOT
+from symbnn.data import Dataset, load
+from symbnn.groups import Refusal
 
 torch.set_num_threads(1)
 
@@ -31,6 +34,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def root():
     """The root of the repository."""
     return ROOT
+
+
+@pytest.fixture
+def require_dataset() -> Callable[..., Dataset]:
+    """`require_dataset(name, **options)` is `load(name, **options)` without a download: from the folder SYMBNN_DATA if
+    that is set, else from where the system keeps it. The test is skipped where the files are absent."""
+
+    def require(name: str, **options) -> Dataset:
+        try:
+            return load(name, None if name == "digits" else os.environ.get("SYMBNN_DATA"), download=False, **options)
+        except Refusal as refusal:
+            pytest.skip(f"{name} is not here (SYMBNN_DATA names a folder to look in): {refusal}")
+
+    return require
 
 
 @pytest.fixture

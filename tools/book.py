@@ -192,7 +192,7 @@ def site(folder: Path = ROOT / "_proc") -> None:
         notebook.cells = [cell for cell in notebook.cells if not is_hidden(cell)]
         for cell in notebook.cells:
             if cell.cell_type == "code":
-                cell.source = re.sub(r"^#\|[^:\n]*\n", "", cell.source, flags=re.M)  # nbdev's directives, not Quarto's
+                cell.source = re.sub(r"^#\| *export\w*.*\n", "", cell.source, flags=re.M)  # nbdev's, not Quarto's
         page.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, page)
     for name in ("_quarto.yml", "references.bib", "nbs/styles.css"):
