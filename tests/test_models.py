@@ -1,0 +1,123 @@
+"""Architectures as values, initialisation, exact turns, and the count of multiply-adds."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from symbnn.actions import field, rotations, rotations_and_flips
+from symbnn.groups import Refusal
+from symbnn.layers import apply_weights, bayesianize, mean_weights
+from symbnn.models import PRESETS, Architecture, build, multiply_adds, weight_count
+from symbnn.network_actions import intertwining_error, network_action
+from tolerances import assert_close, exact64
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+each_preset = pytest.mark.parametrize("name", PRESETS)
+
+
+@each_preset
+def test_shapes_and_round_trip(name):
+    architecture = PRESETS[name]
+    again = Architecture(**json.loads(json.dumps(architecture.as_dict())))
+    assert again == architecture
+    assert hash(again) == hash(architecture)
+    network, x = build(again, seeded()), torch.zeros(3, *architecture.input_shape)
+    assert network(x).shape == (3, architecture.classes)
+    assert apply_weights(bayesianize(network), x, mean_weights(bayesianize(network))).shape == (1, 3, 10)
+
+
+@given(
+    blocks=st.lists(st.integers(1, 5), min_size=1, max_size=3), size=st.integers(1, 24), classes=st.integers(1, 4)
+)
+def test_odd_sizes_are_refused_and_even_ones_built(blocks, size, classes):
+    def make():
+        return Architecture("cnn", (1, size, size), classes, tuple(blocks))
+
+    if size % 2 ** len(blocks):
+        with pytest.raises(Refusal, match="before pooling"):
+            make()
+    else:
+        assert build(make())(torch.zeros(2, 1, size, size)).shape == (2, classes)
+
+
+@pytest.mark.parametrize("name", ["small", "digits"])
+@pytest.mark.parametrize("space", [rotations(), rotations_and_flips()], ids=["C4", "D4"])
+def test_turns_are_exact(name, space):
+    architecture = PRESETS[name]
+    network = build(architecture, seeded(), torch.float64)
+    images = torch.randn(2, *architecture.input_shape, generator=seeded(1), dtype=torch.float64)
+    action = network_action(network, field(space, architecture.input_shape))
+    assert intertwining_error(network, action, images) < exact64
+
+
+def test_pooling_before_relu_is_the_source_s_network():
+    architecture = PRESETS["digits"]
+    network = build(architecture, seeded(), torch.float64)
+    conv1, pool, relu, conv2, _, _, mean, flat, head = network
+    late = nn.Sequential(conv1, relu, pool, conv2, relu, pool, mean, flat, head)
+    x = torch.randn(4, 1, 8, 8, generator=seeded(1), dtype=torch.float64)
+    assert torch.equal(network(x), late(x))
+
+
+def test_expanded_is_the_same_network_with_more_channels():
+    small = PRESETS["small"]
+    assert small.expanded(4) == Architecture("cnn", (1, 28, 28), 10, (128, 256))
+    assert [type(layer) for layer in build(small)] == [type(layer) for layer in build(small.expanded(4))]
+
+
+def test_initialisation_keeps_the_variance_and_nobody_s_random_numbers():
+    before = torch.random.get_rng_state()
+    network = build(Architecture("mlp", (1, 16, 16), 300, (400, 500)), seeded())
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for layer, gain in [(network[1], 2), (network[3], 2), (network[5], 1)]:
+        wanted = gain / layer.weight.shape[1]
+        relative = (layer.weight.var() / wanted - 1).abs().item()
+        assert relative < 4 * (2 / layer.weight.numel()) ** 0.5  # four standard errors of a Gaussian sample variance
+        assert not layer.bias.any()
+    again = build(Architecture("mlp", (1, 16, 16), 300, (400, 500)), seeded())
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters()))
+
+
+@each_preset
+def test_multiply_adds_and_weights(name):
+    architecture = PRESETS[name]
+    network, macs, count = build(architecture), 0, 0
+    if architecture.name == "mlp":
+        widths = [64, *architecture.channels, architecture.classes]
+        macs = sum(a * b for a, b in pairwise(widths))
+        count = macs + sum(widths[1:])
+    else:
+        size, before = architecture.input_shape[1], 1
+        for channels in architecture.channels:
+            macs, count = macs + 9 * before * channels * size**2, count + 9 * before * channels + channels
+            size, before = size // 2, channels
+        macs, count = macs + before * 10, count + before * 10 + 10
+    for each in (network, bayesianize(network)):
+        assert multiply_adds(each, architecture.input_shape) == macs
+        assert weight_count(each) == count
+
+
+def test_dtype():
+    network = build(PRESETS["digits"], seeded(), torch.float64)
+    assert_close(network[0].weight, build(PRESETS["digits"], seeded(), torch.float64)[0].weight)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "resnet"}, {"classes": 0}, {"channels": (8, 0)}, {"channels": ()}, {"input_shape": (28, 28)},
+     {"input_shape": ()}, {"classes": 2.5}, {"channels": (8, 8, 8)}],
+    ids=str,
+)
+def test_refusals(change):
+    with pytest.raises(Refusal):
+        Architecture(**PRESETS["small"].as_dict() | change)
