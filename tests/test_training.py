@@ -1,0 +1,402 @@
+"""The loop: repeatable, resumable to the bit, refusing before work, and right in what it optimises."""
+
+import errno
+import math
+import signal
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import nn
+
+from symbnn import checkpoints, training
+from symbnn.actions import Action, SignedPermutation, field, flips, rotations
+from symbnn.checkpoints import load_network, read_checkpoint
+from symbnn.data import Split, batches, epoch_generator
+from symbnn.families import FullGaussian, LogNormal, MeanFieldGaussian
+from symbnn.groups import Cyclic, Refusal
+from symbnn.layers import bayesianize, forward, kl_per_datum, posterior_mean_network, variational_tensors
+from symbnn.models import Architecture, build
+from symbnn.training import TrainingConfig, make_optimizer, rate_factor, train
+from tolerances import assert_close, exact32
+
+ARCHITECTURE = Architecture("cnn", (1, 4, 4), 2, (3,))
+ACTION = field(rotations(), (1, 4, 4))
+CONFIG = TrainingConfig(epochs=4, batch_size=16, draws=4, learning_rate=1e-2, seed=3, device="cpu")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def task(n=23, seed=0):
+    """Bright against dark images: learnt in a few steps, and invariant."""
+    images = torch.rand(n, 1, 4, 4, generator=seeded(seed))
+    labels = torch.arange(n) % 2
+    return Split(images + labels[:, None, None, None], labels)
+
+
+DATA, VALIDATION = task(), task(10, 1)
+
+
+def network(seed=0, family=MeanFieldGaussian):
+    return bayesianize(build(ARCHITECTURE, seeded(seed)), family)
+
+
+def run(config=CONFIG, data=DATA, net=None, **options):
+    options = {"action": ACTION, "validation": VALIDATION, "architecture": ARCHITECTURE} | options
+    return train(net or network(), data, config, **options)
+
+
+def tensors(result):
+    return {name: value.clone() for name, value in result.network.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def history(result):
+    return [record._replace(seconds=0) for record in result.history]
+
+
+def press_ctrl_c(at):
+    """A callback that presses Ctrl-C after an epoch."""
+    return lambda epoch, net, optimizer: signal.raise_signal(signal.SIGINT) if epoch == at else None
+
+
+@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_it_learns(estimator, optimizer):
+    config = replace(CONFIG, epochs=20, estimator=estimator, optimizer=optimizer, learning_rate=3e-2)
+    result = run(config)
+    assert result.status == "complete"
+    assert result.history[-1].elbo > result.history[0].elbo
+    assert result.history[-1].validation_nll < 0.5 < result.history[0].validation_nll
+
+
+def test_repeatable_whatever_else_is_drawn():
+    first = tensors(run())
+    torch.randn(17)
+    before = torch.random.get_rng_state()
+    assert same(tensors(run()), first)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not same(tensors(run(replace(CONFIG, seed=4))), first)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_resumed_between_epochs_equals_straight(tmp_path, optimizer, schedule):
+    config = replace(CONFIG, optimizer=optimizer, schedule=schedule, select="best")
+    straight = run(config, folder=tmp_path / "straight")
+    first = run(config, folder=tmp_path / "stopped", callback=press_ctrl_c(1))
+    assert (first.status, len(first.history)) == ("interrupted", 2)
+    second = run(config, net=network(7), folder=tmp_path / "stopped", resume=True)
+    assert second.status == "complete"
+    assert history(second) == history(straight)
+    assert same(tensors(second), tensors(straight))
+    there, here = (read_checkpoint(tmp_path / name) for name in ("straight", "stopped"))
+    assert same(there.tensors, here.tensors)
+    assert any("exp_avg_sq" in name or "momentum_buffer" in name for name in here.tensors)
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+@pytest.mark.parametrize("augmentation", ["full", "random"])
+def test_resumed_inside_an_epoch_equals_straight(tmp_path, step, augmentation):
+    config = replace(CONFIG, augmentation=augmentation, batch_size=4, epochs=2)
+    straight = run(config, folder=tmp_path / "straight")
+    net, forwards = network(), iter(range(10**6))
+    at = step + 1  # the first call of the network is a check
+    net.register_forward_hook(lambda *_: signal.raise_signal(signal.SIGINT) if next(forwards) == at else None)
+    first = run(config, net=net, folder=tmp_path / "stopped")
+    assert (first.status, first.history) == ("interrupted", [])
+    progress = read_checkpoint(tmp_path / "stopped").description["progress"]
+    assert (progress["epoch"], progress["step"], progress["status"]) == (0, step + 1, "interrupted")
+    second = run(config, net=network(7), folder=tmp_path / "stopped", resume=True)
+    assert history(second) == history(straight)
+    assert same(read_checkpoint(tmp_path / "straight").tensors, read_checkpoint(tmp_path / "stopped").tensors)
+
+
+def test_many_interruptions(tmp_path):
+    """Ctrl-C in every third step, until it is done."""
+    config = replace(CONFIG, batch_size=8, epochs=3)
+    straight = run(config, folder=tmp_path / "straight")
+    result, rounds = None, 0
+    while result is None or result.status == "interrupted":
+        net, forwards = network(), iter(range(10**6))
+        net.register_forward_hook(lambda *_, n=forwards: signal.raise_signal(signal.SIGINT) if next(n) == 3 else None)
+        result = run(config, net=net, folder=tmp_path / "stopped", resume=rounds > 0)
+        rounds += 1
+    assert rounds > 6
+    assert history(result) == history(straight)
+    assert same(tensors(result), tensors(straight))
+
+
+def test_ctrl_c_without_a_folder_and_the_handler_afterwards():
+    before = signal.getsignal(signal.SIGINT)
+    assert run(callback=press_ctrl_c(0)).status == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is before
+
+    def twice(epoch, net, optimizer):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(callback=twice)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_complete_run_is_not_trained_again_and_can_be_lengthened(tmp_path):
+    straight = run(replace(CONFIG, epochs=6))
+    first = run(folder=tmp_path)
+    again = run(net=network(5), folder=tmp_path, resume=True)
+    assert same(tensors(again), tensors(first))
+    assert len(again.history) == 4
+    longer = run(replace(CONFIG, epochs=6), net=network(5), folder=tmp_path, resume=True)
+    assert same(tensors(longer), tensors(straight))
+    with pytest.raises(Refusal, match="epochs 6 in the checkpoint, 4 now"):
+        run(net=network(5), folder=tmp_path, resume=True)
+
+
+def test_the_best_epoch_is_selected(tmp_path):
+    seen = {}
+
+    def remember(epoch, net, optimizer):
+        seen[epoch] = {name: value.clone() for name, value in net.state_dict().items()}
+
+    config = replace(CONFIG, select="best", learning_rate=0.3, epochs=8)
+    result = run(config, folder=tmp_path, callback=remember)
+    best = min(result.history, key=lambda record: record.validation_nll).epoch
+    assert best != 7  # or this test shows nothing
+    assert same(tensors(result), seen[best])
+    assert same(load_network(tmp_path).state_dict(), seen[best])
+
+
+def test_validation_at_intervals():
+    found = run(replace(CONFIG, evaluate_every=3)).history
+    assert [record.validation_nll is not None for record in found] == [False, False, True, True]
+    assert all(record.validation_nll is None for record in run(validation=None).history)
+
+
+def test_the_record_is_the_objective():
+    """With scales near zero and no learning to speak of, the parts are those of the mean network."""
+    net = bayesianize(build(ARCHITECTURE, seeded()).double(), scale=1e-9)
+    plain = posterior_mean_network(net)
+    turned = torch.cat([ACTION.act(g, DATA.inputs) for g in range(4)]).double()
+    expected = -nn.functional.cross_entropy(plain(turned), DATA.labels.repeat(4))
+    kl = kl_per_datum(net, 4 * len(DATA))
+    config = replace(CONFIG, epochs=1, learning_rate=1e-15, precision="float64", kl_weight=0.5)
+    record = run(config, net=net).history[0]
+    found = torch.tensor([record.expected_log_likelihood, record.kl, record.elbo], dtype=torch.float64)
+    assert_close(found, torch.stack([expected, kl, expected - 0.5 * kl]), 1e-8)  # scales of 1e-9 are not quite zero
+
+
+@pytest.mark.parametrize("augmentation, num_data", [("full", 4 * 23), ("random", 23), ("none", 23)])
+def test_number_of_data(augmentation, num_data):
+    net = network()
+    kl = kl_per_datum(net, num_data).item()
+    record = run(replace(CONFIG, epochs=1, augmentation=augmentation, learning_rate=1e-12), net=net).history[0]
+    assert record.kl == pytest.approx(kl, rel=1e-4)
+
+
+def test_parameter_groups_and_rates():
+    net = network(family=FullGaussian)
+    config = replace(CONFIG, scale_rate=10.0, weight_decay=0.3)
+    means, scales = make_optimizer(net, config).param_groups
+    posteriors = [tensor.posterior for tensor in variational_tensors(net).values()]
+    assert {id(p) for p in means["params"]} == {id(posterior.loc) for posterior in posteriors}
+    assert {id(p) for p in scales["params"]} == {id(posterior.factor) for posterior in posteriors}
+    assert (means["factor"], scales["factor"]) == (1.0, 10.0)
+    assert (means["weight_decay"], scales["weight_decay"]) == (0.3, 0.0)
+
+    rates = []
+    run(replace(config, schedule="cosine", epochs=2), callback=lambda e, n, optimizer: rates.append(
+        [group["lr"] for group in optimizer.param_groups]))
+    steps = math.ceil(4 * len(DATA) / config.batch_size)
+    for epoch in range(2):
+        factor = rate_factor("cosine", (epoch + 1) * steps - 1, 2 * steps)
+        assert rates[epoch] == pytest.approx([1e-2 * factor, 1e-1 * factor])
+
+
+def test_one_step_of_sgd_by_hand():
+    net, reference = network(), network()
+    config = replace(CONFIG, epochs=1, batch_size=23, augmentation="none", optimizer="sgd", clip_norm=None, draws=1)
+    run(config, net=net)
+    kl = kl_per_datum(reference, 23)
+    (x, y), = batches(DATA, 23, generator=epoch_generator(config.seed, 0))
+    noise = seeded(epoch_generator(config.seed, 0, "noise/0").initial_seed())
+    loss = nn.functional.cross_entropy(forward(reference, x, 1, "split", noise)[0], y) + kl
+    loss.backward()
+    for trained, start in zip(net.parameters(), reference.parameters()):
+        step = config.learning_rate * 1.9 * start.grad  # Nesterov: gradient plus 0.9 of the first momentum
+        assert_close(trained, start - step, exact32)
+
+
+def test_clipping_bounds_the_step():
+    for clip, bound in [(1e-3, 1e-3), (None, math.inf)]:
+        net = network()
+        before = torch.cat([p.detach().flatten().clone() for p in net.parameters()])
+        config = replace(CONFIG, epochs=1, batch_size=92, optimizer="sgd", learning_rate=1.0, clip_norm=clip)
+        run(config, net=net)
+        moved = (torch.cat([p.detach().flatten() for p in net.parameters()]) - before).norm()
+        assert moved <= 1.9 * bound * 1.001
+        assert clip is None or moved > 1.8 * bound
+
+
+def test_an_infinite_elbo_is_refused_and_the_checkpoint_kept(tmp_path):
+    def spoil(epoch, net, optimizer):
+        if epoch == 1:
+            for group in optimizer.param_groups:
+                group["factor"] = math.inf
+
+    with pytest.raises(Refusal, match="stay finite"):
+        run(folder=tmp_path, callback=spoil)
+    kept = read_checkpoint(tmp_path)
+    assert kept.description["progress"]["epoch"] == 2
+    assert all(value.isfinite().all() for value in kept.tensors.values())
+    with pytest.raises(Refusal, match="stay finite"):
+        run(replace(CONFIG, learning_rate=1e30))
+
+
+def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
+    saves, real = [], checkpoints._write_bytes
+
+    def full(path, data):
+        saves.append(path)
+        if len(saves) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, data)
+
+    straight = run()
+    monkeypatch.setattr(checkpoints, "_write_bytes", full)
+    with pytest.raises(Refusal, match="No space left"):
+        run(folder=tmp_path)
+    monkeypatch.undo()
+    assert read_checkpoint(tmp_path).description["progress"]["epoch"] == 2
+    assert same(tensors(run(net=network(3), folder=tmp_path, resume=True)), tensors(straight))
+
+
+def test_callbacks_change_the_run_and_are_saved(tmp_path):
+    def halve(epoch, net, optimizer):
+        with torch.no_grad():
+            for tensor in variational_tensors(net).values():
+                tensor.posterior.loc.mul_(0.5)
+        optimizer.state.clear()
+
+    straight = run(callback=halve)
+
+    def halve_and_stop(epoch, net, optimizer):
+        halve(epoch, net, optimizer)
+        press_ctrl_c(1)(epoch, net, optimizer)
+
+    run(folder=tmp_path, callback=halve_and_stop)
+    assert same(tensors(run(net=network(2), folder=tmp_path, resume=True, callback=halve)), tensors(straight))
+
+
+def test_batch_normalisation_is_trained_and_saved(tmp_path):
+    def normalised():
+        torch.manual_seed(0)
+        return bayesianize(nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(),
+                                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
+
+    straight = run(net=normalised(), architecture=None)
+    assert straight.network[1].num_batches_tracked == 4 * math.ceil(92 / 16)  # nothing but training steps counted
+    run(net=normalised(), folder=tmp_path, architecture=None, callback=press_ctrl_c(1))
+    resumed = run(net=normalised(), folder=tmp_path, resume=True, architecture=None)
+    assert same(tensors(resumed), tensors(straight))
+
+
+@pytest.mark.parametrize("change", [
+    {"epochs": 0}, {"epochs": 1.5}, {"batch_size": -1}, {"draws": 0}, {"draws": 17}, {"estimator": "vmap"},
+    {"optimizer": "adam"}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"learning_rate": "fast"},
+    {"scale_rate": -1.0}, {"weight_decay": -0.1}, {"schedule": "linear"}, {"kl_weight": -1.0}, {"clip_norm": 0.0},
+    {"augmentation": "some"}, {"seed": -1}, {"seed": 0.5}, {"precision": "float16"}, {"evaluate_every": 0},
+    {"evaluation_draws": 0}, {"select": "first"},
+], ids=str)
+def test_settings_that_cannot_be_meant(change):
+    with pytest.raises(Refusal, match=next(iter(change)).split("_")[0]) as caught:
+        TrainingConfig(**asdict(CONFIG) | change)
+    assert "\n" not in str(caught.value)
+
+
+def labels_from_one():
+    return Split(DATA.inputs, DATA.labels + 1)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda: {"net": build(ARCHITECTURE)}, "variational layers"),
+    (lambda: {"action": None}, "needs an action"),
+    (lambda: {"action": field(rotations(), (1, 6, 6))}, "needs an action"),
+    (lambda: {"data": labels_from_one()}, "Every label has an output"),
+    (lambda: {"validation": labels_from_one()}, "Every label has an output"),
+    (lambda: {"validation": Split(torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64))}, "shape of training"),
+    (lambda: {"net": bayesianize(build(Architecture("mlp", (1, 6, 6), 2, (3,))))}, "takes the images"),
+    (lambda: {"config": replace(CONFIG, batch_size=93)}, "not larger than"),
+    (lambda: {"config": replace(CONFIG, select="best"), "validation": None}, "validation split"),
+    (lambda: {"config": replace(CONFIG, device="quantum")}, "one that this machine has"),
+    (lambda: {"config": replace(CONFIG, precision="bfloat16")}, "for CUDA"),
+    (lambda: {"config": replace(CONFIG, estimator="flipout"), "net": network(family=LogNormal)}, "Flipout"),
+    (lambda: {"resume": True}, "resumed from a folder"),
+    (lambda: {"notes": {"network": network()}}, "JSON values"),
+    (lambda: {"notes": {"rate": float("nan")}}, "JSON values"),
+])
+def test_refused_before_work(change, message, monkeypatch):
+    def no_work(self, images, labels):
+        raise AssertionError("a step was done")
+
+    monkeypatch.setattr(training._Run, "advance", no_work)
+    with pytest.raises(Refusal, match=message) as caught:
+        run(**change())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_group_that_does_not_act_is_refused():
+    shift = SignedPermutation(torch.arange(16).roll(1), torch.ones(16, dtype=torch.int8))
+
+    def rule(g):
+        return shift if g else SignedPermutation.identity(16)
+
+    with pytest.raises(Refusal):  # a shift of order 16 is no action of C4
+        run(action=Action(Cyclic(4), (1, 4, 4), rule))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"config": replace(CONFIG, seed=9)}, "seed 3 in the checkpoint, 9 now"),
+    ({"config": replace(CONFIG, learning_rate=1.0)}, "learning_rate"),
+    ({"data": task(seed=5)}, "data"),
+    ({"action": field(flips(), (1, 4, 4))}, "action"),
+    ({"architecture": Architecture("cnn", (1, 4, 4), 2, (4,))}, "architecture"),
+    ({"net": network(family=FullGaussian)}, "family"),
+    ({"resume": False}, "never overwrites"),
+], ids=str)
+def test_another_run_is_not_continued(tmp_path, change, message):
+    run(replace(CONFIG, epochs=1), folder=tmp_path)
+    before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
+    with pytest.raises(Refusal, match=message):
+        run(**{"config": CONFIG, "folder": tmp_path, "resume": True, **change})
+    assert sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir()) == before
+
+
+def test_resume_needs_a_checkpoint(tmp_path):
+    with pytest.raises(Refusal, match=r"checkpoint\.json"):
+        run(folder=tmp_path, resume=True)
+
+
+def test_the_bar_shows_the_parts(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(progress=True)
+    shown = capsys.readouterr().err
+    assert "epoch 4: ELBO -" in shown
+    assert "KL" in shown
+    assert "24/24" in shown
+    run()
+    assert capsys.readouterr().err == ""
+
+
+def test_cuda(require_cuda):
+    for precision in ("float32", "bfloat16"):
+        config = replace(CONFIG, device="cuda", precision=precision, epochs=30, learning_rate=2e-2)
+        result = run(config)
+        assert result.history[-1].validation_nll < 0.5
+        assert next(result.network.parameters()).is_cuda
