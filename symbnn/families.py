@@ -238,7 +238,7 @@ class Family(nn.Module):
                        cause="log-densities with a free location span no finite-dimensional space",
                        fix="average moments or parameters, or choose a Gaussian or log-normal family")
 
-# %% ../nbs/03_families.ipynb #8c25f978-0
+# %% ../nbs/03_families.ipynb #73e43045-0
 class _Independent(Family):
     """Independent coordinates with a location and a scale each: what Gaussian, Laplace and log-normal share.
 
@@ -280,6 +280,10 @@ class _Independent(Family):
         """Variance of each weight."""
         return self._log_variance().exp().expand(self.shape)
 
+    def _root(self) -> Tensor:
+        """A matrix whose product with its transpose is the covariance of the flattened tensor."""
+        return (self._log_variance() / 2).exp().expand(self.shape).flatten().diag()
+
     def transport(self, noise: Float[Tensor, "draws *shape"]) -> Float[Tensor, "draws *shape"]:
         """loc + scale * noise, differentiable in both."""
         return self.loc + self.log_scale.exp() * noise
@@ -316,13 +320,13 @@ class _Independent(Family):
                           self._compact(log_scale + factor.abs().log(), self.log_scale),
                           shape=self.shape, trainable=self.trainable)
 
-# %% ../nbs/03_families.ipynb #483dd49f-0
+# %% ../nbs/03_families.ipynb #462d7963-0
 def _to_natural(member: _Independent) -> dict[str, Tensor]:
     """Natural parameters of independent normals with the locations and scales of `member`."""
     precision = (-2 * member.log_scale).exp()
     if not bool(precision.isfinite().all()):
         raise Refusal(f"1 / scale^2 is finite in {precision.dtype}", received=f"a smallest log-scale of "
-                      f"{float(member.log_scale.detach().min()):.4g}", cause="a scale too small for this dtype",
+                      f"{member.log_scale.min().item():.4g}", cause="a scale too small for this dtype",
                       fix="convert the family to float64 first")
     return {"linear": (member.loc * precision).expand(member.shape), "quadratic": -precision / 2}
 
@@ -332,7 +336,7 @@ def _from_natural(natural: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     precision = -2 * natural["quadratic"]
     if not bool((precision > 0).all()):
         raise Refusal("the quadratic natural parameter of a Gaussian is negative",
-                      received=f"a largest value of {float(natural['quadratic'].max()):.3g}",
+                      received=f"a largest value of {natural['quadratic'].max().item():.3g}",
                       cause="the parameters lie outside the natural parameter space",
                       fix="weights of an average must not be negative: extrapolation may leave the space")
     return natural["linear"] / precision, -precision.log() / 2
@@ -353,7 +357,8 @@ class MeanFieldGaussian(_Independent):
 
     def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
         """Log-density in nats of weights `(*batch, *shape)`."""
-        square = (self._whiten(theta) ** 2).reshape(*self._batch(theta), -1).sum(-1)
+        batch = self._batch(theta)
+        square = (self._whiten(theta) ** 2).reshape(*batch, -1).sum(-1)
         return -square / 2 - self._total(self.log_scale + math.log(2 * math.pi) / 2)
 
     def entropy(self) -> Float[Tensor, ""]:
@@ -377,7 +382,7 @@ class MeanFieldGaussian(_Independent):
         """The member with these natural parameters; `Refusal` outside the natural parameter space."""
         return cls(*_from_natural(natural), trainable=trainable)
 
-# %% ../nbs/03_families.ipynb #15c7d7a1-0
+# %% ../nbs/03_families.ipynb #2347afb9-0
 class Laplace(_Independent):
     """Independent Laplace weights with location `loc` and scale b = exp(`log_scale`).
 
@@ -401,7 +406,8 @@ class Laplace(_Independent):
 
     def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
         """Log-density in nats of weights `(*batch, *shape)`."""
-        distance = self._whiten(theta).abs().reshape(*self._batch(theta), -1).sum(-1)
+        batch = self._batch(theta)
+        distance = self._whiten(theta).abs().reshape(*batch, -1).sum(-1)
         return -distance - self._total(self.log_scale + math.log(2))
 
     def entropy(self) -> Float[Tensor, ""]:
@@ -415,7 +421,7 @@ class Laplace(_Independent):
             return self._total(near + far - ratio - 1)
         return super()._kl(prior)
 
-# %% ../nbs/03_families.ipynb #c18d7a88-0
+# %% ../nbs/03_families.ipynb #89a8c5c9-0
 class LogNormal(_Independent):
     """Weights mask * exp(loc + exp(log_scale) * normal noise): frozen signs, log-normal magnitudes.
 
@@ -468,10 +474,10 @@ class LogNormal(_Independent):
 
     def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
         """Log-density in nats of weights `(*batch, *shape)`; -inf outside the orthant of the mask."""
-        inside = theta * self.mask > 0
+        batch, inside = self._batch(theta), theta * self.mask > 0
         logs = torch.where(inside, theta.abs(), 1.0).log()
         density = -self._whiten(logs) ** 2 / 2 - self.log_scale - logs - math.log(2 * math.pi) / 2
-        return torch.where(inside, density, -math.inf).reshape(*self._batch(theta), -1).sum(-1)
+        return torch.where(inside, density, -math.inf).reshape(*batch, -1).sum(-1)
 
     def entropy(self) -> Float[Tensor, ""]:
         """Differential entropy in nats."""
@@ -567,7 +573,7 @@ class BlockGaussian(MeanFieldGaussian):
         return BlockGaussian(self._compact(loc, self.loc), log_scale.view(self.log_scale.shape), shape=self.shape,
                              trainable=self.trainable)
 
-# %% ../nbs/03_families.ipynb #ae3d5689-0
+# %% ../nbs/03_families.ipynb #52bdd51d-0
 class FullGaussian(Family):
     """Normal weights with any covariance L L^T over the flattened tensor.
 
@@ -630,6 +636,9 @@ class FullGaussian(Family):
     def _log_variance(self) -> Tensor:
         return 2 * self.scale.log()
 
+    def _root(self) -> Tensor:
+        return self.scale_tril
+
     def _multivariate(self) -> MultivariateNormal:
         return MultivariateNormal(self.loc.flatten(), scale_tril=self.scale_tril, validate_args=False)
 
@@ -650,15 +659,8 @@ class FullGaussian(Family):
         """Differential entropy in nats."""
         return self.factor.diagonal().sum() + self.numel * (1 + math.log(2 * math.pi)) / 2
 
-    def _kl(self, prior: Family) -> Tensor:
-        if isinstance(prior, FullGaussian):
-            return kl_divergence(self._multivariate(), prior._multivariate())
-        return super()._kl(prior)
-
     def _cross_entropy(self, posterior: Family) -> Tensor:
-        """For a posterior with independent weights."""
-        deviation = (posterior._log_variance() / 2).exp().expand(self.shape).flatten()
-        columns = torch.cat([deviation.diag(), (posterior.mean - self.loc).reshape(-1, 1)], 1)
+        columns = torch.cat([posterior._root(), (posterior.mean - self.loc).reshape(-1, 1)], 1)
         square = torch.linalg.solve_triangular(self.scale_tril, columns, upper=False).square().sum()
         return self.factor.diagonal().sum() + (square + self.numel * math.log(2 * math.pi)) / 2
 
