@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from book import ALLOWED_WARNINGS, ROOT
-from symbnn.data import Dataset, load
-from symbnn.groups import Refusal
 
 torch.set_num_threads(1)
 
@@ -37,11 +35,14 @@ def root():
 
 
 @pytest.fixture
-def require_dataset() -> Callable[..., Dataset]:
+def require_dataset() -> Callable:
     """`require_dataset(name, **options)` is `load(name, **options)` without a download: from the folder SYMBNN_DATA if
     that is set, else from where the system keeps it. The test is skipped where the files are absent."""
 
-    def require(name: str, **options) -> Dataset:
+    from symbnn.data import load  # here, so that a package that cannot be imported fails tests and not the whole run
+    from symbnn.groups import Refusal
+
+    def require(name: str, **options):
         try:
             return load(name, None if name == "digits" else os.environ.get("SYMBNN_DATA"), download=False, **options)
         except Refusal as refusal:
