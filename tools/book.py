@@ -252,8 +252,11 @@ def readme_problems() -> list[str]:
 
 
 def output_problems(path: Path) -> list[str]:
-    """What a stored notebook must not hold (errors, warnings, machine paths), or lacks (its outputs)."""
-    problems, code = [], [cell for cell in read(path).cells if cell.cell_type == "code"]
+    """What a stored notebook must not hold (errors, warnings, paths of a machine), and what it must (its outputs)."""
+    notebook, problems = read(path), []
+    if not nbformat.validator.isvalid(notebook):
+        problems.append(f"{path.name} is no valid notebook: run the chapter")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     here = {str(ROOT), str(Path.home()), tempfile.gettempdir()} - {"/"}
     for number, cell in enumerate(code):
         for output in cell.outputs:
