@@ -152,7 +152,7 @@ def has_checkpoint(folder: Path | str) -> bool:
     """Whether there is something to resume in `folder`."""
     return (Path(folder) / DESCRIPTION).exists()
 
-# %% ../nbs/15b_checkpoints.ipynb #1e282b64-0
+# %% ../nbs/15b_checkpoints.ipynb #51fd6e1e-0
 def load_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy `tensors` into the network's `state_dict`. Raises `Refusal` unless names, shapes and dtypes all agree."""
     own = network.state_dict()
@@ -216,6 +216,10 @@ def save_network(folder: Path | str, network: nn.Module, architecture: Architect
     write_checkpoint(Path(folder), network_tensors(network), description)
 
 
+def _broadcasts(shape: torch.Size, full: tuple[int, ...]) -> bool:
+    return len(shape) <= len(full) and all(a in (1, b) for a, b in zip(shape[::-1], full[::-1]))
+
+
 def load_network(checkpoint: Checkpoint | Path | str) -> nn.Module:
     """The Bayesian network of a checkpoint on the CPU, with its priors; the selected epoch's weights where one was.
 
@@ -239,9 +243,9 @@ def load_network(checkpoint: Checkpoint | Path | str) -> nn.Module:
     tensors = checkpoint.part("best") or checkpoint.part("network")
     network = bayesianize(build(architecture, torch.Generator()), FAMILIES[family])
     for name, tensor in variational_tensors(network).items():
-        for key, value in tensor.prior.named_buffers():  # a prior's means may be one number or one a weight
+        for key, value in tensor.prior.named_buffers():  # a prior's means may be one number, or one a weight
             stored = tensors.get(f"{name}.prior.{key}", value)
-            if stored.shape in (torch.Size(), tensor.prior.shape):
+            if _broadcasts(stored.shape, tensor.prior.shape):
                 tensor.prior.register_buffer(key, torch.empty_like(stored))
     network = network.to(next((value.dtype for value in tensors.values() if value.is_floating_point()), torch.float32))
     load_tensors(network, tensors)

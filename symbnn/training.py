@@ -102,7 +102,7 @@ class TrainingConfig:
                  "The batch is cut into `draws` runs, so it has at least as many rows",
                  f"draws={self.draws}, batch_size={self.batch_size}", "a small batch size", "fewer draws")
 
-# %% ../nbs/16_training.ipynb #fef17fc7-0
+# %% ../nbs/16_training.ipynb #798f39ac-0
 def rate_factor(schedule: Schedule, step: int, total: int) -> float:
     """What the learning rates are multiplied by in step `step` of `total`."""
     return (1 + math.cos(math.pi * step / total)) / 2 if schedule == "cosine" else 1.0
@@ -122,16 +122,21 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
+# %% ../nbs/16_training.ipynb #a4b51c0b-0
+def _is_there(device: str) -> bool:
+    try:
+        return torch.empty(0, device=device).device.type in ("cpu", "cuda", "mps")
+    except (RuntimeError, AssertionError):  # no such device; a torch without CUDA asserts
+        return False
 
-# %% ../nbs/16_training.ipynb #f154f74a-0
+
 def choose_device(config: TrainingConfig) -> torch.device:
     """The device of a configuration. Raises `Refusal` when it is not there or cannot compute in the precision."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = name.split(":")[0]
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(kind, False)
-    _require(there, "The device is one that this machine has", f"device={config.device!r}",
+    _require(_is_there(name), "The device is one that this machine has", f"device={config.device!r}",
              "a machine without it, or a torch built without it", 'device="auto"')
     _require((kind, config.precision) != ("mps", "float64"), "MPS computes in float32", "float64 on MPS",
              "a setting from another machine", 'precision="float32" or device="cpu"')

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from symbnn import checkpoints
+from symbnn.actions import field, rotations
 from symbnn.checkpoints import (
     DESCRIPTION,
     check_folder,
@@ -21,10 +22,12 @@ from symbnn.checkpoints import (
     save_network,
     write_checkpoint,
 )
+from symbnn.expansion import expand
 from symbnn.families import FAMILIES
 from symbnn.groups import Refusal
 from symbnn.layers import bayesianize, fixed_means, isotropic, per_tensor, random_means
 from symbnn.models import PRESETS, Architecture, build
+from symbnn.network_actions import network_action
 
 TINY = Architecture("cnn", (1, 4, 4), 3, (2,))
 
@@ -58,6 +61,14 @@ def test_every_prior_comes_back(tmp_path, prior):
     assert equal(load_network(tmp_path), network)
     assert equal(load_network(str(tmp_path / DESCRIPTION)), network)
     assert read_checkpoint(tmp_path).description["notes"] == {"group": "C4"}
+
+
+@pytest.mark.parametrize("prior", [None, random_means(5)], ids=["isotropic", "random"])
+def test_an_expanded_network_comes_back(tmp_path, prior):
+    action = network_action(build(TINY), field(rotations(), TINY.input_shape))
+    expanded = expand(made(prior=prior), action)
+    save_network(tmp_path, expanded, TINY.expanded(4))
+    assert equal(load_network(tmp_path), expanded)
 
 
 def test_a_folder_holds_one_checkpoint(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from symbnn.actions import field, rotations, rotations_and_flips
+from symbnn.expansion import expand
 from symbnn.groups import Refusal
 from symbnn.layers import apply_weights, bayesianize, mean_weights
 from symbnn.models import PRESETS, Architecture, build, multiply_adds, weight_count
@@ -71,7 +72,13 @@ def test_pooling_before_relu_is_the_source_s_network():
 def test_expanded_is_the_same_network_with_more_channels():
     small = PRESETS["small"]
     assert small.expanded(4) == Architecture("cnn", (1, 28, 28), 10, (128, 256))
-    assert [type(layer) for layer in build(small)] == [type(layer) for layer in build(small.expanded(4))]
+    network = build(small, seeded(), torch.float64)
+    expanded = expand(network, network_action(network, field(rotations(), (1, 28, 28))))
+    fresh = build(small.expanded(4), dtype=torch.float64)
+    assert [type(layer) for layer in fresh] == [type(layer) for layer in expanded]
+    fresh.load_state_dict(expanded.state_dict())
+    x = torch.randn(2, 1, 28, 28, generator=seeded(1), dtype=torch.float64)
+    assert torch.equal(fresh(x), expanded(x))
 
 
 def test_initialisation_keeps_the_variance_and_nobody_s_random_numbers():

@@ -200,6 +200,18 @@ def test_number_of_data(augmentation, num_data):
     assert record.kl == pytest.approx(kl, rel=1e-4)
 
 
+def test_every_epoch_has_an_order_of_its_own():
+    seen, net = [], network()
+    net.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].clone()))
+    run(replace(CONFIG, epochs=2), net=net, validation=None)
+    steps = (len(seen) - 1) // 2  # the first call is a check
+    first, second = torch.cat(seen[1 : 1 + steps]), torch.cat(seen[1 + steps :])
+    assert not torch.equal(first, second)
+    together = [{tuple(row.flatten().tolist()) for row in epoch} for epoch in (first, second)]
+    assert together[0] == together[1]  # all turns of all images, in another order
+    assert len(together[0]) == 4 * len(DATA)
+
+
 def test_parameter_groups_and_rates():
     net = network(family=FullGaussian)
     config = replace(CONFIG, scale_rate=10.0, weight_decay=0.3)
@@ -335,6 +347,8 @@ def labels_from_one():
     (lambda: {"config": replace(CONFIG, batch_size=93)}, "not larger than"),
     (lambda: {"config": replace(CONFIG, select="best"), "validation": None}, "validation split"),
     (lambda: {"config": replace(CONFIG, device="quantum")}, "one that this machine has"),
+    (lambda: {"config": replace(CONFIG, device="meta")}, "one that this machine has"),
+    (lambda: {"config": replace(CONFIG, device="cuda:99")}, "one that this machine has"),
     (lambda: {"config": replace(CONFIG, precision="bfloat16")}, "for CUDA"),
     (lambda: {"config": replace(CONFIG, estimator="flipout"), "net": network(family=LogNormal)}, "Flipout"),
     (lambda: {"resume": True}, "resumed from a folder"),
