@@ -494,7 +494,7 @@ def forward(
     with _chosen_by(rule):
         return _unfold(network(_fold(padded, 1)), 1, len(padded))[:, : len(x)]
 
-# %% ../nbs/04_layers.ipynb #0fb8acd3-0
+# %% ../nbs/04_layers.ipynb #695c0558-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 
 
@@ -506,7 +506,7 @@ def _bytes_per_row(network: nn.Module, x: Tensor, weights: Weights) -> int:
         tensors = [value for value in (*arguments, output) if isinstance(value, Tensor)]
         largest.append(sum(value.nbytes for value in tensors))
 
-    leaves = [module for module in network.modules() if not list(module.children()) or isinstance(module, VariationalLayer)]
+    leaves = (m for m in network.modules() if isinstance(m, VariationalLayer) or not list(m.children()))
     hooks = [module.register_forward_hook(note) for module in leaves]
     try:
         apply_weights(network, x[:1], {name: weight[:1] for name, weight in weights.items()})
@@ -553,4 +553,5 @@ def _predict_block(network: nn.Module, x: Tensor, weights: Weights, fitting: int
     batch = min(len(x), fitting)
     step = max(1, fitting // batch)
     parts = [{name: weight[i : i + step] for name, weight in weights.items()} for i in range(0, total, step)]
-    return torch.cat([torch.cat([apply_weights(network, piece, part) for part in parts]) for piece in x.split(batch)], 1)
+    pieces = (torch.cat([apply_weights(network, piece, part) for part in parts]) for piece in x.split(batch))
+    return torch.cat(list(pieces), 1)
