@@ -53,7 +53,9 @@ def test_every_family_comes_back(tmp_path, family, dtype):
 
 
 @pytest.mark.parametrize(
-    "prior", [per_tensor(2.0), random_means(5), fixed_means(dict(build(TINY).named_parameters()))], ids=str
+    "prior",
+    [per_tensor(2.0), random_means(5), fixed_means(dict(build(TINY).named_parameters()))],
+    ids=["per_tensor", "random_means", "fixed_means"],
 )
 def test_every_prior_comes_back(tmp_path, prior):
     network = made(prior=prior)
