@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .groups import Refusal
 from .layers import kl_per_datum
 
-# %% ../nbs/05_exactness.ipynb #c4190f3e-0
+# %% ../nbs/05_exactness.ipynb #f7e3fbfd-0
 class Likelihood(ABC):
     """How outputs explain targets; log-probabilities in nats."""
 
@@ -60,7 +60,14 @@ class Gaussian(Likelihood):
             )
 
     def log_prob(self, outputs: Float[Tensor, "S B ..."], targets: Float[Tensor, "B ..."]) -> Float[Tensor, "S B"]:
-        """log N(target; output, noise^2), summed over coordinates."""
+        """log N(target; output, noise^2), summed over coordinates. Raises `Refusal` rather than broadcast targets."""
+        if outputs.shape[1:] != targets.shape:
+            raise Refusal(
+                "Targets have the shape of the outputs of one draw",
+                received=f"targets {tuple(targets.shape)} for outputs {tuple(outputs.shape)}",
+                cause="targets without the axis of one output, which would be compared with every other datum's",
+                fix="targets[:, None] for a network with one output",
+            )
         squares = ((targets - outputs) / self.noise).square() + log(2 * pi * self.noise**2)
         return -0.5 * squares.flatten(2).sum(-1) if squares.ndim > 2 else -0.5 * squares
 

@@ -158,6 +158,8 @@ def test_refusals():
         elbo(network, torch.zeros(6, 4), labels, 6)
     with pytest.raises(Refusal, match="number of data"):
         elbo(network, torch.zeros(1, 6, 4), labels, 0)
+    with pytest.raises(Refusal, match="shape of the outputs"):  # (S, B, 1) against (B,) would broadcast to (S, B, B)
+        elbo(network, torch.zeros(1, 6, 1), torch.zeros(6), 6, likelihood=Gaussian(1.0))
     for noise in (0.0, -1.0, float("nan")):
         with pytest.raises(Refusal, match="positive standard deviation"):
             Gaussian(noise)
