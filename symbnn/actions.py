@@ -301,7 +301,7 @@ def sign_change(n: int) -> Action:
 def _signs(n: int, g: int) -> SignedPermutation:
     return SignedPermutation(torch.arange(n), torch.full((n,), 1 - 2 * g))
 
-# %% ../nbs/02_actions.ipynb #d07b7ed4-0
+# %% ../nbs/02_actions.ipynb #8e878bea-0
 @dataclass(frozen=True)
 class SpatialAction:
     """A group acting on the axes of a grid: turns and flips about the centre, then a circular shift.
@@ -342,11 +342,12 @@ class SpatialAction:
         self._check_axes(size)
         return Action(self.group, size, partial(_move_pixels, self, size, False), f"{self.name} of a kernel")
 
-    def strided(self, *strides: int) -> "SpatialAction":
-        """The action on a grid that keeps every `strides`-th pixel: shifts are shorter by that factor."""
+    def resampled(self, size: Sequence[int], new_size: Sequence[int]) -> "SpatialAction":
+        """The action on a coarser or finer grid over the same image: shifts keep their share of the size."""
         if not any(any(self.shift(g)) for g in self.group.generators()):
             return self
-        return SpatialAction(self.group, self.ndim, self.point, partial(_divided, self.shift, strides), self.name)
+        shift = partial(_rescaled, self.shift, tuple(size), tuple(new_size))
+        return SpatialAction(self.group, self.ndim, self.point, shift, self.name)
 
     def _check_axes(self, size: Sequence[int]) -> None:
         if len(size) != self.ndim:
@@ -364,8 +365,9 @@ def _no_shift(ndim: int, g: Element) -> tuple[int, ...]:
     return (0,) * ndim
 
 
-def _divided(shift: Callable[[Element], tuple[int, ...]], strides: Sequence[int], g: Element) -> tuple[int, ...]:
-    return tuple(pixels // stride for pixels, stride in zip(shift(g), strides))
+def _rescaled(shift: Callable[[Element], tuple[int, ...]], size: Sequence[int], new_size: Sequence[int],
+              g: Element) -> tuple[int, ...]:
+    return tuple(pixels * new // old for pixels, old, new in zip(shift(g), size, new_size))
 
 
 def _move_pixels(space: SpatialAction, size: Sequence[int], shifted: bool, g: Element) -> SignedPermutation:

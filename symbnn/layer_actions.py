@@ -119,7 +119,7 @@ class Site:
             ledger.layers[self.name] = (x.channel_class, written)
         return ledger.layers[self.name][1]
 
-# %% ../nbs/02b_layer_actions.ipynb #42180036-0
+# %% ../nbs/02b_layer_actions.ipynb #5c2f4f35-0
 class Window(NamedTuple):
     """A window that slides along one axis: tap `j` of output `o` reads pixel `o*stride - before + j*dilation`."""
 
@@ -143,15 +143,20 @@ class Window(NamedTuple):
         """Whether a reversed image is read at the same pixels by the reversed kernel: the window ends as it starts."""
         return self.end(size) == self.before
 
+    def covers(self, size: int) -> bool:
+        """Whether one output reads every pixel once and no padding."""
+        return (self.kernel, self.dilation, self.before, self.outputs(size)) == (size, 1, 0, 1)
+
     def __str__(self) -> str:
         return (f"kernel {self.kernel}, stride {self.stride}, padding {self.before}+{self.after}, "
                 f"dilation {self.dilation}")
 
-# %% ../nbs/02b_layer_actions.ipynb #c390666c-0
-def slide(site: Site, x: Features, windows: Sequence[Window], wraps: bool = False) -> Features:
+# %% ../nbs/02b_layer_actions.ipynb #fb768ef8-0
+def slide(site: Site, x: Features, windows: Sequence[Window], wraps: bool = False, alike: bool = False) -> Features:
     """The features behind windows that slide along the spatial axes of `x`, refused where they do not commute.
 
-    `wraps` says that padding is circular, so that pixels are counted modulo the size.
+    `wraps` says that padding is circular, so that pixels are counted modulo the size; `alike` that all taps of the
+    window are the same, as in pools, so that one window over the whole axis does not notice shifts.
     """
     if min(window.outputs(size) for window, size in zip(windows, x.size)) < 1:
         site.refuse(_where(windows[0], x), "the window is larger than the padded image",
@@ -165,11 +170,10 @@ def slide(site: Site, x: Features, windows: Sequence[Window], wraps: bool = Fals
             if sign < 0:
                 _check_reversal(site, windows[a], x, x.size[a], wraps)
         for window, size, shift in zip(windows, x.size, x.space.shift(g)):
-            if shift % size:
+            if shift % size and not (alike and window.covers(size)):
                 _check_shift(site, window, x, size, shift, wraps)
-    space = x.space.strided(*(window.stride for window in windows))
     size = tuple(window.outputs(length) for window, length in zip(windows, x.size))
-    return Features(x.channel_class, x.channels, space, size, flat=False)
+    return Features(x.channel_class, x.channels, x.space.resampled(x.size, size), size, flat=False)
 
 
 def _where(window: Window, x: Features) -> str:
@@ -181,7 +185,7 @@ def _check_reversal(site: Site, window: Window, x: Features, size: int, wraps: b
     if gap % size if wraps else gap:
         site.refuse(_where(window, x),
                     f"'{x.space.name}' reverses an axis, along which the window starts {window.before} pixels before "
-                    f"the image and ends {window.end(size)} behind it, so that the turned image is read at other pixels",
+                    f"the image and ends {window.end(size)} behind it, so the turned image is read at other pixels",
                     _symmetric_alternative(window, size))
 
 
@@ -207,7 +211,7 @@ def _check_shift(site: Site, window: Window, x: Features, size: int, shift: int,
                     f"a shift by {shift} pixels is no whole number of outputs at stride {window.stride}",
                     "shift by multiples of the product of all strides")
 
-# %% ../nbs/02b_layer_actions.ipynb #5738e076-0
+# %% ../nbs/02b_layer_actions.ipynb #c908eea6-0
 def convolution(site: Site, spec: nn.Conv1d | nn.Conv2d, x: Features) -> Features:
     """Convolution: `W -> P_out W P_in^-1`, with the kernels turned or flipped."""
     ndim = len(spec.kernel_size)
@@ -234,7 +238,7 @@ def _kernel_action(site: Site, target: Action, source: Action, kernel: Action, g
     for g in target.group.generators():
         if not _keeps_groups(target(g), source(g), groups):
             site.refuse(f"{groups} groups under the channel actions {source.name!r} and {target.name!r}",
-                        "the action tears groups of the convolution apart, or moves input and output groups differently",
+                        "the action tears the convolution's groups apart, or moves input and output groups differently",
                         "use trivial channel actions here, or one group, or as many groups as channels")
     shape = (target.numel, source.numel // groups, *kernel.shape)
     return Action(target.group, shape, partial(_grouped, target, source, kernel, groups), "grouped kernels")
@@ -281,7 +285,7 @@ def _need_size(site: Site, expected: int, received: int) -> None:
     if expected != received:
         site.refuse(f"{received} features", f"the layer is made for {expected}", "make the sizes of the layers fit")
 
-# %% ../nbs/02b_layer_actions.ipynb #d96ffd3f-0
+# %% ../nbs/02b_layer_actions.ipynb #a9fc4b32-0
 def pool(site: Site, spec: nn.Module, x: Features) -> Features:
     """Average and maximum pools; they act on every channel alike."""
     ndim = int(type(spec).__name__[-2])
@@ -289,7 +293,7 @@ def pool(site: Site, spec: nn.Module, x: Features) -> Features:
     _check_maximum(site, spec, x)
     settings = (spec.kernel_size, spec.stride, spec.padding, getattr(spec, "dilation", 1))
     axes = zip(*(_per_axis(setting, ndim) for setting in settings))
-    return slide(site, x, [Window(k, s, p, p, d, spec.ceil_mode) for k, s, p, d in axes])
+    return slide(site, x, [Window(k, s, p, p, d, spec.ceil_mode) for k, s, p, d in axes], alike=True)
 
 
 def adaptive_pool(site: Site, spec: nn.Module, x: Features) -> Features:
@@ -303,12 +307,11 @@ def adaptive_pool(site: Site, spec: nn.Module, x: Features) -> Features:
             if size[a] != size[b]:
                 site.refuse(f"the output size {size}", f"'{x.space.name}' exchanges the axes",
                             "pool to the same size along both")
-            if shift % x.size[a] and size[a] > 1 and (x.size[a] % size[a] or shift % (x.size[a] // size[a])):
+            if size[a] > 1 and shift * size[a] % x.size[a]:
                 site.refuse(f"the output size {size} on the size {x.size}",
                             f"a shift by {shift} pixels is no whole number of outputs",
-                            "pool to size 1, or to a divisor of the size, and shift by whole windows")
-    space = x.space.strided(*(max(1, old // new) for old, new in zip(x.size, size)))
-    return Features(x.channel_class, x.channels, space, size, flat=False)
+                            "pool to size 1, or shift by pixels such that shift times output size over size is whole")
+    return Features(x.channel_class, x.channels, x.space.resampled(x.size, size), size, flat=False)
 
 
 def _check_maximum(site: Site, spec: nn.Module, x: Features) -> None:
@@ -328,6 +331,8 @@ def flatten(site: Site, x: Features, start_dim: int = 0, end_dim: int = -1) -> F
         site.refuse(f"a flattening of the axes {start_dim} to {end_dim}",
                     "only all axes behind the batch together are understood",
                     "use nn.Flatten(1) or torch.flatten(x, 1)")
+    if x.count == x.channels:  # one pixel: nothing but the channels is left
+        return Features(x.channel_class, x.channels)
     return Features(x.channel_class, x.channels, x.space, x.size, flat=True)
 
 
@@ -338,7 +343,8 @@ def reduce(site: Site, x: Features, dim: int | Sequence[int] | None = None, keep
         site.refuse(f"a reduction over the axes {dim}", "only reductions over all spatial axes together are understood",
                     "write x.mean((-2, -1)) for images, x.mean(-1) for series")
     if keepdim:
-        return Features(x.channel_class, x.channels, x.space.strided(*x.size), (1,) * len(x.size), flat=False)
+        one = (1,) * len(x.size)
+        return Features(x.channel_class, x.channels, x.space.resampled(x.size, one), one, flat=False)
     return Features(x.channel_class, x.channels)
 
 
@@ -347,14 +353,15 @@ def reduce_maximum(site: Site, x: Features, dim: int | Sequence[int] | None = No
     site.forbid_signs(x, "a maximum does not commute with a change of sign")
     return reduce(site, x, dim, keepdim)
 
-# %% ../nbs/02b_layer_actions.ipynb #e4c18c4f-0
+# %% ../nbs/02b_layer_actions.ipynb #66805ada-0
 def add(site: Site, x: Features | float, y: Features | float, alpha: float = 1) -> Features:
     """A sum, whose terms are moved alike from here on: their channel classes become one."""
     if not isinstance(x, Features) or not isinstance(y, Features):
         return pointwise(site, x if isinstance(x, Features) else y)
     if (x.channels, x.size, x.flat, x.space is None) != (y.channels, y.size, y.flat, y.space is None):
         site.refuse(f"terms with {x.channels} and {y.channels} channels of spatial size {x.size} and {y.size}",
-                    "terms of different shape are broadcast", "add features of equal shape")
+                    "the terms differ in shape or layout, so they are broadcast or hold other features side by side",
+                    "add features of equal shape, both flat behind the same kind of layer")
     site.ledger.tie(x.channel_class, y.channel_class)
     return x
 

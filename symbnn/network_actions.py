@@ -69,7 +69,7 @@ def _graph(network: nn.Module) -> tuple[nn.Module, fx.Graph]:
                       cause=f"it cannot be traced ({type(error).__name__}: {error})",
                       fix="write a forward pass without control flow that depends on data or shapes") from error
 
-# %% ../nbs/02c_network_actions.ipynb #f7667345-0
+# %% ../nbs/02c_network_actions.ipynb #95d24541-0
 def _read(network: nn.Module, source: Action) -> tuple[Ledger, Features]:
     """Walk along the network's graph; what was noted on the way, and the features that the network returns."""
     ledger = Ledger(source.group)
@@ -123,7 +123,7 @@ def _read_function(ledger: Ledger, node: fx.Node, args: Sequence, kwargs: Mappin
                     "its part, and so the action on it, is not known", "put it into a layer of torch.nn")
     if node.target not in FUNCTIONS or not any(isinstance(value, Features) for value in args):
         site.refuse(f"a call of {title}", "no action is known for this operation",
-                    "use sums, pointwise activations, pools, torch.flatten(x, 1), means over all spatial axes, or layers")
+                    "use sums, pointwise activations, pools, torch.flatten(x, 1), means over all spatial axes, layers")
     try:
         return FUNCTIONS[node.target](site, *args, **kwargs)
     except (TypeError, AttributeError) as error:
