@@ -32,14 +32,15 @@ class Closure:
     def __bool__(self) -> bool:
         return self.closed
 
-# %% ../nbs/02d_closedness.ipynb #69f8afa7-0
+# %% ../nbs/02d_closedness.ipynb #b2ffe242-0
 def _check_map(map: LinearMap, n: int) -> None:
     """Refuse what does not act on `n` coordinates."""
-    shape = (map.size, map.size) if isinstance(map, SignedPermutation) else tuple(map.shape)
-    real = isinstance(map, SignedPermutation) or (map.is_floating_point() and bool(map.isfinite().all()))
+    known = isinstance(map, SignedPermutation)
+    shape = (map.size, map.size) if known else tuple(getattr(map, "shape", ()))
+    real = known or (isinstance(map, Tensor) and map.is_floating_point() and bool(map.isfinite().all()))
     if shape != (n, n) or not real:
-        raise Refusal(f"a map of this tensor is a signed permutation, or a real finite matrix, of size {n}",
-                      received=f"shape {shape}" + ("" if real else ", not floating point or not finite"),
+        raise Refusal(f"a map of this tensor must be a signed permutation, or a real finite matrix, of size {n}",
+                      received=f"a {type(map).__name__} of shape {shape}" + ", not real or not finite" * (not real),
                       cause="the map was built for another tensor, or holds integers or a NaN",
                       fix="build it for the flattened tensor, row-major, in floating point")
 
@@ -71,7 +72,7 @@ def apply_map(map: LinearMap, value: Tensor) -> Tensor:
     """The map applied along the last axis."""
     return map(value) if isinstance(map, SignedPermutation) else value @ map.to(value.device, value.dtype).T
 
-# %% ../nbs/02d_closedness.ipynb #f878d37a-0
+# %% ../nbs/02d_closedness.ipynb #cba6d528-0
 class Family(nn.Module):
     """A distribution over one tensor of weights, of shape `shape`, together with its parameters.
 
@@ -91,7 +92,7 @@ class Family(nn.Module):
     def _hold(self, name: str, value: Tensor) -> None:
         """Keep a copy of `value` as a parameter, or as a buffer where this member is frozen."""
         if not value.is_floating_point() or not (value.is_meta or bool(value.isfinite().all())):
-            raise Refusal(f"{name} of {type(self).__name__} holds finite real numbers",
+            raise Refusal(f"{name} of {type(self).__name__} must hold finite real numbers",
                           received=f"a {value.dtype} tensor of shape {tuple(value.shape)} that does not",
                           cause="a NaN, an infinity (the logarithm of a scale 0) or an integer tensor",
                           fix="pass finite floating-point numbers, scales by their logarithm")
@@ -127,7 +128,7 @@ class Family(nn.Module):
         """The leading axes of weights `(*batch, *shape)`."""
         batch = theta.shape[: theta.ndim - len(self.shape)]
         if (*batch, *self.shape) != tuple(theta.shape):
-            raise Refusal(f"weights of this family have shape (..., {', '.join(str(n) for n in self.shape)})",
+            raise Refusal(f"weights of this family must have shape (..., {', '.join(str(n) for n in self.shape)})",
                           received=f"shape {tuple(theta.shape)}", cause="weights of another tensor, or flattened ones",
                           fix="put draw axes first and the axes of the tensor last")
         return batch
@@ -146,7 +147,7 @@ class Family(nn.Module):
         Raises `Refusal` where shapes differ, the value is infinite, or no closed form is known.
         """
         if prior.shape != self.shape:
-            raise Refusal("posterior and prior are distributions over the same tensor",
+            raise Refusal("posterior and prior must be distributions over the same tensor",
                           received=f"shapes {self.shape} and {prior.shape}", cause="a prior made for another tensor",
                           fix="build the prior from the posterior that it belongs to")
         return self._kl(prior)
@@ -166,7 +167,7 @@ class Family(nn.Module):
         return None
 
     def _no_kl(self, prior: "Family", cause: str) -> Refusal:
-        return Refusal("the divergence of the posterior from its prior is finite and has a closed form",
+        return Refusal("the divergence of a posterior from its prior must be finite and have a closed form",
                        received=f"KL({type(self).__name__} || {type(prior).__name__})", cause=cause,
                        fix="choose a prior of the posterior's own class (and mask), or a mean-field Gaussian, which "
                        "has a closed form for every family here")
@@ -194,7 +195,7 @@ class Family(nn.Module):
         """
         closure = self.is_closed_under(map)
         if not closure:
-            raise Refusal(f"{type(self).__name__} is closed under the map that moves it",
+            raise Refusal(f"{type(self).__name__} must be closed under the map that is to move it",
                           received=f"a map of {self.numel} coordinates under which it is not", cause=closure.reason,
                           fix="use a map or a family that the closedness theorem allows; FullGaussian allows every "
                           "invertible matrix")
@@ -212,6 +213,6 @@ class Family(nn.Module):
 
     @classmethod
     def _not_exponential(cls) -> Refusal:
-        return Refusal("natural parameters belong to an exponential family", received=cls.__name__,
+        return Refusal("natural parameters must belong to an exponential family", received=cls.__name__,
                        cause="log-densities with a free location span no finite-dimensional space",
                        fix="average moments or parameters, or choose a Gaussian or log-normal family")

@@ -20,19 +20,19 @@ from .actions import SignedPermutation
 from .closedness import Closure, Family, LinearMap, apply_map, monomial, zero_tolerance
 from .groups import Refusal
 
-# %% ../nbs/03_families.ipynb #6295542e-0
+# %% ../nbs/03_families.ipynb #a9e480ce-0
 def _log_scale(scale: float | Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The logarithm of a positive scale, as `like` in dtype and device, broadcast to `shape`."""
     scale = torch.as_tensor(scale, dtype=like.dtype, device=like.device)
     fits = scale.ndim <= len(shape) and all(s in (1, n) for s, n in zip(scale.shape[::-1], tuple(shape)[::-1]))
     if not fits or not (scale.is_meta or bool((scale > 0).all())):
-        raise Refusal(f"a scale is positive and broadcasts to the shape {tuple(shape)}",
+        raise Refusal(f"a scale must be positive and broadcast to the shape {tuple(shape)}",
                       received=f"a scale of shape {tuple(scale.shape)}" + (" with a value <= 0" if fits else ""),
                       cause="a logarithm passed as a scale, or a scale of another tensor",
                       fix="pass a positive number, or a tensor of positive numbers that broadcasts")
     return scale.log().expand(shape)
 
-# %% ../nbs/03_families.ipynb #9ca3d8ae-0
+# %% ../nbs/03_families.ipynb #90c72af4-0
 class _Independent(Family):
     """Independent coordinates with a location and a scale each: what Gaussian, Laplace and log-normal share.
 
@@ -40,13 +40,13 @@ class _Independent(Family):
     """
 
     def __init__(self, loc: Tensor, log_scale: Tensor, *, shape: tuple[int, ...] | None = None, trainable: bool = True):
-        wanted = () if shape is None else (tuple(shape),)
+        shape = shape if shape is None else tuple(shape)
         try:
-            common = tuple(torch.broadcast_shapes(loc.shape, log_scale.shape, *wanted))
+            common = tuple(torch.broadcast_shapes(loc.shape, log_scale.shape, shape or ()))
         except RuntimeError:
             common = None
-        if common is None or common != (common if shape is None else tuple(shape)) or loc.dtype != log_scale.dtype:
-            raise Refusal("location and log-scale have one dtype and broadcast to the tensor's shape",
+        if common is None or shape not in (None, common) or loc.dtype != log_scale.dtype:
+            raise Refusal("location and log-scale must have one dtype and broadcast to the tensor's shape",
                           received=f"loc {tuple(loc.shape)} {loc.dtype}, log_scale {tuple(log_scale.shape)} "
                           f"{log_scale.dtype}, shape {shape}", cause="parameters made for another tensor",
                           fix="pass tensors that broadcast to `shape`")
@@ -114,12 +114,12 @@ class _Independent(Family):
                           self._compact(log_scale + factor.abs().log(), self.log_scale),
                           shape=self.shape, trainable=self.trainable)
 
-# %% ../nbs/03_families.ipynb #462d7963-0
+# %% ../nbs/03_families.ipynb #6eaf6e39-0
 def _to_natural(member: _Independent) -> dict[str, Tensor]:
     """Natural parameters of independent normals with the locations and scales of `member`."""
     precision = (-2 * member.log_scale).exp()
     if not bool(precision.isfinite().all()):
-        raise Refusal(f"1 / scale^2 is finite in {precision.dtype}", received=f"a smallest log-scale of "
+        raise Refusal(f"1 / scale^2 must be finite in {precision.dtype}", received=f"a smallest log-scale of "
                       f"{member.log_scale.min().item():.4g}", cause="a scale too small for this dtype",
                       fix="convert the family to float64 first")
     return {"linear": (member.loc * precision).expand(member.shape), "quadratic": -precision / 2}
@@ -129,7 +129,7 @@ def _from_natural(natural: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(loc, log_scale) of independent normals from their natural parameters."""
     precision = -2 * natural["quadratic"]
     if not bool((precision > 0).all()):
-        raise Refusal("the quadratic natural parameter of a Gaussian is negative",
+        raise Refusal("the quadratic natural parameter of a Gaussian must be negative",
                       received=f"a largest value of {natural['quadratic'].max().item():.3g}",
                       cause="the parameters lie outside the natural parameter space",
                       fix="weights of an average must not be negative: extrapolation may leave the space")
@@ -215,7 +215,7 @@ class Laplace(_Independent):
             return self._total(near + far - ratio - 1)
         return super()._kl(prior)
 
-# %% ../nbs/03_families.ipynb #62bdea47-0
+# %% ../nbs/03_families.ipynb #695947dc-0
 class LogNormal(_Independent):
     """Weights mask * exp(loc + exp(log_scale) * normal noise): frozen signs, log-normal magnitudes.
 
@@ -229,7 +229,7 @@ class LogNormal(_Independent):
     def __init__(self, loc: Tensor, log_scale: Tensor, mask: Tensor, *, shape: tuple[int, ...] | None = None,
                  trainable: bool = True):
         if not mask.is_meta and not bool((mask.abs() == 1).all()):
-            raise Refusal("a sign mask holds +1 and -1", received=f"the values {mask.unique().tolist()[:5]}",
+            raise Refusal("a sign mask must hold +1 and -1", received=f"the values {mask.unique().tolist()[:5]}",
                           cause="weights or a 0/1 mask passed as a sign mask",
                           fix="pass the signs of the weights, with zeros replaced by 1")
         if shape is None:
@@ -307,7 +307,7 @@ class LogNormal(_Independent):
         """The member with these natural parameters and this mask; `Refusal` outside the natural parameter space."""
         return cls(*_from_natural(natural), natural["mask"], trainable=trainable)
 
-# %% ../nbs/03_families.ipynb #7b9dc143-0
+# %% ../nbs/03_families.ipynb #367570c3-0
 class BlockGaussian(MeanFieldGaussian):
     """Independent normal weights that share one standard deviation within each block.
 
@@ -325,8 +325,9 @@ class BlockGaussian(MeanFieldGaussian):
         """
         kept = min(mean.ndim, 2) if block_ndim is None else mean.ndim - block_ndim
         if not 0 <= kept <= mean.ndim:
-            raise Refusal("a block is made of trailing axes of the tensor", received=f"block_ndim={block_ndim} for "
-                          f"shape {tuple(mean.shape)}", cause="a tensor of fewer axes", fix="pass at most its axes")
+            raise Refusal("a block must be made of trailing axes of the tensor",
+                          received=f"block_ndim={block_ndim} for shape {tuple(mean.shape)}",
+                          cause="a tensor of fewer axes", fix="pass at most its number of axes")
         return cls(mean, _log_scale(scale, mean, (*mean.shape[:kept], *[1] * (mean.ndim - kept))), trainable=trainable)
 
     @property
@@ -352,7 +353,7 @@ class BlockGaussian(MeanFieldGaussian):
         first[block] = torch.arange(self.numel, device=block.device)  # some weight of each block
         sources, gains = source[first], gain[first]
         constant = torch.equal(source, sources[block]) and bool(((gain - gains[block]).abs() <= small).all())
-        return (sources, gains) if aligned and constant and sources.unique().numel() == count else None
+        return (sources, gains) if aligned and constant else None  # blocks have one size, so none is read twice
 
     def _closure(self, map: LinearMap) -> Closure:
         if self._sources(map) is None:
@@ -367,7 +368,7 @@ class BlockGaussian(MeanFieldGaussian):
         return BlockGaussian(self._compact(loc, self.loc), log_scale.view(self.log_scale.shape), shape=self.shape,
                              trainable=self.trainable)
 
-# %% ../nbs/03_families.ipynb #913d73b7-0
+# %% ../nbs/03_families.ipynb #0b2dab9b-0
 class FullGaussian(Family):
     """Normal weights with any covariance L L^T over the flattened tensor.
 
@@ -382,7 +383,7 @@ class FullGaussian(Family):
         self._check_size(loc)
         square = tuple(scale_tril.shape) == (loc.numel(), loc.numel())
         if not square or not (scale_tril.is_meta or self._is_factor(scale_tril)):
-            raise Refusal("scale_tril is lower triangular over the flattened tensor, with a positive diagonal",
+            raise Refusal("scale_tril must be lower triangular over the flattened tensor, with a positive diagonal",
                           received=f"shape {tuple(scale_tril.shape)} for {loc.numel()} weights" * (not square)
                           + "a matrix that is not" * square, cause="a covariance in place of its Cholesky factor",
                           fix="pass torch.linalg.cholesky(covariance)")
@@ -397,8 +398,9 @@ class FullGaussian(Family):
     @classmethod
     def _check_size(cls, loc: Tensor) -> None:
         if loc.numel() > cls.largest:
-            raise Refusal(f"a full covariance covers at most {cls.largest} weights", received=f"{loc.numel()} weights, "
-                          f"whose factor alone would take {loc.numel() ** 2 * loc.element_size() / 2**30:.2f} GiB",
+            raise Refusal(f"a full covariance must cover at most {cls.largest} weights",
+                          received=f"{loc.numel()} weights, whose factor alone would take "
+                          f"{loc.numel() ** 2 * loc.element_size() / 2**30:.2f} GiB",
                           cause="one covariance for a whole layer", fix="choose BlockGaussian or MeanFieldGaussian")
 
     @classmethod
@@ -476,7 +478,7 @@ class FullGaussian(Family):
         """The member with these natural parameters; `Refusal` outside the natural parameter space."""
         root, failed = torch.linalg.cholesky_ex(-2 * natural["quadratic"].flip(0, 1))
         if int(failed) > 0:
-            raise Refusal("the quadratic natural parameter of a Gaussian is negative definite",
+            raise Refusal("the quadratic natural parameter of a Gaussian must be negative definite",
                           received="a matrix that is not", cause="parameters outside the natural parameter space",
                           fix="weights of an average must not be negative: extrapolation may leave the space")
         factor = torch.linalg.inv(root.flip(0, 1)).T  # the precision is U U^T with U upper triangular, L = U^-T

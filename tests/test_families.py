@@ -93,6 +93,7 @@ def test_same_names_trained_and_frozen(name):
     q = members()[name]
     frozen = q.freeze()
     assert set(q.state_dict()) == set(frozen.state_dict()) and not list(frozen.parameters()) and list(q.parameters())
+    assert q.trainable and not frozen.trainable and "trainable=False" in repr(frozen)
     other = members(seed=7)[name].freeze()
     other.load_state_dict(q.state_dict())
     assert_close(other.log_prob(q.mean), q.log_prob(q.mean))
@@ -224,9 +225,30 @@ def test_no_nan_in_float32(name, scale):
         theta = q.rsample(3, seeded(0)).detach()
         values = [q.mean, q.scale, q.variance, theta, q.log_prob(theta), q.entropy(), q.kl(own), q.kl(gaussian)]
         assert not any(bool(v.isnan().any()) for v in values), [v.isnan().any().item() for v in values]
+        double = copy.deepcopy(q).double()
+        around = MeanFieldGaussian.initial(mean, prior_scale, trainable=False)
+        for value, other in ((q.kl(own), own), (q.kl(gaussian), gaussian), (q.kl(around), around)):
+            exact = double.kl(copy.deepcopy(other).double())
+            if exact < 1e30:  # and where the value is a float32 it is right
+                assert_close(value / exact.clamp(min=1.0), exact / exact.clamp(min=1.0), 1e-4)
         if name != "lognormal" or scale <= 1:  # exp(1e10) is no float
             (q.entropy() + q.kl(own) + q.rsample(3, seeded(0)).sum()).backward()
             assert not any(bool(p.grad.isnan().any()) for p in q.parameters())
+
+
+@each_family
+def test_symmetric_means_that_flipout_keeps_the_law(name):
+    q = members()[name].freeze()
+    theta = q.rsample(5, seeded(0))
+    flipped = q.mean + (theta - q.mean) * torch.where(random(SHAPE, 3) < 0, -1, 1)
+    assert q.symmetric is torch.allclose(q.log_prob(flipped), q.log_prob(theta), rtol=exact64)
+    assert q.exponential is (name in EXPONENTIAL)
+
+
+def test_log_normal_spread_below_the_smallest_float():
+    q = LogNormal.initial(torch.tensor([0.5, -2.0]), 1e-25)  # the variance of the logarithms underflows
+    q.kl(MeanFieldGaussian.initial(torch.zeros(2), 1.0)).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in q.parameters())
 
 
 @each_family
@@ -553,7 +575,7 @@ def test_storage_of_broadcast_parameters():
 def test_maps_that_do_not_act_are_refused(name):
     q = members()[name]
     for wrong in (SignedPermutation.identity(5), torch.eye(5), torch.eye(SIZE, dtype=torch.int64), torch.ones(SIZE),
-                  torch.full((SIZE, SIZE), math.nan)):
+                  [1.0], torch.full((SIZE, SIZE), math.nan)):
         with pytest.raises(Refusal, match="map"):
             q.is_closed_under(wrong)
     singular = torch.eye(SIZE, dtype=torch.float64)
