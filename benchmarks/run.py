@@ -11,7 +11,6 @@ before pooling, default memory layout, one backward pass through all draws; metr
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,10 +22,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from symbnn.actions import field, rotations
-from symbnn.layers import bayesianize, forward, kl_sum, variational_tensors
+from symbnn.layers import bayesianize, kl_sum, variational_tensors
 from symbnn.metrics import orbit_predictions, summarize
 from symbnn.models import multiply_adds
 from symbnn.network_actions import network_action
+from symbnn.sampling import forward
 
 BATCH, DRAWS, CLASSES, SIZE = 128, 10, 10, (1, 28, 28)
 NETWORKS = {"small": (32, 64), "expanded": (128, 256)}
@@ -40,7 +40,10 @@ def convolutional(channels, pool_first):
         tail = [nn.MaxPool2d(2), nn.ReLU()] if pool_first else [nn.ReLU(), nn.MaxPool2d(2)]
         layers += [nn.Conv2d(before, after, 3, padding=1), *tail]
         before = after
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, CLASSES))
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, CLASSES))
+    for name, parameter in network.named_parameters():  # the source's start: He weights, zero biases
+        nn.init.zeros_(parameter) if "bias" in name else nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    return network
 
 
 class LoopLayer(nn.Module):
@@ -164,6 +167,12 @@ def gradients(loss, parameters, repeats):
     return torch.stack(found)
 
 
+def summed_variance(sample):
+    """The variance summed over coordinates, and its standard error over the repeats."""
+    squares = (sample - sample.mean(0)).square().sum(1)
+    return squares.sum().item() / (len(squares) - 1), squares.std().item() / len(squares) ** 0.5
+
+
 def variance(repeats):
     """Summed variance of the gradient in the means: at the start, and after 150 steps of training on these images."""
     from symbnn.data import load
@@ -188,10 +197,11 @@ def variance(repeats):
             **{f"split, K={k}": lambda k=k: F.cross_entropy(forward(ours, x, k, "split")[0], y) for k in (8, 16, 32)},
             "flipout, S=1": lambda: F.cross_entropy(forward(ours, x, 1, "flipout")[0], y),
         }
-        found = {name: gradients(loss, locs, repeats).var(0).sum().item() for name, loss in estimators.items()}
+        found = {name: summed_variance(gradients(loss, locs, repeats)) for name, loss in estimators.items()}
+        loop = found[f"loop, S={DRAWS}"][0]
         report[stage] = {
-            "variance": found,
-            "worth in shared draws": {name: DRAWS * found[f"loop, S={DRAWS}"] / value for name, value in found.items()},
+            "variance and its standard error": found,
+            "worth in shared draws": {name: DRAWS * loop / value for name, (value, _) in found.items()},
         }
     return report
 
@@ -201,9 +211,16 @@ def memory_of(which, name):
     x, y = batch()
     loop, ours = pair(name)
     forward(ours, x[:2], 2, "split").sum().backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: start the peak anew
+    before = resident("VmRSS")
     (loop_loss(loop, x, y, DRAWS) if which == "loop" else our_loss(ours, x, y, RUNS)).backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (resident("VmHWM") - before) / 1024
+
+
+def resident(entry):
+    """Resident memory of this process in kB: `VmRSS` now, `VmHWM` at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry))
 
 
 def memory(repeats):

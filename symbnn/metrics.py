@@ -7,7 +7,7 @@ __all__ = ['Probabilities', 'Mode', 'Over', 'check_probabilities', 'check_labels
            'accuracy', 'nll', 'brier', 'ece', 'defect_plugin', 'Estimate', 'defect_unbiased', 'orbit_jensen_shannon',
            'symmetric_kl', 'orbit_agreement', 'summarize']
 
-# %% ../nbs/07_defect.ipynb #99342d9c-0
+# %% ../nbs/07_defect.ipynb #8dca2b28-0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .groups import Element, Refusal
-from .layers import VariationalLayer, predict, sample_weights
+from .layers import VariationalLayer
+from .sampling import predict, sample_weights
 from .network_actions import NetworkAction
 
 # %% ../nbs/07_defect.ipynb #1d1a4e48-0

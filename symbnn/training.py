@@ -6,7 +6,7 @@
 __all__ = ['Optimizer', 'Schedule', 'Precision', 'Select', 'Callback', 'CHECK_EVERY', 'TrainingConfig', 'rate_factor',
            'make_optimizer', 'choose_device', 'check_task', 'EpochRecord', 'TrainingResult', 'predictive_nll', 'train']
 
-# %% ../nbs/16_training.ipynb #ebd81c8f-0
+# %% ../nbs/16_training.ipynb #da79b903-0
 import json
 import math
 import signal
@@ -38,7 +38,8 @@ from symbnn.checkpoints import (
 )
 from .data import AUGMENTATIONS, Batches, Split, batches, epoch_generator
 from .groups import Refusal
-from .layers import Estimator, forward, predict, variational_tensors
+from .layers import variational_tensors
+from .sampling import Estimator, forward, predict
 from .models import Architecture
 from .objectives import Categorical, elbo
 

@@ -23,16 +23,14 @@ from symbnn.expansion import block_turn, expand, expanded_action
 from symbnn.families import BlockGaussian, FullGaussian, Laplace, LogNormal, MeanFieldGaussian
 from symbnn.groups import Cyclic, Dihedral, Product, Refusal, Symmetric
 from symbnn.layers import (
-    apply_weights,
     bayesianize,
     isotropic,
-    mean_weights,
     posterior_mean_network,
     random_means,
-    sample_weights,
     variational_tensors,
 )
 from symbnn.network_actions import intertwining_error, network_action
+from symbnn.sampling import apply_weights, mean_weights, sample_weights
 from tolerances import assert_close, exact32, exact64
 
 ARRANGEMENTS = ("regular", "row_rolled", "row_constant", "block_diagonal")

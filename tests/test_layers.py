@@ -14,21 +14,17 @@ from symbnn.groups import Refusal
 from symbnn.layers import (
     VariationalConv2d,
     VariationalLinear,
-    apply_weights,
     bayesianize,
     fixed_means,
-    forward,
     isotropic,
     kl_per_datum,
     kl_sum,
-    mean_weights,
     per_tensor,
     posterior_mean_network,
-    predict,
     random_means,
-    sample_weights,
     variational_tensors,
 )
+from symbnn.sampling import apply_weights, forward, mean_weights, predict, sample_weights
 from tolerances import assert_close, exact64, within_standard_errors
 
 LAYERS = [

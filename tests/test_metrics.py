@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from symbnn.actions import field, regular_channels, rotations
 from symbnn.groups import Cyclic, Refusal
-from symbnn.layers import bayesianize, sample_weights
+from symbnn.layers import bayesianize
 from symbnn.metrics import (
     Estimate,
     OrbitPredictions,
@@ -30,6 +30,7 @@ from symbnn.metrics import (
     symmetric_kl,
 )
 from symbnn.network_actions import network_action
+from symbnn.sampling import sample_weights
 from tolerances import assert_close as tensors_close
 from tolerances import exact32, exact64, within_standard_errors
 

@@ -12,9 +12,10 @@ from torch import nn
 from symbnn.actions import field, rotations, rotations_and_flips
 from symbnn.expansion import expand
 from symbnn.groups import Refusal
-from symbnn.layers import apply_weights, bayesianize, mean_weights
+from symbnn.layers import bayesianize
 from symbnn.models import PRESETS, Architecture, build, multiply_adds, weight_count
 from symbnn.network_actions import intertwining_error, network_action
+from symbnn.sampling import apply_weights, mean_weights
 from tolerances import assert_close, exact64
 
 

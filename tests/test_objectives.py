@@ -11,17 +11,15 @@ from symbnn.families import FullGaussian, MeanFieldGaussian
 from symbnn.groups import Refusal
 from symbnn.layers import (
     VariationalTensor,
-    apply_weights,
     bayesianize,
     fixed_means,
-    forward,
     isotropic,
     kl_sum,
-    sample_weights,
     variational_tensors,
 )
 from symbnn.network_actions import network_action
 from symbnn.objectives import Categorical, Gaussian, elbo
+from symbnn.sampling import apply_weights, forward, sample_weights
 from tolerances import assert_close, within_standard_errors
 
 NOISE, TAU = 0.4, 1.3

@@ -16,8 +16,9 @@ from symbnn.checkpoints import load_network, read_checkpoint
 from symbnn.data import Split, batches, epoch_generator
 from symbnn.families import FullGaussian, LogNormal, MeanFieldGaussian
 from symbnn.groups import Cyclic, Refusal
-from symbnn.layers import bayesianize, forward, kl_per_datum, posterior_mean_network, variational_tensors
+from symbnn.layers import bayesianize, kl_per_datum, posterior_mean_network, variational_tensors
 from symbnn.models import Architecture, build
+from symbnn.sampling import forward
 from symbnn.training import TrainingConfig, make_optimizer, train
 from tolerances import assert_close, exact32
 
