@@ -56,7 +56,7 @@ class Features:
 
 Resolve = Callable[[Features], Action]  # from features to the action on them, once all channel classes are known
 
-# %% ../nbs/02b_layer_actions.ipynb #91a86394-0
+# %% ../nbs/02b_layer_actions.ipynb #f1334002-0
 @dataclass
 class Ledger:
     """What a walk along a network notes: channel classes and their ties, and what to derive when all are known."""
@@ -113,7 +113,11 @@ class Site:
         """The channel class of the result: one of its `own`, or that of `x`; a layer called again has the same two."""
         ledger = self.ledger
         if self.name in ledger.layers:
-            ledger.tie(ledger.layers[self.name][0], x.channel_class)
+            read = ledger.layers[self.name][0]
+            if ledger.sizes[read] != ledger.sizes[x.channel_class]:
+                self.refuse("two calls", "it reads other channels in each, so its weight would have to move in two ways",
+                            "use two layers")
+            ledger.tie(read, x.channel_class)
         else:
             written = ledger.new_class(self.name, channels) if own else x.channel_class
             ledger.layers[self.name] = (x.channel_class, written)

@@ -274,6 +274,22 @@ def test_layers_used_twice():
     assert list(unit_permutations(network, IMAGE).channels) == ["input", "stem", "output"]
 
 
+def test_layers_used_twice_in_different_ways():
+    class Twice(nn.Module):
+        def __init__(self, wide):
+            super().__init__()
+            self.wide, self.layer = wide, nn.Linear(8, 8)
+
+        def forward(self, x):
+            if self.wide:
+                return self.layer(F.avg_pool2d(x, (4, 2)).flatten(1)) + self.layer(F.avg_pool2d(x, (2, 4)).flatten(1))
+            return self.layer(torch.tanh(self.layer(F.avg_pool2d(x, (4, 2)).flatten(1))))
+
+    for network, words in ((Twice(True), "two uses of 'layer.weight'"), (Twice(False), "two calls")):
+        with pytest.raises(Refusal, match=words):
+            network_action(network, field(flips(), (2, 8, 4)))
+
+
 def test_shared_tensors():
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     network[2].weight = network[0].weight
@@ -309,22 +325,24 @@ def test_a_nan_is_reported_as_an_error():
 
 
 def test_networks_of_variational_layers():
-    layers = pytest.importorskip("symbnn.layers")
+    from symbnn.layers import bayesianize
+    from symbnn.sampling import apply_weights, sample_weights
+
     network = randomised(nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
                                        nn.Linear(128, 5)))
-    bayesian = layers.bayesianize(network)
+    bayesian = bayesianize(network)
     plain = network_action(network, field(rotations(), IMAGE), hidden="regular")
     action = network_action(bayesian, field(rotations(), IMAGE), hidden="regular")
     assert action.layers == plain.layers and action.parameters.keys() == plain.parameters.keys()
     assert all(moves.agrees_with(plain.parameters[name]) for name, moves in action.parameters.items())
-    weights = layers.sample_weights(bayesian, 2, torch.Generator().manual_seed(0))
+    weights = sample_weights(bayesian, 2, torch.Generator().manual_seed(0))
 
     def forward(x, tensors):
-        return layers.apply_weights(bayesian, x, tensors)
+        return apply_weights(bayesian, x, tensors)
 
     assert forward(batch(IMAGE), weights).shape == (2, 3, 5)
     assert intertwining_error(bayesian, action, batch(IMAGE), tensors=weights, forward=forward) < exact64
-    units = unit_permutations(layers.bayesianize(randomised(mlp())), IMAGE)
+    units = unit_permutations(bayesianize(randomised(mlp())), IMAGE)
     assert units.group == Product(Symmetric(32), Symmetric(16))
 
 
@@ -360,6 +378,12 @@ class Odd(nn.Conv2d):
         return super().forward(x.flip(-1))
 
 
+class Described(nn.Module):
+    def __init__(self, spec):
+        super().__init__()
+        self.spec = spec
+
+
 class Call(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -392,6 +416,7 @@ REFUSED = {
     "layer norm over pixels": (on_image(nn.LayerNorm([8, 8])), r"LayerNorm\(\[2, 8, 8\]\)"),
     "unknown layer": (on_image(nn.ConvTranspose2d(2, 1, 3)), "ConvTranspose2d.*no action is known"),
     "subclass": (on_image(Odd(2, 1, 3)), "outside a layer|no action is known"),
+    "layer described by a subclass": (on_image(nn.Sequential(Described(Odd(2, 1, 3, device="meta")))), "type Odd"),
     "flatten of the batch": (on_image(nn.Flatten(0)), r"Flatten\(1\)"),
     "mean over one axis": (on_image(Call(lambda x: x.mean(-1))), "all spatial axes"),
     "product of features": (on_image(Call(lambda x: x * x)), "multiply by numbers"),
@@ -415,6 +440,8 @@ REFUSED = {
                                            "given output action"),
     "input that is no action": (lambda: network_action(nn.Linear(3, 1), Action(Cyclic(4), (3,), lambda g: (
         SignedPermutation.sending([(i + g) % 3 for i in range(3)])))), "respects products"),
+    "space that is no action": (lambda: network_action(cnn(True), field(SpatialAction(
+        Cyclic(3), 2, rotations().point, rotations().shift, "a third of a turn"), IMAGE)), "respects products"),
     "group convolution": (on_image(nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 1, groups=2)), hidden="regular"),
                           "tears the convolution's groups apart"),
     "no hidden units": (lambda: unit_permutations(nn.Linear(4, 2), (4,)), "hidden units"),
