@@ -56,7 +56,7 @@ class Features:
 
 Resolve = Callable[[Features], Action]  # from features to the action on them, once all channel classes are known
 
-# %% ../nbs/02b_layer_actions.ipynb #f1334002-0
+# %% ../nbs/02b_layer_actions.ipynb #4e8d2964-0
 @dataclass
 class Ledger:
     """What a walk along a network notes: channel classes and their ties, and what to derive when all are known."""
@@ -115,7 +115,7 @@ class Site:
         if self.name in ledger.layers:
             read = ledger.layers[self.name][0]
             if ledger.sizes[read] != ledger.sizes[x.channel_class]:
-                self.refuse("two calls", "it reads other channels in each, so its weight would have to move in two ways",
+                self.refuse("two calls", "it reads other channels in each, so its weight would move in two ways",
                             "use two layers")
             ledger.tie(read, x.channel_class)
         else:

@@ -130,7 +130,7 @@ def _read_function(ledger: Ledger, node: fx.Node, args: Sequence, kwargs: Mappin
         site.refuse(f"the arguments {args[1:]} {dict(kwargs)}", f"they are not understood ({error})",
                     "use the layer of torch.nn instead")
 
-# %% ../nbs/02c_network_actions.ipynb #9f7411df-0
+# %% ../nbs/02c_network_actions.ipynb #e90e5c61-0
 def _assemble(network: nn.Module, source: Action, ledger: Ledger, end: Features, channels: Mapping[str, Action],
               output: Action | None) -> NetworkAction:
     """The network's action, once the action on every channel class is known."""
@@ -148,8 +148,10 @@ def _assemble(network: nn.Module, source: Action, ledger: Ledger, end: Features,
                         "use odd activations such as Tanh and average pools, or an action without signs")
     parameters: dict[str, Action] = {}
     for site, name, rule in ledger.parameters:
-        if not parameters.setdefault(name, rule(action_on)).agrees_with(rule(action_on)):
+        action = rule(action_on)
+        if name in parameters and not parameters[name].agrees_with(action):
             site.refuse(f"two uses of '{name}'", "they ask for different actions on one tensor", "use two layers")
+        parameters[name] = action
     _check_covered(network, ledger, parameters)
     result = action_on(end)
     if output is not None and not output.agrees_with(result):
@@ -177,7 +179,7 @@ def _check_covered(network: nn.Module, ledger: Ledger, parameters: Mapping[str, 
         if name not in parameters and first == name:
             site.refuse(f"the parameter '{name}'", "the forward pass does not use it in a way that is understood",
                         "remove it, or use it through a layer of torch.nn")
-        if name in parameters and not parameters[first].agrees_with(parameters[name]):
+        if first != name in parameters and not parameters[first].agrees_with(parameters[name]):
             site.refuse(f"one tensor as '{first}' and '{name}'", "the two uses ask for different actions",
                         "give each layer its own tensor")
 
