@@ -1,0 +1,309 @@
+"""The command line: what it says, what it writes, its exit statuses, and that mistakes leave nothing behind."""
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from symbnn import __version__, cli, comparison
+from symbnn.checkpoints import read_checkpoint, save_network
+from symbnn.data import PARTS
+from symbnn.experiments import ARRAYS
+from symbnn.layers import bayesianize
+from symbnn.models import PRESETS, build
+
+NETWORK = ["--channels", "2,4", "--train-size", "64", "--batch-size", "64"]
+TRAIN = ["train", *NETWORK, "--epochs", "2", "--learning-rate", "0.02"]
+COMPARE = ["compare", *NETWORK, "--epochs", "2", "--small-epochs", "2", "--seeds", "0", "--evaluation-draws", "4",
+           "--images", "20"]
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """Run a command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+    return lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="symbnn")
+
+
+def refused(found, reason: str) -> None:
+    """One paragraph on standard error, exit status 2, no traceback."""
+    assert found.exit_code == 2, found.output
+    assert found.stdout == ""
+    assert re.search(reason, found.stderr), found.stderr
+    assert found.stderr.startswith("symbnn: ") and found.stderr.count("\n") == 1 and "Traceback" not in found.stderr
+    assert "Received: " in found.stderr and "Fix: " in found.stderr
+
+
+def save_arrays(path: Path, **changes) -> None:
+    generator = np.random.default_rng(0)
+    made = {
+        "train_images": generator.integers(0, 256, (80, 8, 8), dtype=np.uint8), "train_labels": np.arange(80) % 3,
+        "test_images": generator.integers(0, 256, (6, 8, 8), dtype=np.uint8), "test_labels": np.arange(6) % 3,
+    }
+    np.savez(path, **{**made, **changes})
+
+
+# Help
+
+
+def test_version(shell):
+    found = shell("--version")
+    assert found.exit_code == 0 and found.stdout.startswith(f"symbnn {__version__} (torch ")
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["compare"]])
+def test_help_explains_every_option_and_gives_examples(shell, command):
+    found = shell(*command, "--help")
+    assert found.exit_code == 0 and "Examples:" in found.stdout and "symbnn compare" in shell("--help").stdout
+    assert shell(*command, "-h").stdout == found.stdout
+    for line in re.findall(r"│ [ *]*(--[a-z-]+.*)│", found.stdout):
+        explained = re.sub(r"--[a-z-]+|-\w\b|<\w+>|\*", "", line)
+        assert len(explained.split()) > 1 or "--" not in line, f"{line!r} is not explained"
+
+
+def test_every_option_of_the_library_is_an_option(shell):
+    text = shell("train", "--help").stdout + shell("compare", "--help").stdout
+    fields = set(cli.OPTIONS) - {"dataset"} | {"epochs", "seed", "seeds", "methods", "small_epochs"}
+    missing = [name for name in fields if f"--{name.replace('_', '-')}" not in text]
+    assert not missing
+
+
+def test_defaults_are_those_of_the_library(shell, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "run_comparison", lambda comparison, **others: seen.append(comparison) or sys.exit(0))
+    assert shell("compare").exit_code == 0
+    assert seen == [comparison.Comparison()]
+
+
+# Train, evaluate, compare
+
+
+def test_train_evaluate_resume(shell, tmp_path):
+    found = shell(*TRAIN, "-o", "runs/a")
+    assert found.exit_code == 0, found.output
+    assert "ELBO" in found.stdout and "nats per image" in found.stdout and "symbnn evaluate runs/a" in found.stdout
+    description = read_checkpoint(tmp_path / "runs/a").description
+    assert description["notes"]["setup"]["channels"] == [2, 4] and description["notes"]["symbnn"] == __version__
+    assert str(tmp_path) not in json.dumps(description)
+    found = shell("evaluate", "runs/a", "--draws", "4", "--images", "30", "--csv", "m.csv", "--json", "m.json")
+    assert found.exit_code == 0, found.output
+    assert all(f" {name} " in found.stdout for name in cli.UNITS) and "nats" in found.stdout
+    rows = list(csv.DictReader((tmp_path / "m.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["metric", "value", "standard_error", "unit"]
+    assert [row["metric"] for row in rows] == list(cli.UNITS)
+    whole = json.loads((tmp_path / "m.json").read_text())
+    assert whole["metrics"]["accuracy"] == float(rows[0]["value"]) and whole["draws"] == 4
+    longer = [*TRAIN[:-3], "3", *TRAIN[-2:]]
+    assert shell(*longer, "-o", "runs/a", "--resume").exit_code == 0
+    assert len(read_checkpoint(tmp_path / "runs/a").description["history"]) == 3
+
+
+def test_compare_shows_and_writes(shell, tmp_path):
+    found = shell(*COMPARE, "-o", "out", "--data", "digits")
+    assert found.exit_code == 0, found.output
+    for word in ("accuracy", "nats", "multiply-adds", "same training budget", "regular against baseline", "runs.csv"):
+        assert word in found.stdout
+    assert "[1/2] baseline, seed 0" in found.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "baseline-0", "small-0", "regular-0", "runs.csv", "comparison.json", "comparison.png"}
+    again = shell(*COMPARE, "-o", "out")
+    assert again.exit_code == 0 and again.stdout == found.stdout and "epochs\n" not in again.stderr
+    assert shell("evaluate", "out/regular-0", "--draws", "4", "--images", "20").exit_code == 0
+    refused(shell(*COMPARE, "-o", "out", "--prior-scale", "0.5"), "prior_scale=1.0 there, 0.5 now")
+
+
+def test_own_images_from_training_to_evaluation(shell, tmp_path):
+    (tmp_path / "images").mkdir()
+    save_arrays(tmp_path / "images/mine.npz")
+    found = shell(*TRAIN, "--data", tmp_path / "images/mine.npz", "-o", "run")
+    assert found.exit_code == 0, found.output
+    assert str(tmp_path) not in json.dumps(read_checkpoint(tmp_path / "run").description)
+    refused(shell("evaluate", "run", "--draws", "4"), "mine.npz")
+    found = shell("evaluate", "run", "--draws", "4", "--data-folder", "images")
+    assert found.exit_code == 0 and "mine.npz" in found.stdout
+
+
+# Mistakes
+
+
+MISTAKES = {
+    "unknown data set": (["--data", "cifar"], "data set is one of digits"),
+    "missing folder": (["--data", "mnist", "--data-folder", "nowhere"], "four IDX files"),
+    "digits from a folder": (["--data-folder", "nowhere"], "not read from a folder"),
+    "unknown group": (["--group", "S5"], "group is one of C4"),
+    "a group that does not act": (["--group", "shifts"], "circular shift"),
+    "unknown architecture": (["--architecture", "tree"], "cnn or mlp"),
+    "channels": (["--channels", "2;4"], "integers with commas"),
+    "too many poolings": (["--channels", "2,2,2,2"], "pool"),
+    "unknown family": (["--family", "normal"], "family is one of"),
+    "unknown prior": (["--prior", "flat"], "prior is one of"),
+    "unknown estimator": (["--estimator", "magic"], "estimator is one of"),
+    "unknown optimizer": (["--optimizer", "adam"], "optimizer is one of"),
+    "no epochs": (["--epochs", "0"], "epochs is a positive integer"),
+    "negative rate": (["--learning-rate", "-1"], "learning_rate"),
+    "batch too large": (["--batch-size", "9999"], "[Bb]atch"),
+    "training set too large": (["--train-size", "9999"], "training"),
+    "device": (["--device", "abacus"], "device"),
+    "missing own images": (["--data", "nowhere.npz"], "nowhere.npz"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_refused_and_leave_nothing(shell, tmp_path, command, mistake):
+    options, reason = MISTAKES[mistake]
+    refused(shell(*(TRAIN if command == "train" else COMPARE), *options, "-o", "out"), reason)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert command == "train" or not (tmp_path / "out").exists()
+
+
+IMAGES = {
+    "NaN": ({"train_images": np.full((80, 8, 8), np.nan)}, "NaN"),
+    "wrong shape": ({"train_images": np.zeros((80, 64))}, "shape"),
+    "odd size": ({"train_images": np.zeros((80, 7, 7)), "test_images": np.zeros((6, 7, 7))}, "7 x 7"),
+    "not square": ({"train_images": np.zeros((80, 8, 4)), "test_images": np.zeros((6, 8, 4))}, "square|8, 4|8 x 4"),
+    "label out of range": ({"test_labels": np.full(6, 7)}, "label 7"),
+    "negative label": ({"train_labels": np.full(80, -1)}, "label -1"),
+}
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_images_that_cannot_be_used_are_refused(shell, tmp_path, case):
+    changes, reason = IMAGES[case]
+    save_arrays(tmp_path / "mine.npz", **changes)
+    refused(shell(*TRAIN, "--data", "mine.npz", "-o", "out"), reason)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options, reason", [
+    (["--methods", "magic"], "method is one of baseline"), (["--methods", ""], "method is one of"),
+    (["--seeds", "one"], "integers with commas"), (["--seeds", "0,0"], "once"), (["--images", "9999"], "9999 of 360"),
+    (["--split", "train"], "split is one of"), (["--evaluation-draws", "1"], "three draws"),
+    (["--family", "lognormal"], "LogNormal"),
+])
+def test_comparisons_that_cannot_be_are_refused(shell, tmp_path, options, reason):
+    refused(shell(*COMPARE, *options, "-o", "out"), reason)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_file_is_refused_by_name(shell, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in PARTS:
+        (tmp_path / "data" / name).write_bytes(b"\0\0\x08\x03" + bytes(8))
+    refused(shell(*TRAIN, "--data", "mnist", "--data-folder", "data", "-o", "out"), "train-images-idx3-ubyte")
+
+
+@pytest.fixture
+def trained(shell):
+    """A trained network in the folder `run`."""
+    assert shell(*TRAIN, "-o", "run").exit_code == 0
+    return shell
+
+
+def test_a_folder_in_use_and_another_network_are_refused(trained, tmp_path):
+    refused(trained(*TRAIN, "-o", "run"), "never overwrites")
+    refused(trained(*TRAIN, "--channels", "4,4", "-o", "run", "--resume"), "architecture")
+    refused(trained(*TRAIN, "--seed", "1", "-o", "run", "--resume"), "seed.0 in the checkpoint")
+    refused(trained(*TRAIN, "-o", "other", "--resume"), "checkpoint")
+
+
+def test_checkpoints_that_cannot_be_evaluated_are_refused(trained, tmp_path):
+    refused(trained("evaluate", "nowhere"), "nowhere")
+    refused(trained("evaluate", "run", "--draws", "0"), "draws")
+    refused(trained("evaluate", "run", "--mode", "magic"), "mode")
+    refused(trained("evaluate", "run", "--split", "train"), "split is one of")
+    save_network(tmp_path / "saved", bayesianize(build(PRESETS["digits"])), PRESETS["digits"])
+    refused(trained("evaluate", "saved"), "notes without a setup")
+    tensors = next((tmp_path / "run").glob("*.safetensors"))
+    other = next((tmp_path / "saved").glob("*.safetensors"))
+    tensors.write_bytes(other.read_bytes())
+    refused(trained("evaluate", "run"), "other content")
+
+
+def test_an_architecture_that_was_edited_is_another_network(trained, tmp_path):
+    path = tmp_path / "run" / "checkpoint.json"
+    description = json.loads(path.read_text())
+    description["architecture"]["channels"] = [4, 4]
+    path.write_text(json.dumps(description))
+    refused(trained("evaluate", "run"), "checkpoint")
+
+
+@pytest.mark.parametrize("command", [TRAIN, COMPARE])
+def test_unwritable_folders_are_refused_before_training(shell, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    refused(shell(*command, "-o", "file/out"), "output folder can be written to")
+
+
+@pytest.mark.parametrize("command", [TRAIN, COMPARE])
+def test_full_disks_are_refused_before_training(shell, monkeypatch, command):
+    from symbnn import checkpoints
+
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: usage)
+    refused(shell(*command, "-o", "out"), "disk has room")
+
+
+def test_a_disk_that_fills_while_results_are_written(shell, tmp_path, monkeypatch):
+    import errno
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(comparison, "_write_bytes", full)
+    found = shell(*COMPARE, "-o", "out")
+    assert found.exit_code == 2 and "No space left" in found.stderr and "Traceback" not in found.output
+    assert not list(tmp_path.rglob("run.json")) and not list(tmp_path.rglob("comparison.*"))
+
+
+def test_wrong_usage_is_click_s_own_message(shell):
+    found = shell("train")
+    assert found.exit_code == 2 and "--output" in found.stderr
+    assert shell("compare", "--no-such-option").exit_code == 2
+
+
+# Processes
+
+
+def program(*arguments: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
+    command = [sys.executable, "-c", "from symbnn.cli import main; main()", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def test_a_process_refuses_with_status_2(tmp_path):
+    process = program("train", "-o", "out", "--group", "S5", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("symbnn: The group is one of") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [TRAIN, COMPARE])
+def test_ctrl_c_leaves_what_is_finished_and_says_how_to_go_on(tmp_path, command):
+    long = [part if part != "2" else "100000" for part in command]  # epochs that never end
+    process = program(*long, "-o", "out", cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("checkpoint.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Interrupted." in err and "same command" in err and "Traceback" not in err
+    folder = next(tmp_path.rglob("checkpoint.json")).parent
+    assert read_checkpoint(folder).description["progress"]["status"] == "interrupted"
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_arrays_are_named_in_the_help(shell):
+    text = shell("train", "--help").stdout
+    assert all(name in text for name in ARRAYS)
