@@ -152,7 +152,7 @@ def has_checkpoint(folder: Path | str) -> bool:
     """Whether there is something to resume in `folder`."""
     return (Path(folder) / DESCRIPTION).exists()
 
-# %% ../nbs/15b_checkpoints.ipynb #51fd6e1e-0
+# %% ../nbs/15b_checkpoints.ipynb #393cedd4-0
 def load_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy `tensors` into the network's `state_dict`. Raises `Refusal` unless names, shapes and dtypes all agree."""
     own = network.state_dict()
@@ -202,10 +202,17 @@ def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave (without its prefix)."""
+    """Put back what `optimizer_tensors` gave (without its prefix). Raises `Refusal` for another network's state."""
     parameters = dict(network.named_parameters())
     for path, value in tensors.items():
-        name, key = path.rsplit("/", 1)
+        name, _, key = path.rpartition("/")
+        if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
+            raise Refusal(
+                "The state of an optimiser belongs to the parameters of its network",
+                received=f"{path!r} of shape {tuple(value.shape)}",
+                cause="the checkpoint of another network, or an edited file",
+                fix="resume with the network of the run, or train into a new folder",
+            )
         place = "cpu" if key == "step" else parameters[name].device  # where torch keeps its count of steps
         optimizer.state[parameters[name]][key] = value.to(place)
 
@@ -228,7 +235,7 @@ def load_network(checkpoint: Checkpoint | Path | str) -> nn.Module:
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
     described, family = checkpoint.description.get("architecture"), checkpoint.description.get("family")
-    if described is None or family not in FAMILIES:
+    if described is None or not isinstance(family, str) or family not in FAMILIES:
         raise Refusal(
             "A checkpoint that is loaded by itself names its architecture and its family",
             received=f"architecture {described}, family {family} ({checkpoint.folder})",
@@ -237,11 +244,12 @@ def load_network(checkpoint: Checkpoint | Path | str) -> nn.Module:
         )
     try:
         architecture = Architecture(**described)
-    except TypeError as error:
+        plain = build(architecture, torch.Generator())
+    except (TypeError, RuntimeError) as error:  # not an architecture; one that no memory holds
         found = f"the architecture {described}"
         raise _refuse(checkpoint.folder, found, "another release, or an edited file") from error
     tensors = checkpoint.part("best") or checkpoint.part("network")
-    network = bayesianize(build(architecture, torch.Generator()), FAMILIES[family])
+    network = bayesianize(plain, FAMILIES[family])
     for name, tensor in variational_tensors(network).items():
         for key, value in tensor.prior.named_buffers():  # a prior's means may be one number, or one a weight
             stored = tensors.get(f"{name}.prior.{key}", value)

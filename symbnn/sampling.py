@@ -16,7 +16,7 @@ from .families import MeanFieldGaussian
 from .groups import Refusal
 from .layers import VariationalLayer, VariationalLinear, choose_weights, variational_tensors
 
-# %% ../nbs/04b_sampling.ipynb #14c99c68-0
+# %% ../nbs/04b_sampling.ipynb #85d0041e-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
@@ -63,6 +63,13 @@ class _Draws:
 
 def _fold(x: Float[Tensor, "B ..."], draws: int) -> Float[Tensor, "draws*B ..."]:
     """`draws` copies of the batch; images in channels-last layout (copied, since one-channel strides are ambiguous)."""
+    if len(x) == 0:
+        raise Refusal(
+            "A batch is not empty",
+            received=f"inputs of shape {tuple(x.shape)}",
+            cause="a split or a selection that leaves nothing",
+            fix="pass at least one input",
+        )
     layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
     shape = (draws * len(x), *x.shape[1:])
     folded = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -87,11 +94,11 @@ def apply_weights(network: nn.Module, x: Float[Tensor, "B ..."], weights: Weight
     with choose_weights(rule):
         return _unfold(network(_fold(x, rule.draws)), rule.draws, len(x))
 
-# %% ../nbs/04b_sampling.ipynb #e1e3724c-0
+# %% ../nbs/04b_sampling.ipynb #50853da7-0
 class _Flipout(_Draws):
     """Rows share a draw's deviation from the mean up to random signs of their inputs and outputs."""
 
-    def __init__(self, network: nn.Module, draws: int, generator: torch.Generator | None):
+    def __init__(self, network: nn.Module, draws: int, rows: int, generator: torch.Generator | None):
         for name, tensor in variational_tensors(network).items():
             if not tensor.posterior.symmetric:
                 raise Refusal(
@@ -102,31 +109,42 @@ class _Flipout(_Draws):
                 )
         mean, sample = mean_weights(network), sample_weights(network, draws, generator)
         super().__init__(network, {name: sample[name] - mean[name] for name in sample})
-        self.mean, self.generator = _Draws(network, mean), generator
+        self.mean, self.rows, self.generator, self.signs = _Draws(network, mean), rows, generator, {}
 
-    def _signs(self, rows: int, channels: int, axis: int, like: Tensor) -> Tensor:
-        bits = torch.randint(2, (rows, channels), generator=self.generator, device=like.device)
-        signs = (2 * bits - 1).to(like.dtype)
-        axis = axis % like.ndim
-        return signs.reshape(rows, *([1] * (axis - 1)), channels, *([1] * (like.ndim - axis - 1)))
+    def _signs(self, layer: VariationalLayer, side: str, like: Tensor) -> Tensor:
+        """One sign per example and channel, the same in every call of the layer and for all rows of an example."""
+        axis = layer.channel_axis % like.ndim
+        channels, (repeats, rest) = like.shape[axis], divmod(len(like), self.rows)
+        if rest:
+            raise Refusal(
+                "Flipout knows to which example a row belongs",
+                received=f"{len(like)} rows in {layer.spec}, for {self.rows} examples",
+                cause="a network that averages over or reshapes the batch axis",
+                fix="keep the first axis for examples throughout the network",
+            )
+        if (id(layer), side) not in self.signs:
+            bits = torch.randint(2, (self.rows, channels), generator=self.generator, device=like.device)
+            self.signs[id(layer), side] = 2 * bits - 1
+        signs = self.signs[id(layer), side].to(like.dtype).repeat_interleave(repeats, 0)
+        return signs.reshape(len(like), *([1] * (axis - 1)), channels, *([1] * (like.ndim - axis - 1)))
 
     def __call__(self, layer: VariationalLayer, x: Tensor) -> Tensor:
-        axis = layer.channel_axis
-        flipped = super().__call__(layer, x * self._signs(len(x), x.shape[axis], axis, x))
-        return self.mean(layer, x) + flipped * self._signs(len(x), flipped.shape[axis], axis, flipped)
+        flipped = super().__call__(layer, x * self._signs(layer, "input", x))
+        return self.mean(layer, x) + flipped * self._signs(layer, "output", flipped)
 
 
 class _Local(_Draws):
     """Linear layers draw their outputs where that is exact; the others use the draw of their run of rows."""
 
-    def __init__(self, network: nn.Module, weights: Weights, generator: torch.Generator | None):
+    def __init__(self, network: nn.Module, weights: Weights, rows: int, generator: torch.Generator | None):
         super().__init__(network, weights)
-        self.generator, self.used = generator, set()
+        self.rows, self.generator, self.used = rows, generator, set()
 
     def __call__(self, layer: VariationalLayer, x: Tensor) -> Tensor:
         tensors = [tensor.posterior for tensor in (layer.weight, layer.bias) if tensor is not None]
         gaussian = all(type(posterior) is MeanFieldGaussian for posterior in tensors)
-        if not isinstance(layer, VariationalLinear) or x.ndim != 2 or not gaussian:
+        one_vector = isinstance(layer, VariationalLinear) and x.ndim == 2 and len(x) == self.rows
+        if not one_vector or not gaussian:
             return super().__call__(layer, x)
         if id(layer) in self.used:
             raise Refusal(
@@ -136,8 +154,9 @@ class _Local(_Draws):
                 fix='use estimator="split"',
             )
         self.used.add(id(layer))
-        mean = layer.operate(x, *[posterior.mean for posterior in tensors])
-        variance = layer.operate(x.square(), *[posterior.variance for posterior in tensors])
+        moments = [(posterior.mean, posterior.variance) for posterior in tensors]
+        means, variances = zip(*moments, *[(None, None)] * (layer.bias is None), strict=True)
+        mean, variance = layer.operate(x, *means), layer.operate(x.square(), *variances)
         noise = torch.randn(mean.shape, generator=self.generator, dtype=mean.dtype, device=mean.device)
         return mean + variance.clamp_min(torch.finfo(mean.dtype).tiny).sqrt() * noise
 
@@ -155,8 +174,8 @@ def forward(
     each with its own draw, S = 1, at the cost of one pass. "flipout" (arXiv 1803.04386): each input sees `draws` draws
     up to random signs, S = draws, at twice the cost. "local" (arXiv 1506.02557): as "split", but mean-field Gaussian
     linear layers applied to one vector per input draw their outputs, S = 1. A batch that `draws` does not divide is
-    filled up with its first rows, whose second outputs are dropped. Raises `Refusal` for an unknown estimator and for
-    families to which an estimator does not apply.
+    filled up with its first rows, whose second outputs are dropped. Raises `Refusal` for an unknown estimator, an empty
+    batch, fewer than one draw, and families or networks to which an estimator does not apply.
     """
     if estimator not in get_args(Estimator):
         raise Refusal(
@@ -166,14 +185,14 @@ def forward(
             fix='use "split" unless every input must see the same draws',
         )
     if estimator == "flipout":
-        with choose_weights(_Flipout(network, draws, generator)):
+        with choose_weights(_Flipout(network, draws, draws * len(x), generator)):
             return _unfold(network(_fold(x, draws)), draws, len(x))
     if estimator == "shared":
         return apply_weights(network, x, sample_weights(network, draws, generator))
-    runs = min(draws, len(x))
+    runs = min(draws, max(1, len(x)))
     weights = sample_weights(network, runs, generator)
-    rule = _Draws(network, weights) if estimator == "split" else _Local(network, weights, generator)
     padded = torch.cat([x, x[: -len(x) % runs]])
+    rule = _Draws(network, weights) if estimator == "split" else _Local(network, weights, len(padded), generator)
     with choose_weights(rule):
         return _unfold(network(_fold(padded, 1)), 1, len(padded))[:, : len(x)]
 

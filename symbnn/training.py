@@ -6,7 +6,7 @@
 __all__ = ['Optimizer', 'Schedule', 'Precision', 'Select', 'Callback', 'CHECK_EVERY', 'TrainingConfig', 'rate_factor',
            'make_optimizer', 'choose_device', 'check_task', 'EpochRecord', 'TrainingResult', 'predictive_nll', 'train']
 
-# %% ../nbs/16_training.ipynb #da79b903-0
+# %% ../nbs/16_training.ipynb #3f21e68d-0
 import json
 import math
 import signal
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .actions import Action, check_action
 from symbnn.checkpoints import (
+    Checkpoint,
     check_folder,
     describe_network,
     has_checkpoint,
@@ -43,7 +44,7 @@ from .sampling import Estimator, forward, predict
 from .models import Architecture
 from .objectives import Categorical, elbo
 
-# %% ../nbs/16_training.ipynb #94dac0d3-0
+# %% ../nbs/16_training.ipynb #2e8f51bc-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]
@@ -99,6 +100,8 @@ class TrainingConfig:
                      f"{name}={type(self).__dataclass_fields__[name].default!r}")
         _require(type(self.seed) is int and self.seed >= 0, "seed is a non-negative integer", f"seed={self.seed!r}",
                  "a float or a name", "seed=0")
+        _require(isinstance(self.device, str), "device is a name", f"device={self.device!r}",
+                 "a number or a torch.device", 'device="auto", "cpu" or "cuda:0"')
         _require(self.estimator not in ("split", "local") or self.draws <= self.batch_size,
                  "The batch is cut into `draws` runs, so it has at least as many rows",
                  f"draws={self.draws}, batch_size={self.batch_size}", "a small batch size", "fewer draws")
@@ -168,7 +171,7 @@ def check_task(network: nn.Module, data: Split, validation: Split | None, config
                  "labels that count from one, a network with too few outputs, or another data set",
                  "build the network with as many classes as there are labels")
 
-# %% ../nbs/16_training.ipynb #67415ef0-0
+# %% ../nbs/16_training.ipynb #02426090-0
 class EpochRecord(NamedTuple):
     """One epoch: means over its rows, in nats per datum."""
 
@@ -287,19 +290,42 @@ class _Run:
         """Go on from the checkpoint. Raises `Refusal` if it is of another run."""
         checkpoint = read_checkpoint(folder)
         _check_same_run(checkpoint.description, self.description)
+        progress, history, sums = _read_progress(checkpoint, self.config.epochs, self.steps)
         load_tensors(self.network, checkpoint.part("network"))
         load_optimizer(self.network, self.optimizer, checkpoint.part("optimizer"))
         self.best = {name: tensor.to(self.device) for name, tensor in checkpoint.part("best").items()}
-        self.sums.copy_(checkpoint.tensors["progress/sums"])
-        progress = checkpoint.description["progress"]
+        self.sums.copy_(sums)
         self.epoch, self.step, self.seconds = progress["epoch"], progress["step"], progress["seconds"]
-        self.history = [EpochRecord(**record) for record in checkpoint.description["history"]]
+        self.history = history
+
+
+def _read_progress(checkpoint: Checkpoint, epochs: int, steps: int) -> tuple[dict, list[EpochRecord], Tensor]:
+    """Where a run stands, its history, and its sums. Raises `Refusal` for what no run of this length can have saved."""
+    try:
+        progress, sums = checkpoint.description["progress"], checkpoint.tensors["progress/sums"]
+        history = [EpochRecord(**record) for record in checkpoint.description["history"]]
+        epoch, step, seconds = progress["epoch"], progress["step"], progress["seconds"]
+        numbers = [seconds, *(value for record in history for value in record if value is not None)]
+        sound = (
+            type(epoch) is type(step) is int and 0 <= epoch <= epochs and 0 <= step <= steps
+            and [record.epoch for record in history] == list(range(epoch)) and sums.shape == (3,)
+            and all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+        )
+    except (KeyError, TypeError):
+        sound = False
+    _require(sound, f"A checkpoint to resume says where its run of {epochs} epochs of {steps} steps stands",
+             f"progress {checkpoint.description.get('progress')} ({checkpoint.folder})",
+             "a network that was saved outside training, or an edited file", "train into a new folder")
+    return progress, history, sums
 
 
 def _check_same_run(stored: dict, wanted: dict) -> None:
     """More epochs may be asked for under a constant schedule, and another device; all else is the same run."""
-    theirs, ours = dict(stored.get("config", {})), wanted["config"]
-    if ours["schedule"] == "constant" and theirs.get("epochs", 0) <= ours["epochs"]:
+    theirs, ours = stored.get("config"), wanted["config"]
+    _require(isinstance(theirs, dict), "A checkpoint to resume has the configuration of its run", f"config {theirs!r}",
+             "a network that was saved outside training, or an edited file", "train into a new folder")
+    theirs, length = dict(theirs), theirs.get("epochs")
+    if ours["schedule"] == "constant" and type(length) is int and length <= ours["epochs"]:
         theirs["epochs"] = ours["epochs"]
     theirs["device"] = ours["device"]
     parts = ("data", "architecture", "family", "action")

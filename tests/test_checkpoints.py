@@ -182,6 +182,10 @@ def spoil(folder: Path, how: str) -> None:
         description.write_text(json.dumps(edited | {"architecture": ["cnn"]}))
     elif how == "unknown family":
         description.write_text(json.dumps(edited | {"family": "cauchy"}))
+    elif how == "family of another type":
+        description.write_text(json.dumps(edited | {"family": ["gaussian"]}))
+    elif how == "impossible size":
+        description.write_text(json.dumps(edited | {"architecture": TINY.as_dict() | {"classes": 2**60}}))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +193,7 @@ def spoil(folder: Path, how: str) -> None:
     ["no folder", "no description", "no tensors", "truncated tensors", "empty tensors", "flipped bit",
      "truncated description", "not text", "another format", "a list", "a later version", "no tensor entry",
      "tensor entry of another type", "another architecture", "no architecture", "unknown architecture field",
-     "architecture of another type", "unknown family"],
+     "architecture of another type", "unknown family", "family of another type", "impossible size"],
 )
 def test_damaged_checkpoints_are_refused_in_a_paragraph(tmp_path, how):
     folder = tmp_path / "run"

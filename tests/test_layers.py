@@ -320,6 +320,65 @@ def test_local_refuses_a_layer_used_twice_and_leaves_sequences_to_split():
     assert torch.equal(forward(network, x, 2, "local", seeded()), forward(network, x, 2, "split", seeded()))
 
 
+class Several(nn.Module):
+    """Sums what one linear layer makes of the vectors of an example, folded into its rows or in one call each."""
+
+    def __init__(self, folded, bias):
+        super().__init__()
+        self.layer, self.folded = nn.Linear(2, 1, bias=bias), folded
+
+    def forward(self, x):
+        if self.folded:
+            return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).sum(1)
+        return sum(self.layer(vector) for vector in x.unbind(1))
+
+
+@pytest.mark.parametrize("folded", [True, False], ids=["folded", "calls"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+def test_weights_that_an_example_meets_several_times_are_the_same_weights(folded, bias, estimator):
+    network = bayesianize(Several(folded, bias).double(), scale=0.5)
+    x = torch.randn(1, 3, 2, generator=seeded(), dtype=torch.float64)
+    many = x.expand(6000, -1, -1)
+    draws = {"shared": 1, "split": 6000, "flipout": 1, "local": 6000}[estimator]
+    if estimator == "local" and not folded:
+        with pytest.raises(Refusal, match="used twice"):
+            forward(network, many, draws, estimator)
+        return
+    if draws == 1:  # an independent draw for each repetition
+        out = forward(network, x, 6000, estimator, seeded(1)).detach()[:, 0, 0]
+    else:
+        out = forward(network, many, draws, estimator, seeded(1)).detach()[0, :, 0]
+    exact = 0.25 * (x.sum(1).square().sum() + 9 * bias)  # Var sum_t (w x_t + b), standard deviation 0.5
+    within_standard_errors(out.var(), exact, exact * (2 / 6000) ** 0.5)
+
+
+def test_local_draws_the_output_of_a_layer_without_bias():
+    network, x = bayesianize(nn.Linear(3, 2, bias=False).double(), scale=0.5), torch.ones(1, 3, dtype=torch.float64)
+    out = forward(network, x.expand(6000, -1), 1, "local", seeded(1)).detach()[0]  # one draw, and yet no two rows equal
+    exact = torch.full((2,), 3 * 0.25, dtype=torch.float64)
+    within_standard_errors(out.var(0), exact, exact * (2 / 6000) ** 0.5)
+
+
+@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+def test_an_empty_batch_is_refused(estimator):
+    with pytest.raises(Refusal, match="not empty"):
+        forward(bayesianize(nn.Linear(2, 1)), torch.zeros(0, 2), 3, estimator)
+
+
+def test_flipout_refuses_rows_that_belong_to_no_example():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.layer(x[::2])
+
+    with pytest.raises(Refusal, match="which example"):
+        forward(bayesianize(Halves()), torch.zeros(4, 2), 1, "flipout")
+
+
 @pytest.mark.parametrize("family", [LogNormal, FullGaussian])
 def test_flipout_refuses_families_whose_noise_depends_on_signs(family):
     with pytest.raises(Refusal, match="Flipout"):

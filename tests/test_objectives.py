@@ -161,3 +161,21 @@ def test_refusals():
     for noise in (0.0, -1.0, float("nan")):
         with pytest.raises(Refusal, match="positive standard deviation"):
             Gaussian(noise)
+
+
+@pytest.mark.parametrize("labels, message", [
+    ([0, 1, -100], "labels from -100 to 1"),  # torch's cross-entropy counts this one as explained perfectly
+    ([0, 1, 4], "labels from 0 to 4"),
+    ([0, 1], "shape \\(2,\\)"),
+    ([0.0, 1.0, 2.0], "float32"),
+    ([[1, 0, 0, 0]] * 3, "one-hot"),
+], ids=str)
+def test_labels_that_are_none_are_refused(labels, message):
+    with pytest.raises(Refusal, match=message):
+        Categorical().log_prob(torch.zeros(2, 3, 4), torch.tensor(labels))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_of_the_divergence_that_cannot_be_meant(weight):
+    with pytest.raises(Refusal, match="kl_weight"):
+        elbo(bayesianize(nn.Linear(3, 4)), torch.zeros(1, 2, 4), torch.zeros(2, dtype=torch.int64), 2, kl_weight=weight)

@@ -1,6 +1,7 @@
 """The loop: repeatable, resumable to the bit, refusing before work, and right in what it optimises."""
 
 import errno
+import json
 import math
 import signal
 import sys
@@ -337,7 +338,7 @@ def test_batch_normalisation_is_trained_and_saved(tmp_path):
     {"optimizer": "adam"}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"learning_rate": "fast"},
     {"scale_rate": -1.0}, {"weight_decay": -0.1}, {"schedule": "linear"}, {"kl_weight": -1.0}, {"clip_norm": 0.0},
     {"augmentation": "some"}, {"seed": -1}, {"seed": 0.5}, {"precision": "float16"}, {"evaluate_every": 0},
-    {"evaluation_draws": 0}, {"select": "first"},
+    {"evaluation_draws": 0}, {"select": "first"}, {"device": 3},
 ], ids=str)
 def test_settings_that_cannot_be_meant(change):
     with pytest.raises(Refusal, match=next(iter(change)).split("_")[0]) as caught:
@@ -403,6 +404,51 @@ def test_another_run_is_not_continued(tmp_path, change, message):
     with pytest.raises(Refusal, match=message):
         run(**{"config": CONFIG, "folder": tmp_path, "resume": True, **change})
     assert sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir()) == before
+
+
+def edited_checkpoint(folder, edit):
+    """Write the checkpoint in `folder` again after `edit(description, tensors)`, with a valid hash."""
+    checkpoint = read_checkpoint(folder)
+    description, tensors = json.loads(json.dumps(checkpoint.description)), dict(checkpoint.tensors)
+    edit(description, tensors)
+    del description["tensors"]
+    checkpoints.write_checkpoint(folder, tensors, description)
+
+
+@pytest.mark.parametrize("edit, message", [
+    (lambda d, t: d.pop("config"), "config None"),
+    (lambda d, t: d.update(config=["epochs"]), "config"),
+    (lambda d, t: d["config"].pop("epochs"), "epochs None"),
+    (lambda d, t: d["config"].update(epochs="4"), "epochs 4"),
+    (lambda d, t: d.pop("progress"), "stands"),
+    (lambda d, t: d.update(progress=[1, 2]), "stands"),
+    (lambda d, t: d["progress"].pop("step"), "stands"),
+    (lambda d, t: d["progress"].update(epoch="1"), "stands"),
+    (lambda d, t: d["progress"].update(epoch=9), "stands"),
+    (lambda d, t: d["progress"].update(step=-1), "stands"),
+    (lambda d, t: d["progress"].update(step=10**6), "stands"),
+    (lambda d, t: d["progress"].update(seconds=None, epoch=0), "stands"),
+    (lambda d, t: d.pop("history"), "stands"),
+    (lambda d, t: d.update(history=[]), "stands"),
+    (lambda d, t: d["history"][0].update(loss=1.0), "stands"),
+    (lambda d, t: d["history"][0].update(validation_nll="low"), "stands"),
+    (lambda d, t: t.pop("progress/sums"), "stands"),
+    (lambda d, t: t.update({"optimizer/9.weight/exp_avg": torch.zeros(2)}), "optimiser"),
+    (lambda d, t: t.update({"optimizer/exp_avg": torch.zeros(2)}), "optimiser"),
+    (lambda d, t: t.pop("network/0.weight.posterior.loc"), "without"),
+])
+def test_an_edited_checkpoint_is_not_continued(tmp_path, edit, message):
+    run(replace(CONFIG, epochs=1), folder=tmp_path)
+    edited_checkpoint(tmp_path, edit)
+    with pytest.raises(Refusal, match=message) as caught:
+        run(folder=tmp_path, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_saved_outside_training_is_not_continued(tmp_path):
+    checkpoints.save_network(tmp_path, network(), ARCHITECTURE)
+    with pytest.raises(Refusal, match="outside training"):
+        run(folder=tmp_path, resume=True)
 
 
 def test_resume_needs_a_checkpoint(tmp_path):
