@@ -24,7 +24,7 @@ from torch import Tensor
 from .actions import Action, SignedPermutation
 from .groups import ENUMERABLE, Refusal
 
-# %% ../nbs/14_data.ipynb #48f21443-0
+# %% ../nbs/14_data.ipynb #e706a9eb-0
 @dataclass(frozen=True, eq=False)
 class Split:
     """Inputs and labels, checked: as many labels as inputs, at least one, inputs finite, labels int64 from 0 up.
@@ -37,6 +37,13 @@ class Split:
 
     def __post_init__(self):
         inputs, labels = self.inputs, self.labels
+        if not isinstance(inputs, Tensor) or not isinstance(labels, Tensor):
+            raise Refusal(
+                "A split is made of tensors",
+                received=f"{type(inputs).__name__} and {type(labels).__name__}",
+                cause="NumPy arrays or lists",
+                fix="torch.as_tensor of each",
+            )
         shapes = f"inputs {tuple(inputs.shape)}, labels {tuple(labels.shape)}"
         if labels.ndim != 1 or inputs.ndim < 2 or len(inputs) != len(labels):
             raise Refusal(
@@ -125,7 +132,7 @@ class Dataset:
         """The same data on another device."""
         return replace(self, **{name: split.to(device) for name, split in self._splits().items()})
 
-# %% ../nbs/14_data.ipynb #807bb97f-0
+# %% ../nbs/14_data.ipynb #ae8f62d0-0
 def stratified_order(labels: Int64[Tensor, "N"], generator: torch.Generator | None = None) -> Int64[Tensor, "N"]:
     """A random order of which every prefix has each class c in its share, within (1 + C n_c / N) / 2 inputs.
 
@@ -151,6 +158,9 @@ def split_training(
     For one seed and one validation size, the validation split is the same for every training size, and a smaller
     training split is the beginning of a larger one. Sizes that do not fit are a `Refusal`.
     """
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise Refusal("A seed is an integer from 0 to 2**63 - 1", received=f"seed={seed!r}", cause="a sign or a name",
+                      fix="seed=0")
     validation_size = len(data) // 10 if validation_size is None else validation_size
     train_size = len(data) - validation_size if train_size is None else train_size
     if validation_size < 1 or train_size < 1 or validation_size + train_size > len(data):

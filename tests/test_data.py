@@ -42,8 +42,6 @@ from symbnn.data import (
 from symbnn.groups import Cyclic, Refusal, Symmetric
 from tolerances import within_standard_errors
 
-SHARED_MNIST = Path(__file__).resolve().parents[1] / "../shared/data/mnist"
-
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -79,6 +77,17 @@ def a_split(n=6, shape=(1, 4, 4), classes=3):
 def test_bad_splits_are_refused(inputs, labels, message):
     with pytest.raises(Refusal, match=message):
         Split(inputs, labels)
+
+
+def test_arrays_are_not_taken_for_tensors():
+    with pytest.raises(Refusal, match="ndarray and Tensor"):
+        Split(torch.rand(3, 1).numpy(), torch.arange(3))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 0.5, "one"])
+def test_seeds_that_are_none_are_refused(seed):
+    with pytest.raises(Refusal, match="A seed is an integer"):
+        split_training(Split(torch.rand(9, 1), torch.arange(9)), validation_size=3, seed=seed)
 
 
 def test_bad_data_sets_are_refused():
@@ -373,7 +382,7 @@ def test_fashion_mnist_as_installed():
 
 
 def mnist_folder() -> Path:
-    folder = Path(os.environ.get("SYMBNN_MNIST", SHARED_MNIST))
+    folder = Path(os.environ.get("SYMBNN_MNIST", "no such folder"))
     if not folder.is_dir():
         pytest.skip("MNIST is absent: set SYMBNN_MNIST to a folder with its four files")
     return folder
