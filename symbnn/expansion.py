@@ -184,7 +184,7 @@ def _widen(spec: nn.Module, read: int, written: int) -> None:
         first, *rest = spec.normalized_shape
         spec.normalized_shape = (written * first, *rest)
 
-# %% ../nbs/09_orbit_expansion.ipynb #8802e920-0
+# %% ../nbs/09_orbit_expansion.ipynb #76d8ac52-0
 def _check_request(network: nn.Module, action: NetworkAction, arrangement: Arrangement) -> None:
     """`Refusal` unless the arrangement exists for the group, and the action is the network's own."""
     if arrangement not in get_args(Arrangement):
@@ -193,6 +193,13 @@ def _check_request(network: nn.Module, action: NetworkAction, arrangement: Arran
             received=repr(arrangement),
             cause="a misspelt name",
             fix='"regular" as in the source ("gcnn" there), or "block_diagonal" to keep the function',
+        )
+    if not isinstance(action, NetworkAction):
+        raise Refusal(
+            "An expansion needs the action on the whole network",
+            received=repr(action),
+            cause="the action on the inputs alone",
+            fix="pass network_action(network, input)",
         )
     own = network_action(network, action.input, output=action.output)
     same = own.layers == action.layers and all(

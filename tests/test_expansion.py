@@ -417,6 +417,10 @@ class TestRefusals:
     def test_arrangement(self):
         self.refused("gcnn", *CASES["cnn C4"](), "gcnn")
 
+    def test_action_on_the_inputs_alone(self):
+        with pytest.raises(Refusal, match="whole network"):
+            expand(small_cnn(), field(rotations(), (1, 8, 8)))
+
     def test_action_that_is_not_the_small_one(self):
         network, action = CASES["cnn C4"]()
         self.refused("trivial hidden channels", small_cnn(flat=True), network_action(network, action.input))
