@@ -258,20 +258,20 @@ def loop_metrics(network, x, y, draws):
     return out
 
 
-def metrics(repeats, draws=16, images=512):
-    """All metrics of `images` images under four turns, T = 16 draws: three passes in a loop against one pass."""
-    x, y = batch(images)
+def metrics(repeats, draws=16):
+    """All metrics under four turns, T = 16 draws: three passes in a loop against one pass."""
     report = {}
-    for name in NETWORKS:
+    for name, images in (("small", 512), ("expanded", BATCH)):
+        x, y = batch(images)
         loop, ours = pair(name)
         action = network_action(convolutional(NETWORKS[name], True), field(rotations(), SIZE))
         candidates = {
-            "loop, three passes": lambda loop=loop: loop_metrics(loop, x, y, draws),
-            **{f"one pass, {mode} draws": lambda mode=mode, ours=ours, action=action: summarize(
+            "loop, three passes": lambda loop=loop, x=x, y=y: loop_metrics(loop, x, y, draws),
+            **{f"one pass, {mode} draws": lambda mode=mode, ours=ours, action=action, x=x, y=y: summarize(
                 orbit_predictions(ours, x, action, draws, mode), y) for mode in ("common", "shared")},
         }
-        seconds = interleaved(candidates, max(3, repeats // 5) if name == "small" else 2)
-        report[name] = {"seconds": seconds, "times faster than the loop":
+        seconds = interleaved(candidates, 3)
+        report[name] = {"images": images, "seconds": seconds, "times faster than the loop":
                         {key: seconds["loop, three passes"] / value for key, value in seconds.items()}}
     return report
 
