@@ -1,6 +1,5 @@
 """What every test shares: one thread, warnings as errors, fixed random examples, skips that name their reason."""
 import os
-from collections.abc import Callable
 
 # Before torch is imported: two workers with two threads each are slower than two with one.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from book import ALLOWED_WARNINGS, ROOT
+from book import ALLOWED_WARNINGS
 
 torch.set_num_threads(1)
 
@@ -26,29 +25,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """The exceptions to "warnings are errors", shared with the notebooks."""
     for message, category in ALLOWED_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
-
-
-@pytest.fixture
-def root():
-    """The root of the repository."""
-    return ROOT
-
-
-@pytest.fixture
-def require_dataset() -> Callable:
-    """`require_dataset(name, **options)` is `load(name, **options)` without a download: from the folder SYMBNN_DATA if
-    that is set, else from where the system keeps it. The test is skipped where the files are absent."""
-
-    from symbnn.data import load  # here, so that a package that cannot be imported fails tests and not the whole run
-    from symbnn.groups import Refusal
-
-    def require(name: str, **options):
-        try:
-            return load(name, None if name == "digits" else os.environ.get("SYMBNN_DATA"), download=False, **options)
-        except Refusal as refusal:
-            pytest.skip(f"{name} is not here (SYMBNN_DATA names a folder to look in): {refusal}")
-
-    return require
 
 
 @pytest.fixture
