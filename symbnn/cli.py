@@ -56,7 +56,7 @@ class Commands(typer.core.TyperGroup):
             typer.echo(f"\nInterrupted. {RESUME.get(ctx.invoked_subcommand, 'Nothing was written.')}", err=True)
             raise typer.Exit(130) from interrupt
 
-# %% ../nbs/18_cli.ipynb #4da99efc-0
+# %% ../nbs/18_cli.ipynb #5b76f21b-0
 IMAGES, NETWORK, TRAINING, RESULTS = "Images and symmetry", "Network", "Training", "Evaluation and results"
 
 
@@ -98,6 +98,7 @@ OPTIONS = {
     "clip_norm": _as(float | None, TRAINING, "Largest gradient norm. Default: no limit."),
     "precision": _as(str, TRAINING, "float32, float64, or bfloat16 (CUDA)."),
     "device": _as(str, TRAINING, "auto, cpu, cuda or mps."),
+    "threads": _as(int | None, TRAINING, "CPU threads in training. Default: more for larger steps, up to all cores."),
     "select": _as(str, TRAINING, "last: keep the last epoch's weights; best: those of the lowest validation loss."),
 }
 OUTPUT = typer.Option("--output", "-o", help="Folder of what is written; it is made.")
@@ -110,7 +111,7 @@ EVALUATED = {
 def _shared(setup: Setup, config: TrainingConfig) -> Callable[[Callable], Callable]:
     """Give a command that takes `**settings` all of OPTIONS."""
     defaults = {its.name: getattr(value, its.name) for value in (config, setup) for its in fields(value)}
-    defaults |= {"channels": ",".join(map(str, setup.channels)), "data_folder": None}
+    defaults |= {"channels": ",".join(map(str, setup.channels)), "data_folder": None, "threads": None}
 
     def add(command: Callable) -> Callable:
         own = [its for its in inspect.signature(command).parameters.values() if its.kind is not its.VAR_KEYWORD]
@@ -176,7 +177,7 @@ def symbnn(
 ) -> None:
     """Bayesian neural networks and their symmetries: train, make equivariant, measure how equivariant."""
 
-# %% ../nbs/18_cli.ipynb #20f0b8e9-0
+# %% ../nbs/18_cli.ipynb #3a6bb796-0
 CONFIG = TrainingConfig()
 
 
@@ -203,7 +204,8 @@ def train(
     task = prepare(setup, root, torch.float64 if config.precision == "float64" else torch.float32)
     network = task.network(seed, dtype=task.data.train.inputs.dtype)
     notes = {"command": _command()}
-    last = fit(network, task, config, folder=output, resume=resume, notes=notes, progress=True).history[-1]
+    last = fit(network, task, config, folder=output, resume=resume, notes=notes, threads=settings["threads"],
+               progress=True).history[-1]
     shown = Table("", "value", "unit", title=f"{setup.dataset} after {last.epoch + 1} epochs")
     rows = {"ELBO": last.elbo, "expected log-likelihood": last.expected_log_likelihood, "KL divergence": last.kl,
             "validation negative log-likelihood": last.validation_nll}
@@ -278,13 +280,13 @@ def evaluate(
         made_by = {"command": _command(), "symbnn": __version__, "torch": torch.__version__}
         write_file(json_file, json.dumps(made_by | settings | {"metrics": metrics}, indent=1).encode())
 
-# %% ../nbs/18_cli.ipynb #5ae14e45-0
+# %% ../nbs/18_cli.ipynb #b13e8c61-0
 DEFAULT = Comparison()
 METHODS, SEEDS = ",".join(DEFAULT.methods), ",".join(map(str, DEFAULT.seeds))
 
 
 @app.command(epilog=_examples(
-    "symbnn compare", "symbnn compare --methods baseline,wide,regular,block_diagonal -o output/all",
+    "symbnn compare", "symbnn compare --methods baseline,wide,regular,row_rolled -o output/all",
     "symbnn compare --data fashion_mnist --channels 16,32 --train-size 2000 --images 2000 --seeds 0 -o output/fashion",
 ))
 @_shared(DEFAULT.setup, DEFAULT.training)
@@ -317,7 +319,8 @@ def compare(
     def report(line: str) -> None:
         typer.echo(line, err=True)
 
-    results = run_comparison(comparison, folder=output, root=root, progress=True, report=report)
+    threads = settings["threads"]
+    results = run_comparison(comparison, folder=output, root=root, threads=threads, report=report, progress=True)
     files = save(results, output, _command())
     Console().print(table(results))
     typer.echo("\n".join(conclusions(results)))

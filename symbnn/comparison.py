@@ -29,7 +29,7 @@ from .models import multiply_adds, weight_count
 from .network_actions import network_action
 from .training import TrainingConfig, check_task, choose_device
 
-# %% ../nbs/17b_comparison.ipynb #03cc6e93-0
+# %% ../nbs/17b_comparison.ipynb #89b9fb61-0
 METHODS = ("baseline", "wide", *get_args(Arrangement))
 
 
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 
 DEMO = TrainingConfig(
-    epochs=12, batch_size=256, learning_rate=0.02, scale_rate=0.3, schedule="cosine", evaluate_every=10
+    epochs=11, batch_size=256, learning_rate=0.02, scale_rate=0.3, schedule="cosine", evaluate_every=10
 )
 
 
@@ -53,9 +53,9 @@ class Comparison:
 
     setup: Setup = Setup(channels=(6, 12))
     training: TrainingConfig = DEMO  # its `epochs` come after the expansion; its `seed` is not used
-    small_epochs: int = 20  # before the expansion
+    small_epochs: int = 40  # before the expansion
     expanded_learning_rate: float = 0.015  # of the means, in networks with the expanded width
-    methods: tuple[str, ...] = ("baseline", "regular")  # of METHODS
+    methods: tuple[str, ...] = ("baseline", "regular", "block_diagonal")  # of METHODS
     seeds: tuple[int, ...] = (0, 1, 2)  # of initial weights, order of batches and draws; the images are always the same
     draws: int = 64  # of the weights, in the evaluation
     split: str = "test"  # that is evaluated; choose settings with "validation"
@@ -113,7 +113,7 @@ def plan(comparison: Comparison, task: Task) -> dict[str, Plan]:
             plans[method] = Plan(comparison.small_epochs, training.epochs, order, budget)
     return plans
 
-# %% ../nbs/17b_comparison.ipynb #a88cf375-0
+# %% ../nbs/17b_comparison.ipynb #51a9fe92-0
 class Run(NamedTuple):
     """One method with one seed."""
 
@@ -193,7 +193,7 @@ def _finished(folder: Path, wanted: dict) -> Run | None:
 
 
 def _run(
-    method: str, seed: int, its: Plan, comparison: Comparison, task: Task, folder: Path | None, progress: bool
+    method: str, seed: int, its: Plan, comparison: Comparison, task: Task, folder: Path | None, **how
 ) -> Run:
     """Train and evaluate; leave everything in `folder`/method-seed."""
 
@@ -204,7 +204,7 @@ def _run(
         place = folder and folder / f"{name}-{seed}"
         result = fit(
             network, task, comparison.for_stage(order, epochs, seed), order=order, folder=place,
-            resume=place is not None and has_checkpoint(place), notes={"method": name, "seed": seed}, progress=progress,
+            resume=place is not None and has_checkpoint(place), notes={"method": name, "seed": seed}, **how,
         )
         seconds += sum(epoch.seconds for epoch in result.history)
 
@@ -215,7 +215,7 @@ def _run(
         network = expand(network.cpu(), network_action(network.cpu(), task.action), method, task.prior())
     train(network, method, its.order, its.epochs)
     metrics, predictions = evaluate(network, task, split=comparison.split, images=comparison.images,
-                                    draws=comparison.draws, seed=seed, progress=progress)
+                                    draws=comparison.draws, seed=seed, progress=how["progress"])
     record = {
         "method": method, "seed": seed, "small_epochs": its.small_epochs, "epochs": its.epochs,
         "training_multiply_adds": its.multiply_adds, "seconds": round(seconds, 2), "weights": weight_count(network),
@@ -234,6 +234,7 @@ def compare(
     *,
     folder: Path | str | None = None,  # for checkpoints and results; finished runs that are there are used
     root: Path | str | None = None,  # folder with the images, see `prepare`
+    threads: int | None = None,  # see `fit`
     report: Callable[[str], None] = lambda line: None,  # called with a line before and after each run
     progress: bool = False,  # bars on standard error, where that is a terminal
 ) -> Results:
@@ -245,6 +246,8 @@ def compare(
     folder = Path(folder) if folder is not None else None
     dtype = torch.float64 if comparison.training.precision == "float64" else torch.float32
     choose_device(comparison.training)
+    if threads is not None:
+        _positive("number of threads", threads)
     task = prepare(comparison.setup, root, dtype)
     plans, wanted = plan(comparison, task), settings(comparison, task)
     if comparison.images is not None and comparison.images > len(getattr(task.data, comparison.split)):
@@ -259,7 +262,7 @@ def compare(
         if not done[seed, method]:
             before = f"{its.small_epochs} epochs small, then " if its.small_epochs else ""
             report(f"{place}: {before}{its.epochs} epochs")
-            done[seed, method] = _run(method, seed, its, comparison, task, folder, progress)
+            done[seed, method] = _run(method, seed, its, comparison, task, folder, threads=threads, progress=progress)
         record = done[seed, method].record
         report(f"{place}: accuracy {record['metrics']['accuracy']:.3f}, "
                f"defect {record['metrics']['defect_unbiased']:.2e}, {record['seconds']:.0f} s")

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import __version__
 from .comparison import Results, write_file
 
-# %% ../nbs/17c_reports.ipynb #471b7531-0
+# %% ../nbs/17c_reports.ipynb #9fdc32b8-0
 class Column(NamedTuple):
     """One thing that is reported of a run."""
 
@@ -36,7 +36,9 @@ class Column(NamedTuple):
 
 COLUMNS = {
     "accuracy": Column("accuracy", "share", "higher"),
+    "orbit_accuracy": Column("accuracy, orbit", "share", "higher"),
     "nll_nats": Column("negative log-likelihood", "nats", "lower"),
+    "orbit_nll_nats": Column("negative log-likelihood, orbit", "nats", "lower"),
     "brier": Column("Brier score", "0 to 2", "lower"),
     "ece": Column("calibration error", "share", "lower"),
     "defect_unbiased": Column("equivariance defect, unbiased", "probability²", "lower"),
@@ -156,7 +158,7 @@ def results_json(results: Results, command: str = "") -> str:
     }
     return json.dumps(whole, indent=1)
 
-# %% ../nbs/17c_reports.ipynb #955e32d6-0
+# %% ../nbs/17c_reports.ipynb #d5441ccd-0
 def _points(axes, results: Results, column: str) -> None:
     """One point for each run, a bar for the mean over seeds."""
     for place, method in enumerate(results.plans):
@@ -186,7 +188,7 @@ def picture(results: Results) -> Figure:
     _points(left, results, "defect_unbiased")
     if min(_value(run.record, "defect_unbiased") for run in results.runs) > 0:
         left.set_yscale("log")
-    left.set_ylabel("mean squared distance of probabilities")
+    left.set_ylabel("mean squared distance")
     _points(right, results, "accuracy")
     right.set_ylabel(f"share of {results.comparison.split} images")
     axes = lower.subplots(1 + len(first), len(elements), squeeze=False, height_ratios=(1.3, *[1] * len(first)))

@@ -23,7 +23,7 @@ from symbnn.models import PRESETS, build
 NETWORK = ["--channels", "2,4", "--train-size", "64", "--batch-size", "64"]
 TRAIN = ["train", *NETWORK, "--epochs", "2", "--learning-rate", "0.02"]
 COMPARE = ["compare", *NETWORK, "--epochs", "2", "--small-epochs", "2", "--seeds", "0", "--evaluation-draws", "4",
-           "--images", "20"]
+           "--images", "20", "--methods", "baseline,regular"]
 
 
 @pytest.fixture
@@ -154,6 +154,7 @@ MISTAKES = {
     "batch too large": (["--batch-size", "9999"], "[Bb]atch"),
     "training set too large": (["--train-size", "9999"], "training"),
     "device": (["--device", "abacus"], "device"),
+    "threads": (["--threads", "-1"], "number of threads"),
     "missing own images": (["--data", "nowhere.npz"], "nowhere.npz"),
 }
 

@@ -34,7 +34,8 @@ from symbnn.training import TrainingConfig
 from tolerances import assert_close
 
 SETUP = Setup(channels=(2, 4), train_size=64)
-TINY = Comparison(SETUP, replace(DEMO, epochs=2, batch_size=64), small_epochs=3, seeds=(0,), draws=4, images=20)
+TINY = Comparison(SETUP, replace(DEMO, epochs=2, batch_size=64), small_epochs=3, methods=("baseline", "regular"),
+                  seeds=(0,), draws=4, images=20)
 
 
 # Setups
