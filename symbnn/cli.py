@@ -7,13 +7,14 @@ __all__ = ['RESUME', 'IMAGES', 'NETWORK', 'TRAINING', 'RESULTS', 'OPTIONS', 'OUT
            'SCORES', 'UNITS', 'DEFAULT', 'METHODS', 'SEEDS', 'Commands', 'symbnn', 'train', 'evaluate', 'compare',
            'main']
 
-# %% ../nbs/18_cli.ipynb #ef9bcc65-0
+# %% ../nbs/18_cli.ipynb #83ec1ced-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -56,7 +57,7 @@ class Commands(typer.core.TyperGroup):
             typer.echo(f"\nInterrupted. {RESUME.get(ctx.invoked_subcommand, 'Nothing was written.')}", err=True)
             raise typer.Exit(130) from interrupt
 
-# %% ../nbs/18_cli.ipynb #5b76f21b-0
+# %% ../nbs/18_cli.ipynb #cee1246b-0
 IMAGES, NETWORK, TRAINING, RESULTS = "Images and symmetry", "Network", "Training", "Evaluation and results"
 
 
@@ -147,8 +148,7 @@ def _read(settings: dict, **others) -> tuple[Setup, TrainingConfig, Path | None]
 
 def _command() -> str:
     """The command as typed, without the folders of absolute paths."""
-    typed = (Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:])
-    return " ".join(("symbnn", *typed))
+    return " ".join(("symbnn", *(re.sub(r"(^|=)[/~].*/", r"\1", part) for part in sys.argv[1:])))
 
 
 def _examples(*commands: str) -> str:

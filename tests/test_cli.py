@@ -122,6 +122,15 @@ def test_compare_shows_and_writes(shell, tmp_path):
     refused(shell(*COMPARE, "-o", "out", "--prior-scale", "0.5"), "prior_scale=1.0 there, 0.5 now")
 
 
+def test_the_command_is_noted_without_folders_of_the_machine(monkeypatch):
+    folders = ["-o", "/home/me/runs/a", "--data=/data/mine.npz", "--data-folder", "~/idx"]
+    typed = ["symbnn", "train", *folders, "--epochs", "2"]
+    monkeypatch.setattr(sys, "argv", typed)
+    assert cli._command() == "symbnn train -o a --data=mine.npz --data-folder idx --epochs 2"
+    monkeypatch.setattr(sys, "argv", ["symbnn", "compare", "-o", "output/demo"])
+    assert cli._command() == "symbnn compare -o output/demo"
+
+
 def test_own_images_from_training_to_evaluation(shell, tmp_path):
     (tmp_path / "images").mkdir()
     save_arrays(tmp_path / "images/mine.npz")

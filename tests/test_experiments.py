@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from symbnn import comparison as module
+from symbnn import experiments
 from symbnn.checkpoints import load_network
 from symbnn.comparison import DEMO, METHODS, Comparison, compare, epoch_cost, plan, write_file
 from symbnn.experiments import ARRAYS, PRIORS, SYMMETRIES, Setup, evaluate, load_npz, prepare
@@ -86,6 +87,18 @@ def test_networks_depend_on_the_seed_alone():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("channels, wanted, expected", [((2, 4), None, 1), ((256, 256), None, 4), ((2, 4), 3, 3)])
+def test_threads_are_for_large_steps_and_given_back(channels, wanted, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(experiments, "train", lambda *arguments, **others: pytest.fail("reached"))
+    task = prepare(replace(SETUP, channels=channels))
+    with pytest.raises(pytest.fail.Exception, match="reached"):
+        experiments.fit(task.network(0), task, TrainingConfig(batch_size=64), threads=wanted)
+    assert seen == [expected, 4]
+
+
 # Images of one's own
 
 
@@ -133,6 +146,27 @@ def test_wrong_arrays_are_refused(case, tmp_path):
     np.savez(tmp_path / "mine.npz", **content)
     with pytest.raises(Refusal, match=reason):
         load_npz(tmp_path / "mine.npz")
+
+
+class Bomb:
+    """Counts how often it is unpickled."""
+
+    exploded = 0
+
+    def __reduce__(self):
+        return Bomb.explode, ()
+
+    @staticmethod
+    def explode():
+        """What unpickling runs."""
+        Bomb.exploded += 1
+
+
+def test_reading_a_file_runs_nothing(tmp_path):
+    np.savez(tmp_path / "mine.npz", **arrays(train_labels=np.array([Bomb()] * 40, dtype=object)))
+    with pytest.raises(Refusal, match="npz file"):
+        load_npz(tmp_path / "mine.npz")
+    assert not Bomb.exploded
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", b"PK\x03\x04 truncated", b"\x93NUMPY"])
@@ -250,6 +284,16 @@ def test_other_settings_are_not_mixed_in(finished, change, reason):
     with pytest.raises(Refusal, match=reason):
         compare(replace(results.comparison, **change), folder=folder)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_other_images_under_the_same_name_are_not_mixed_in(tmp_path):
+    setup, training = replace(SETUP, dataset="mine.npz", train_size=None), replace(TINY.training, batch_size=32)
+    comparison = replace(TINY, setup=setup, training=training, methods=("baseline",), images=6)
+    np.savez(tmp_path / "mine.npz", **arrays())
+    compare(comparison, folder=tmp_path / "out", root=tmp_path)
+    np.savez(tmp_path / "mine.npz", **arrays(test_images=arrays()["test_images"][::-1]))
+    with pytest.raises(Refusal, match="data_crc32"):
+        compare(comparison, folder=tmp_path / "out", root=tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": 3}'])
