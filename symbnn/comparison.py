@@ -113,7 +113,7 @@ def plan(comparison: Comparison, task: Task) -> dict[str, Plan]:
             plans[method] = Plan(comparison.small_epochs, training.epochs, order, budget)
     return plans
 
-# %% ../nbs/17b_comparison.ipynb #51a9fe92-0
+# %% ../nbs/17b_comparison.ipynb #fa820e27-0
 class Run(NamedTuple):
     """One method with one seed."""
 
@@ -192,11 +192,8 @@ def _finished(folder: Path, wanted: dict) -> Run | None:
     return Run(record, predictions)
 
 
-def _run(
-    method: str, seed: int, its: Plan, comparison: Comparison, task: Task, folder: Path | None, **how
-) -> Run:
+def _run(method: str, seed: int, its: Plan, comparison: Comparison, task: Task, folder: Path | None, **how) -> Run:
     """Train and evaluate; leave everything in `folder`/method-seed."""
-
     seconds = 0.0
 
     def train(network: nn.Module, name: str, order: int, epochs: int) -> None:
