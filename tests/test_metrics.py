@@ -402,14 +402,20 @@ def test_draw_modes_share_what_they_say(setting):
         assert torch.allclose(forth[:, :, 0], forth[:, :, 1], rtol=0, atol=exact64) == over_turns
 
 
-def test_an_equivariant_network_is_seen_as_one(setting):
-    """Weights averaged over the group and almost no noise: turned back, the predictions do not depend on the turn."""
+def averaged():
+    """`which_way_up` with its weights averaged over the group."""
     plain, action = which_way_up()
     parameters = dict(plain.named_parameters())
     with torch.no_grad():
         turned = [action.act(g, parameters) for g in action.group.elements()]
         for name, parameter in parameters.items():
             parameter.copy_(sum(one[name] for one in turned) / 4)
+    return plain, action
+
+
+def test_an_equivariant_network_is_seen_as_one(setting):
+    """Weights averaged over the group and almost no noise: turned back, the predictions do not depend on the turn."""
+    plain, action = averaged()
     predictions = orbit_predictions(bayesianize(plain, scale=1e-14), setting[3], action, 3, "fresh")
     P = predictions.probabilities
     assert_close(P, P[:, :, :1].expand(P.shape), exact64)
@@ -419,12 +425,7 @@ def test_an_equivariant_network_is_seen_as_one(setting):
 
 def test_invariant_posterior_of_a_network_at_eight_draws():
     """An exactly invariant law whose draws are not invariant: the unbiased defect is 0, the plug-in one is not."""
-    plain, action = which_way_up()
-    parameters = dict(plain.named_parameters())
-    with torch.no_grad():
-        turned = [action.act(g, parameters) for g in action.group.elements()]
-        for name, parameter in parameters.items():
-            parameter.copy_(sum(one[name] for one in turned) / 4)
+    plain, action = averaged()
     network, x = bayesianize(plain, scale=0.3), torch.randn(64, 1, 4, 4, dtype=torch.float64)
     P = orbit_predictions(network, x, action, 8, "fresh", 1, torch.Generator().manual_seed(0)).probabilities
     value, error = defect_unbiased(P)

@@ -17,15 +17,19 @@ exact32 = 1e-5
 standard_errors = 4
 
 
+def _double(value) -> torch.Tensor:
+    """A float64 tensor on the CPU; numbers of Python never pass through float32."""
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+
+
 def assert_close(actual, expected, tolerance: float = exact64) -> None:
     """Every entry of `actual` within `tolerance` of `expected`, relative to the larger of one and the largest entry
     of `expected` (so that small and large numbers are both judged by rounding, not by scale)."""
-    actual, expected = torch.as_tensor(actual).detach(), torch.as_tensor(expected).detach()
+    actual, expected = _double(actual), _double(expected)
     if actual.shape != expected.shape:
         raise AssertionError(f"shapes differ: {tuple(actual.shape)} against {tuple(expected.shape)}")
     if actual.numel() == 0:
         return
-    actual, expected = actual.to("cpu", torch.float64), expected.to("cpu", torch.float64)
     gap = (actual - expected).abs()
     allowed = tolerance * max(1.0, expected.abs().max().item())
     if not bool((gap <= allowed).all()):  # not (gap > allowed).any(): a NaN must fail
@@ -39,9 +43,7 @@ def assert_close(actual, expected, tolerance: float = exact64) -> None:
 
 def within_standard_errors(estimate, exact, standard_error, k: float = standard_errors) -> None:
     """Every entry of a Monte Carlo `estimate` within `k` of its standard errors of the `exact` value."""
-    estimate, exact, standard_error = (
-        torch.as_tensor(value).detach().to("cpu", torch.float64) for value in (estimate, exact, standard_error)
-    )
+    estimate, exact, standard_error = map(_double, (estimate, exact, standard_error))
     estimate, exact, standard_error = torch.broadcast_tensors(estimate, exact, standard_error)
     # The floor is float64 rounding: where nothing is random (standard error 0) the two numbers are still computed.
     floor = exact64 * exact.abs().clamp(min=1.0)
