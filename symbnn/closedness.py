@@ -72,7 +72,7 @@ def apply_map(map: LinearMap, value: Tensor) -> Tensor:
     """The map applied along the last axis."""
     return map(value) if isinstance(map, SignedPermutation) else value @ map.to(value.device, value.dtype).T
 
-# %% ../nbs/02d_closedness.ipynb #cba6d528-0
+# %% ../nbs/02d_closedness.ipynb #20bb3d36-0
 class Family(nn.Module):
     """A distribution over one tensor of weights, of shape `shape`, together with its parameters.
 
@@ -201,6 +201,31 @@ class Family(nn.Module):
                           "invertible matrix")
         with torch.no_grad():
             return self._pushed(map)
+
+    def parameter_actions(self, action: Action) -> dict[str, Action]:
+        """How each stored parameter moves, by name, when the weights move by `action`: signed permutations too.
+
+        Raises `Refusal` where the family is not closed under the action, or its parameters move in another way.
+        """
+        closure = self.is_closed_under(action)
+        if not closure:
+            raise self._no_parameter_action(action, f"the family is not closed: {closure.reason}")
+        return self._parameter_actions(action)
+
+    def _parameter_actions(self, action: Action) -> dict[str, Action]:
+        raise self._no_parameter_action(action, "no linear action on the stored parameters is known for this family")
+
+    def _no_parameter_action(self, action: Action, cause: str) -> Refusal:
+        return Refusal("the parameters of a posterior must move by signed permutations when its weights do",
+                       received=f"{type(self).__name__} over {self.shape} under '{action.name}'", cause=cause,
+                       fix="choose a mean-field family (a log-normal with an invariant mask)")
+
+    def marginal(self, index: Tensor) -> "Family":
+        """The law of some of the flattened coordinates, of shape (k,), for families of independent coordinates."""
+        raise Refusal("single weights are taken out of a family with parameters of their own",
+                      received=f"{type(self).__name__} over {self.shape}",
+                      cause="its weights share a scale, or are correlated", fix="choose MeanFieldGaussian, Laplace or "
+                      "LogNormal")
 
     def natural(self) -> dict[str, Tensor]:
         """Natural parameters by name, of an exponential family; else `Refusal`."""

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'MeanFieldGaussian', 'Laplace', 'LogNormal', 'BlockGaussian', 'FullGaussian']
 
-# %% ../nbs/03_families.ipynb #0f30ab43-0
+# %% ../nbs/03_families.ipynb #f3ead349-0
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -16,9 +17,9 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 from torch.distributions import Laplace as TorchLaplace
 from torch.distributions.transforms import AffineTransform, ExpTransform, ReshapeTransform
 
-from .actions import SignedPermutation
+from .actions import Action, SignedPermutation
 from .closedness import Closure, Family, LinearMap, apply_map, monomial, zero_tolerance
-from .groups import Refusal
+from .groups import Element, Refusal
 
 # %% ../nbs/03_families.ipynb #a9e480ce-0
 def _log_scale(scale: float | Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -32,7 +33,31 @@ def _log_scale(scale: float | Tensor, like: Tensor, shape: tuple[int, ...]) -> T
                       fix="pass a positive number, or a tensor of positive numbers that broadcasts")
     return scale.log().expand(shape)
 
-# %% ../nbs/03_families.ipynb #90c72af4-0
+# %% ../nbs/03_families.ipynb #68d5f920-0
+def _on_stored(action: Action, shape: torch.Size, full: tuple[int, ...]) -> Action:
+    """The action on a parameter that is stored with `shape` and broadcast to the weights, of shape `full`."""
+    if tuple(shape) == full:
+        return Action(action.group, full, action, action.name)
+    entry = torch.arange(shape.numel()).view(shape).expand(full).flatten()  # that each weight reads
+    reader = torch.zeros(shape.numel(), dtype=torch.long)
+    reader[entry] = torch.arange(action.numel)  # some weight that reads each entry
+    stored = Action(action.group, shape, partial(_move_entries, action, entry, reader), action.name)
+    for g in action.group.generators():
+        stored(g)  # refuses where entries are torn apart
+    return stored
+
+
+def _move_entries(action: Action, entry: Tensor, reader: Tensor, g: Element) -> SignedPermutation:
+    map = action(g)
+    source, index, sign = entry[map.index], entry[map.index[reader]], map.sign[reader]
+    if not torch.equal(index[entry], source) or not torch.equal(sign[entry], map.sign):
+        raise Refusal("a parameter that weights share moves as one number",
+                      received=f"{len(reader)} numbers for {action.numel} weights, which '{action.name}' tears apart",
+                      cause="the parameter is stored broadcast over weights that move to different places, or with "
+                      "different signs", fix="store one parameter a weight")
+    return SignedPermutation(index, sign)
+
+
 class _Independent(Family):
     """Independent coordinates with a location and a scale each: what Gaussian, Laplace and log-normal share.
 
@@ -113,6 +138,15 @@ class _Independent(Family):
         return type(self)(self._compact(factor * loc, self.loc),
                           self._compact(log_scale + factor.abs().log(), self.log_scale),
                           shape=self.shape, trainable=self.trainable)
+
+    def _parameter_actions(self, action: Action) -> dict[str, Action]:
+        return {"loc": _on_stored(action, self.loc.shape, self.shape),
+                "log_scale": _on_stored(action.absolute(), self.log_scale.shape, self.shape)}
+
+    def marginal(self, index: Int[Tensor, " k"]) -> "Family":
+        """The law of some of the flattened coordinates, a member of the same class of shape (k,)."""
+        loc, log_scale = (value.expand(self.shape).flatten()[index] for value in (self.loc, self.log_scale))
+        return type(self)(loc, log_scale, trainable=self.trainable)
 
 # %% ../nbs/03_families.ipynb #6eaf6e39-0
 def _to_natural(member: _Independent) -> dict[str, Tensor]:
@@ -215,7 +249,7 @@ class Laplace(_Independent):
             return self._total(near + far - ratio - 1)
         return super()._kl(prior)
 
-# %% ../nbs/03_families.ipynb #695947dc-0
+# %% ../nbs/03_families.ipynb #54e7812b-0
 class LogNormal(_Independent):
     """Weights mask * exp(loc + exp(log_scale) * normal noise): frozen signs, log-normal magnitudes.
 
@@ -298,6 +332,14 @@ class LogNormal(_Independent):
         return LogNormal(self._compact(loc + factor.abs().log(), self.loc), self._compact(log_scale, self.log_scale),
                          self.mask, shape=self.shape, trainable=self.trainable)
 
+    def _parameter_actions(self, action: Action) -> dict[str, Action]:
+        return super()._parameter_actions(action.absolute())
+
+    def marginal(self, index: Int[Tensor, " k"]) -> "LogNormal":
+        """The law of some of the flattened coordinates, of shape (k,)."""
+        parts = (value.expand(self.shape).flatten()[index] for value in (self.loc, self.log_scale, self.mask))
+        return LogNormal(*parts, trainable=self.trainable)
+
     def natural(self) -> dict[str, Tensor]:
         """`linear` and `quadratic` of the normal law of log|theta|, and the `mask`, which is no parameter."""
         return {**_to_natural(self), "mask": self.mask}
@@ -307,7 +349,7 @@ class LogNormal(_Independent):
         """The member with these natural parameters and this mask; `Refusal` outside the natural parameter space."""
         return cls(*_from_natural(natural), natural["mask"], trainable=trainable)
 
-# %% ../nbs/03_families.ipynb #367570c3-0
+# %% ../nbs/03_families.ipynb #d50e9432-0
 class BlockGaussian(MeanFieldGaussian):
     """Independent normal weights that share one standard deviation within each block.
 
@@ -335,6 +377,8 @@ class BlockGaussian(MeanFieldGaussian):
         """The number of each weight's block."""
         numbers = torch.arange(self.log_scale.numel(), device=self.loc.device)
         return numbers.view(self.log_scale.shape).expand(self.shape)
+
+    marginal = Family.marginal  # refused: single weights would no longer share a scale
 
     def _sources(self, map: LinearMap) -> tuple[Tensor, Tensor] | None:
         """The block that each block of the image reads, and the factor squared; None where blocks are broken."""
@@ -368,7 +412,7 @@ class BlockGaussian(MeanFieldGaussian):
         return BlockGaussian(self._compact(loc, self.loc), log_scale.view(self.log_scale.shape), shape=self.shape,
                              trainable=self.trainable)
 
-# %% ../nbs/03_families.ipynb #0b2dab9b-0
+# %% ../nbs/03_families.ipynb #28ef4e8c-0
 class FullGaussian(Family):
     """Normal weights with any covariance L L^T over the flattened tensor.
 
@@ -467,6 +511,10 @@ class FullGaussian(Family):
         upper = torch.linalg.qr(apply_map(map, self.scale_tril.T)).R  # (map L)(map L)^T = upper^T upper
         return FullGaussian(apply_map(map, self.loc.flatten()).view(self.shape),
                             (upper * upper.diagonal().sign()[:, None]).T, trainable=self.trainable)
+
+    def _parameter_actions(self, action: Action) -> dict[str, Action]:
+        raise self._no_parameter_action(action, "a covariance moves linearly, but its Cholesky factor does not: the "
+                                        "moved factor has to be made triangular again")
 
     def natural(self) -> dict[str, Tensor]:
         """`linear` precision @ mean, of the tensor's shape, and `quadratic` -precision / 2, a (P, P) matrix."""
