@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SYMMETRIES', 'PRIORS', 'ARRAYS', 'UNREADABLE', 'WORK', 'Setup', 'load_npz', 'Task', 'prepare', 'fit', 'evaluate']
 
-# %% ../nbs/17_experiments.ipynb #738276a1-0
+# %% ../nbs/17_experiments.ipynb #e3c48e5c-0
 import math
 import sys
 import zipfile
@@ -27,13 +27,15 @@ from .actions import FieldAction, SpatialAction, field, flips, half_turns, rotat
 from .data import DATASETS, Dataset, Split, load, split_training
 from .families import FAMILIES
 from .groups import Refusal
-from .layers import Prior, bayesianize, isotropic, per_tensor
+from .invariance import Orbits
+from .layers import Prior, bayesianize, isotropic, per_tensor, random_means
+from .methods import Method, averaged
 from .metrics import Mode, orbit_predictions, summarize
 from .models import Architecture, build, multiply_adds
 from .network_actions import network_action
 from .training import TrainingConfig, TrainingResult, train
 
-# %% ../nbs/17_experiments.ipynb #32c64ce2-0
+# %% ../nbs/17_experiments.ipynb #82da8bd5-0
 SYMMETRIES: dict[str, Callable[[tuple[int, ...]], SpatialAction]] = {
     "C4": lambda shape: rotations(),  # quarter turns
     "D4": lambda shape: rotations_and_flips(),  # quarter turns and flips
@@ -44,6 +46,7 @@ SYMMETRIES: dict[str, Callable[[tuple[int, ...]], SpatialAction]] = {
 PRIORS: dict[str, Callable[[float], Prior]] = {
     "isotropic": isotropic,  # one standard deviation for all weights
     "per_tensor": per_tensor,  # prior_scale / sqrt(fan-in) for weights, 1 for biases
+    "random_means": lambda scale: random_means(0, scale, scale),  # means drawn once from N(0, scale^2): not invariant
 }
 
 
@@ -74,6 +77,7 @@ class Setup:
     initial_scale: float = 0.05  # of the posteriors
     prior: str = "isotropic"  # one of PRIORS
     prior_scale: float = 1.0  # standard deviation, or gain for "per_tensor"
+    start: str = "random"  # "invariant": the random weights' projection on those that the group leaves alone
 
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -82,6 +86,7 @@ class Setup:
         _one_of("group", self.group, tuple(SYMMETRIES))
         _one_of("family", self.family, tuple(FAMILIES))
         _one_of("prior", self.prior, tuple(PRIORS))
+        _one_of("start", self.start, ("random", "invariant"))
         _positive("initial scale", self.initial_scale, float)
         _positive("prior's scale", self.prior_scale, float)
 
@@ -134,7 +139,7 @@ def load_npz(
     chosen, validation = split_training(training, validation_size=validation_size, train_size=train_size, seed=seed)
     return Dataset(path.name, chosen, validation, test, classes)
 
-# %% ../nbs/17_experiments.ipynb #fcafa879-0
+# %% ../nbs/17_experiments.ipynb #80029437-0
 class Task(NamedTuple):
     """A setup with its images, and with what follows from them."""
 
@@ -146,11 +151,23 @@ class Task(NamedTuple):
     def network(self, seed: int, order: int = 1, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The untrained Bayesian network on the CPU with `order` times the channels."""
         plain = build(self.architecture.expanded(order), torch.Generator().manual_seed(seed), dtype)
+        if self.setup.start == "invariant":
+            actions = network_action(plain, self.action).parameters
+            plain.load_state_dict({name: Orbits(actions[name]).project(value)
+                                   for name, value in plain.state_dict().items()})
         return bayesianize(plain, FAMILIES[self.setup.family], self.setup.initial_scale, self.prior())
 
     def prior(self) -> Prior:
         """The builder of the priors."""
         return PRIORS[self.setup.prior](self.setup.prior_scale)
+
+    def checksum(self) -> int:
+        """CRC-32 of all images and labels: what is the same for the same data, whatever the file was called."""
+        code = 0
+        for split in (self.data.train, self.data.validation, self.data.test):
+            for tensor in (split.inputs, split.labels):
+                code = zlib.crc32(tensor.contiguous().numpy(), code)
+        return code
 
 
 def prepare(setup: Setup, root: Path | str | None = None, dtype: torch.dtype = torch.float32) -> Task:
@@ -205,7 +222,7 @@ def fit(
         raise KeyboardInterrupt
     return result
 
-# %% ../nbs/17_experiments.ipynb #184024d3-0
+# %% ../nbs/17_experiments.ipynb #9b434b9e-0
 def evaluate(
     network: nn.Module,
     task: Task,
@@ -214,6 +231,7 @@ def evaluate(
     images: int | None = None,  # the first ones of the split; None: all
     draws: int = 64,
     mode: Mode = "common",  # how draws are shared between turns
+    method: Method = Method(),  # under "orbit_mixture" the orbit average of the predictions is evaluated
     seed: int = 0,
     progress: bool = False,  # a bar on standard error, where that is a terminal
 ) -> tuple[dict[str, float], Float[Tensor, "N G C"]]:
@@ -231,4 +249,5 @@ def evaluate(
         network.eval(), chosen.inputs[:images].to(parameter.dtype), network_action(network, task.action), draws, mode,
         generator=torch.Generator(parameter.device).manual_seed(seed), progress=progress and sys.stderr.isatty(),
     )
+    predictions = averaged(method, predictions)
     return summarize(predictions, chosen.labels[:images]), predictions.probabilities.mean(0).cpu()

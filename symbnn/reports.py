@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'Column', 'Spread', 'spread', 'summary', 'verdict', 'table', 'conclusions', 'runs_csv', 'results_json',
            'most_varying', 'picture', 'save']
 
-# %% ../nbs/17c_reports.ipynb #41d23e06-0
+# %% ../nbs/17c_reports.ipynb #aabf3aa1-0
 import csv
 import json
 import math
@@ -23,7 +23,8 @@ from rich.table import Table
 from torch import Tensor
 
 from . import __version__
-from .comparison import Results, write_file
+from .checkpoints import write_file
+from .comparison import Results
 
 # %% ../nbs/17c_reports.ipynb #9fdc32b8-0
 class Column(NamedTuple):

@@ -171,7 +171,7 @@ def check_task(network: nn.Module, data: Split, validation: Split | None, config
                  "labels that count from one, a network with too few outputs, or another data set",
                  "build the network with as many classes as there are labels")
 
-# %% ../nbs/16_training.ipynb #02426090-0
+# %% ../nbs/16_training.ipynb #4a788342-0
 class EpochRecord(NamedTuple):
     """One epoch: means over its rows, in nats per datum."""
 
@@ -185,14 +185,15 @@ class EpochRecord(NamedTuple):
 
 @dataclass
 class TrainingResult:
-    """The trained network (the one that was passed in), its history, and "complete" or "interrupted"."""
+    """The trained network (the one that was passed in, unless a callback replaced it), its history, and "complete" or
+    "interrupted"."""
 
     network: nn.Module
     history: list[EpochRecord]
     status: Literal["complete", "interrupted"]
 
 
-Callback = Callable[[int, nn.Module, torch.optim.Optimizer], None]
+Callback = Callable[[int, nn.Module, torch.optim.Optimizer], nn.Module | None]
 CHECK_EVERY = 16  # steps between looking at the numbers, which on a GPU means waiting for them
 
 
@@ -219,6 +220,7 @@ class _Run:
         double = torch.float32 if self.device.type == "mps" else torch.float64
         self.sums = torch.zeros(3, dtype=double, device=self.device)  # log-likelihood, KL, rows of this epoch
         self.seconds, self.history, self.best = 0.0, [], {}
+        self.begun = 0  # the first epoch that ended with this network
 
     def batches(self) -> Batches:
         """The batches of the current epoch."""
@@ -266,12 +268,18 @@ class _Run:
         if validation is not None and (done % config.evaluate_every == 0 or done == config.epochs):
             noise = self.seed_noise(0, "validation")  # the same draws in every epoch
             nll = predictive_nll(self.network, validation, config.evaluation_draws, noise)
-            known = [record.validation_nll for record in self.history if record.validation_nll is not None]
+            known = [its.validation_nll for its in self.history[self.begun:] if its.validation_nll is not None]
             if config.select == "best" and all(nll < other for other in known):
                 self.best = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         self.history.append(EpochRecord(self.epoch, *means, nll, round(self.seconds, 3)))
         self.epoch, self.step, self.seconds = done, 0, 0.0
         self.sums.zero_()
+
+    def replace(self, network: nn.Module) -> None:
+        """Train another network from the next step on, with a new optimiser. Raises `Refusal` for a plain network."""
+        self.network = network.to(self.device, self.data.inputs.dtype).train()
+        self.optimizer = make_optimizer(self.network, self.config)
+        self.best, self.begun = {}, self.epoch
 
     def save(self, folder: Path) -> None:
         """Write everything that is needed to go on."""
@@ -336,7 +344,7 @@ def _check_same_run(stored: dict, wanted: dict) -> None:
              "; ".join(differing), "another run's folder, or an edit",
              "repeat the settings of the checkpoint, or train into a new folder")
 
-# %% ../nbs/16_training.ipynb #247735a3-0
+# %% ../nbs/16_training.ipynb #b10dadb1-0
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
@@ -431,7 +439,8 @@ def train(
     resume: bool = False,  # go on from the checkpoint in `folder`
     architecture: Architecture | None = None,  # of the network, so that `load_network` can build it again
     notes: dict | None = None,  # JSON values that are stored with the checkpoint (data set, group, ...)
-    callback: Callback | None = None,  # called as callback(epoch, network, optimizer) after each epoch's last step
+    callback: Callback | None = None,  # called as callback(epoch, network, optimizer) after each epoch's last step; a
+    # network that it returns is trained from then on, with a new optimiser (not with a `folder`)
     progress: bool = False,  # a bar on standard error, where that is a terminal
 ) -> TrainingResult:
     """Maximise the ELBO of a Bayesian classifier; `network` itself is trained, and moved to the device.
@@ -449,11 +458,15 @@ def train(
         while run.epoch < config.epochs and not interrupted():
             _train_epoch(run, bar, interrupted)
             if run.step == run.steps:
-                if callback is not None:
-                    callback(run.epoch, network, run.optimizer)
+                other = callback(run.epoch, run.network, run.optimizer) if callback is not None else None
+                if other is not None:
+                    _require(folder is None, "A run in a folder is of one network",
+                             "a callback that returned another network", "a change of the network in mid-run",
+                             "train without a folder, or call train once for each network")
+                    run.replace(other)
                 run.close_epoch(validation)
             if folder is not None:
                 run.save(folder)
     if run.status == "complete" and run.best:
-        load_tensors(network, run.best)
-    return TrainingResult(network, run.history, run.status)
+        load_tensors(run.network, run.best)
+    return TrainingResult(run.network, run.history, run.status)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from symbnn import __version__, cli, comparison
+from symbnn import __version__, checkpoints, cli, comparison
 from symbnn.checkpoints import read_checkpoint, save_network
 from symbnn.data import PARTS
 from symbnn.experiments import ARRAYS
@@ -256,8 +256,6 @@ def test_unwritable_folders_are_refused_before_training(shell, tmp_path, command
 
 @pytest.mark.parametrize("command", [TRAIN, COMPARE])
 def test_full_disks_are_refused_before_training(shell, monkeypatch, command):
-    from symbnn import checkpoints
-
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: usage)
     refused(shell(*command, "-o", "out"), "disk has room")
@@ -266,10 +264,14 @@ def test_full_disks_are_refused_before_training(shell, monkeypatch, command):
 def test_a_disk_that_fills_while_results_are_written(shell, tmp_path, monkeypatch):
     import errno
 
-    def full(path, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write = checkpoints._write_bytes
 
-    monkeypatch.setattr(comparison, "_write_bytes", full)
+    def full(path, data):
+        if path.name == "predictions.npy":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
+
+    monkeypatch.setattr(checkpoints, "_write_bytes", full)
     found = shell(*COMPARE, "-o", "out")
     assert found.exit_code == 2 and "No space left" in found.stderr and "Traceback" not in found.output
     assert not list(tmp_path.rglob("run.json")) and not list(tmp_path.rglob("comparison.*"))
