@@ -6,7 +6,7 @@
 __all__ = ['AVERAGES', 'EXPANSIONS', 'NAMES', 'Build', 'Method', 'start', 'change', 'guard', 'averaged', 'check_method',
            'Trained', 'training_accuracy', 'run_method']
 
-# %% ../nbs/16b_methods.ipynb #b05c5236-0
+# %% ../nbs/16b_methods.ipynb #925ddf2c-0
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -19,6 +19,7 @@ from .actions import Action
 from .data import Split, epoch_generator
 from .expansion import Arrangement, expand, expanded_action
 from .groups import Refusal
+from .invariance import keep_invariant, tie
 from .layers import Prior
 from .metrics import OrbitPredictions
 from .network_actions import NetworkAction, network_action
@@ -80,7 +81,7 @@ class Method:
         return order if self.name in ("wide", "tied") else 1, 1 if self.name in (
             "baseline", "orbit_mixture", "tied_small", *AVERAGES) else order
 
-# %% ../nbs/16b_methods.ipynb #d04a7b45-0
+# %% ../nbs/16b_methods.ipynb #986a402f-0
 Build = Callable[[int], nn.Module]  # the untrained Bayesian network with so many times the channels
 
 
@@ -89,8 +90,6 @@ def start(method: Method, build: Build, action: Action) -> nn.Module:
     network = build(method.widths(action.group.order)[0])
     if method.name not in ("tied", "tied_small"):
         return network
-    from symbnn.invariance import tie
-
     hidden = "regular" if method.name == "tied" else "trivial"
     return tie(network, network_action(network, action, hidden=hidden))
 
@@ -117,11 +116,7 @@ def change(
 def guard(method: Method, network: nn.Module, action: NetworkAction) -> AbstractContextManager:
     """While it is open, gradients are projected if the method says so. Raises `Refusal` unless the network is
     invariant under the action."""
-    if not method.projected:
-        return nullcontext()
-    from symbnn.invariance import keep_invariant
-
-    return keep_invariant(network, action)
+    return keep_invariant(network, action) if method.projected else nullcontext()
 
 
 def averaged(method: Method, predictions: OrbitPredictions) -> OrbitPredictions:

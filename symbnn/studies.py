@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'SGD_RATE', 'SMALL', 'FULL', 'POWERS', 'STUDIES', 'Evaluation', 'Spec', 'plain', 'task_of', 'identity',
-           'measure', 'run', 'Panel', 'Study', 'stored', 'check', 'execute', 'describe', 'headline', 'run_rows',
-           'table', 'shown', 'as_csv', 'costs', 'picture', 'save', 'Cost', 'step_speed', 'estimate', 'find_study']
+           'measure', 'run', 'Panel', 'Study', 'stored', 'check', 'execute', 'words', 'describe', 'headline',
+           'run_rows', 'table', 'shown', 'as_csv', 'costs', 'picture', 'save', 'Cost', 'step_speed', 'estimate',
+           'find_study']
 
-# %% ../nbs/17d_studies.ipynb #667c0cf6-0
+# %% ../nbs/17d_studies.ipynb #eee80030-0
 import csv
 import hashlib
 import json
+import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import lru_cache, partial
 from io import BytesIO, StringIO
@@ -254,7 +256,7 @@ class Study:
 def _hashable(value: object) -> object:
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
-# %% ../nbs/17d_studies.ipynb #e8bb245f-0
+# %% ../nbs/17d_studies.ipynb #928a9cb4-0
 BACKENDS = ("loky", "dask", "ray")  # processes here, Dask workers, Ray workers; threads would share tracing state
 
 
@@ -296,12 +298,19 @@ def check(specs: list[Spec], root: Path | None) -> list[str]:
 @contextmanager
 def _backend(name: str, jobs: int, address: str | None) -> Iterator[None]:
     """Where the runs are done. Raises `Refusal` when the backend's package is missing."""
-    client = nullcontext()
+    with ExitStack() as stack:
+        _connect(name, jobs, address, stack)
+        stack.enter_context(joblib.parallel_config(backend=name, n_jobs=-1 if address else jobs))
+        yield
+
+
+def _connect(name: str, jobs: int, address: str | None, stack: ExitStack) -> None:
     try:
         if name == "dask":
             from distributed import Client, LocalCluster
 
-            client = Client(address or LocalCluster(jobs, threads_per_worker=1, dashboard_address=None))
+            here = {"threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.ERROR}
+            stack.enter_context(Client(address or stack.enter_context(LocalCluster(jobs, **here))))
         elif name == "ray":
             import ray
             from ray.util.joblib import register_ray
@@ -312,8 +321,6 @@ def _backend(name: str, jobs: int, address: str | None) -> Iterator[None]:
         raise Refusal(f"The package behind --backend {name} is installed", received=str(error),
                       cause="an environment without it, which only this backend needs",
                       fix=f"pip install {'distributed' if name == 'dask' else 'ray'}, or backend loky") from error
-    with client, joblib.parallel_config(backend=name, n_jobs=-1 if address else jobs):
-        yield
 
 
 def execute(
@@ -344,21 +351,37 @@ def execute(
         report(f"{done} of {len(found)} runs are there already")
     with _backend(backend, jobs, address):
         parallel = joblib.Parallel(return_as="generator_unordered")
-        for name, record in parallel(joblib.delayed(_named)(name, spec, root) for name, spec in left.items()):
+        tasks = (joblib.delayed(_named)(name, describe(study, spec), spec, root) for name, spec in left.items())
+        for name, record in parallel(tasks):
             write_file(work / f"{name}.json", json.dumps(record, indent=1).encode())
             found[name], done = record, done + 1
             report(f"[{done}/{len(found)}] {describe(study, left[name])}: {headline(record)}")
     return [found[name] for name in names]
 
 
-def _named(name: str, spec: Spec, root: Path | None) -> tuple[str, dict]:
-    return name, run(spec, root)
+def _named(name: str, title: str, spec: Spec, root: Path | None) -> tuple[str, dict]:
+    try:
+        return name, run(spec, root)
+    except Refusal as refusal:  # in mid-run: numbers that are not finite
+        raise Refusal(refusal.invariant, received=f"{refusal.received}, in the run with {title}", cause=refusal.cause,
+                      fix=refusal.fix) from refusal
+
+
+def words(names: tuple[str, ...], values: Iterable) -> str:
+    """Settings in words: "block_diagonal, trigger 2, projected"."""
+    parts = []
+    for name, value in zip(names, values):
+        short = name.rpartition(".")[2].replace("_", " ")
+        if isinstance(value, bool):
+            parts.append(short if value else f"not {short}")
+        elif value is not None:
+            parts.append(value if isinstance(value, str) else f"{short} {value}")
+    return ", ".join(parts)
 
 
 def describe(study: Study, spec: Spec) -> str:
     """A run in words: what the study varies, and the seed."""
-    parts = [f"{name.partition('.')[2]} {spec.value(name)}" for name in study.columns]
-    return ", ".join([*parts, f"seed {spec.training.seed}"])
+    return f"{words(study.columns, map(spec.value, study.columns))}, seed {spec.training.seed}"
 
 
 def headline(record: dict) -> str:
@@ -367,7 +390,7 @@ def headline(record: dict) -> str:
     parts = [f"accuracy {row['accuracy']:.3f}"] if "accuracy" in row else []
     return ", ".join([*parts, f"defect {row.get('defect_unbiased', math.nan):.2e}", f"{seconds:.0f} s"])
 
-# %% ../nbs/17d_studies.ipynb #8c00dfd1-0
+# %% ../nbs/17d_studies.ipynb #be4df672-0
 def run_rows(study: Study, records: list[dict]) -> list[dict]:
     """One row a run (of a sweep, one for each repeat and number of draws): settings, results and costs."""
     costs = ("training_multiply_adds", "training_seconds", "evaluation_seconds")
@@ -379,13 +402,14 @@ def run_rows(study: Study, records: list[dict]) -> list[dict]:
 
 
 def table(study: Study, records: list[dict]) -> list[dict]:
-    """One row for each of `Study.specs` (in a sweep, and number of draws): `runs`, and for each metric its mean and,
-    as `..._sd`, its standard deviation over seeds and repeats (None for a single one)."""
+    """One row for each of `Study.specs` (in a sweep, and number of draws): the number of `runs`, and for each metric
+    its mean and, as `..._sd`, its standard deviation over seeds and repeats (None for a single one)."""
     rows = run_rows(study, records)
     keys = [*study.columns, *(["draws"] if study.base.evaluation.sweep else [])]
-    named = [*keys, "seed", "repeat", "training_seconds", "evaluation_seconds"]
+    named = {*keys, "seed", "repeat", "training_seconds", "evaluation_seconds"}
     metrics = [name for name in dict.fromkeys(name for row in rows for name in row)
-               if name not in named and not name.endswith("_se")]
+               if name not in named and not name.endswith(("_se", "_se_inputs"))]
+    steady = ("changed", "training_multiply_adds", "defect_unbiased_se_draws")
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(json.dumps([row[key] for key in keys]), []).append(row)
@@ -395,7 +419,8 @@ def table(study: Study, records: list[dict]) -> list[dict]:
         for name in metrics:
             values = [row[name] for row in group if row.get(name) is not None]
             line[name] = statistics.fmean(values) if values else None
-            line[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+            if name not in steady:
+                line[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else None
         found.append(line)
     return found
 
@@ -438,7 +463,7 @@ def costs(study: Study, records: list[dict]) -> list[dict]:
         })
     return found
 
-# %% ../nbs/17d_studies.ipynb #cc836e16-0
+# %% ../nbs/17d_studies.ipynb #5d400e3d-0
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -465,7 +490,7 @@ def _draw(axes, panel: Panel, rows: list[dict], x: str, series: tuple[str, ...])
                     for row in mine)
         across, means, spreads = zip(*at)
         axes.errorbar(across, means, spreads, fmt="o-" if numeric else "o", capsize=2, markersize=4, linewidth=1,
-                      label=", ".join(map(str, label)), color=f"C{number}")
+                      label=words(series, label), color=f"C{number}")
         if panel.slope is not None and number == 0:
             guide = [means[0] * (place / across[0]) ** panel.slope for place in across]
             axes.plot(across, guide, ":", color="0.4", label=f"slope {panel.slope:g}")
