@@ -154,7 +154,7 @@ def elbo(
     fit, kl = likelihood.mean_log_likelihood(outputs, targets), kl_per_datum(network, num_data)
     return ELBO(fit, kl, fit - kl_weight * kl)
 
-# %% ../nbs/05_exactness.ipynb #cc7f79d4-0
+# %% ../nbs/05_exactness.ipynb #13a64c43-0
 def violations(
     network: nn.Module,
     action: NetworkAction,
@@ -168,8 +168,8 @@ def violations(
     `inputs` and `targets` are all data as trained on, with their turns. The keys are among "intertwining" (A1),
     "likelihood" (A2), "prior" (A3), "family" (A4) and "augmentation". A1 is tested at up to 16 inputs and one draw of
     the weights, A2 at random outputs, to rounding; the rest is exact. Deterministic parameters, such as those of
-    norms, count as part of the function. Raises `Refusal` for a network without variational layers and for a
-    likelihood that the output action cannot move.
+    norms, count as part of the function. Raises `Refusal` for a network without variational layers, for an action of
+    another network and for targets that the output action cannot move.
     """
     tensors, generator = variational_tensors(network), torch.Generator(inputs.device).manual_seed(0)
     checks = {
@@ -200,6 +200,7 @@ def _intertwining_fault(network: nn.Module, action: NetworkAction, x: Tensor, ge
         return found
 
     weights = {name: draw.detach() for name, draw in sample_weights(network, 1, generator).items()}
+    action.act(action.group.identity(), weights)  # refuses another network's weights
     error = intertwining_error(network, action, x, tensors=weights, forward=outputs)
     return f"f(gx; g theta) differs from g f(x; theta) by {error:.2g}" if not error <= max(allowed) else ""
 
