@@ -106,7 +106,7 @@ class TrainingConfig:
                  "The batch is cut into `draws` runs, so it has at least as many rows",
                  f"draws={self.draws}, batch_size={self.batch_size}", "a small batch size", "fewer draws")
 
-# %% ../nbs/16_training.ipynb #798f39ac-0
+# %% ../nbs/16_training.ipynb #307bc17d-0
 def rate_factor(schedule: Schedule, step: int, total: int) -> float:
     """What the learning rates are multiplied by in step `step` of `total`."""
     return (1 + math.cos(math.pi * step / total)) / 2 if schedule == "cosine" else 1.0
@@ -115,7 +115,8 @@ def rate_factor(schedule: Schedule, step: int, total: int) -> float:
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov momentum 0.9, with one parameter group for scales and one for everything else."""
     posteriors = [tensor.posterior for tensor in variational_tensors(network).values()]
-    scales = {id(p) for posterior in posteriors for name, p in posterior.named_parameters() if name != "loc"}
+    named = (pair for posterior in posteriors for pair in posterior.named_parameters())  # "loc", or "base.loc" if tied
+    scales = {id(p) for name, p in named if name.rpartition(".")[2] != "loc"}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if id(p) not in scales], "factor": 1.0, "weight_decay": config.weight_decay},
