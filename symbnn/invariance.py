@@ -144,7 +144,7 @@ def drift(network: nn.Module, action: NetworkAction) -> Drift:
         squares += float(parameters[name].square().sum())
     return Drift(away**0.5, (away / squares) ** 0.5 if squares else 0.0)
 
-# %% ../nbs/05b_invariance.ipynb #4b7cf6fc-0
+# %% ../nbs/05b_invariance.ipynb #4f19d533-0
 def _allowed(value: Tensor) -> float:
     """What counts as rounding: a thousand units in the last place, of one or of the largest entry."""
     return 1e3 * torch.finfo(value.dtype).eps * max(1.0, float(value.detach().abs().max()))
@@ -248,9 +248,8 @@ def _snap(tensors: Sequence[tuple[Tensor, str, Orbits]]) -> None:
 
 
 def _project_buffer(key: str, orbits: Orbits, module: nn.Module, *passed: object) -> None:
-    if module.training:
-        with torch.no_grad():
-            getattr(module, key).copy_(orbits.project(getattr(module, key)))
+    if module.training:  # another tensor: the backward pass still holds the old one
+        setattr(module, key, orbits.project(getattr(module, key)))
 
 # %% ../nbs/05b_invariance.ipynb #39d70fb3-0
 class Tied(Family):
