@@ -112,8 +112,6 @@ def augmented(action, x, labels):
 @each_case
 @pytest.mark.parametrize("family", [MeanFieldGaussian, Laplace, FullGaussian])
 def test_turning_the_input_moves_the_posterior(case, family):
-    if family is FullGaussian and "images" in case:
-        pytest.skip("a covariance of 96 weights by 96")
     network, action = network_of(case, family)
     x = randn(4, *action.input.shape)
     weights = {name: draw.detach() for name, draw in sample_weights(network, 7, seeded(1)).items()}
