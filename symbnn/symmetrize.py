@@ -24,7 +24,7 @@ from .metrics import Estimate, OrbitPredictions, check_probabilities
 from .network_actions import NetworkAction
 from .sampling import Weights, sample_weights
 
-# %% ../nbs/08_symmetrization.ipynb #57d61287-0
+# %% ../nbs/08_symmetrization.ipynb #72267b1a-0
 Barycentre = Literal["geometric", "arithmetic", "projection"]
 
 
@@ -47,7 +47,8 @@ def _normal(kind: Barycentre, loc: Tensor, log_scale: Tensor, signed: Orbits, sc
 
 def _average_independent(kind: Barycentre, family: Family, action: Action) -> Family:
     moves = family.parameter_actions(action)
-    values = _normal(kind, family.loc.double(), family.log_scale.double(), Orbits(moves["loc"]), Orbits(moves["log_scale"]))
+    orbits = Orbits(moves["loc"]), Orbits(moves["log_scale"])
+    values = _normal(kind, family.loc.double(), family.log_scale.double(), *orbits)
     mask = (family.mask,) if isinstance(family, LogNormal) else ()
     return type(family)(*(value.to(family.loc) for value in values), *mask, shape=family.shape,
                         trainable=family.trainable)
@@ -75,13 +76,14 @@ def _average_full(kind: Barycentre, family: FullGaussian, action: Action) -> Ful
 
 @torch.no_grad()
 def average(family: Family, action: Action, barycentre: Barycentre = "geometric") -> Family:
-    """The invariant average of a posterior's push-forwards, a new member of its class (theorem "the two averages").
+    """The invariant average of a posterior's push-forwards, a new member of its class.
 
     "geometric" averages natural parameters and minimises mean_g KL(r || g_# q) over all r; "arithmetic" matches moments
     and minimises mean_g KL(g_# q || r) over the family; "projection" averages means and scales and minimises
-    mean_g W_2(r, g_# q)^2 over independent weights. The group is not enumerated. Raises `Refusal` where the family is
-    not closed under the action (with the condition that fails), for Laplace posteriors unless projected, for families
-    without a rule, and for means that are stored once for many weights. Weights that share a scale go on sharing it.
+    mean_g W_2(r, g_# q)^2 over independent weights (of log|theta| for log-normal ones). The group is not enumerated.
+    Weights that share a scale go on sharing it. Raises `Refusal` where the family is not closed under the action (with
+    the condition that fails), for Laplace posteriors unless projected, for families without a rule, and for means that
+    are stored once for many weights. Source: theorem "the two averages of an exponential family" of the book.
     """
     _check(family, action, barycentre)
     return (_average_full if isinstance(family, FullGaussian) else _average_independent)(barycentre, family, action)
@@ -109,17 +111,18 @@ def _check(family: Family, action: Action, barycentre: Barycentre) -> None:
     if not isinstance(family, (MeanFieldGaussian, Laplace, LogNormal, FullGaussian)):
         refuse("The average of a family is known", name, "a class from outside the library", "OrbitMixture")
     if tuple(family.loc.shape) != family.shape:
-        refuse("Each weight has a mean of its own", f"{name} of shape {family.shape}, means of {tuple(family.loc.shape)}",
+        refuse("Each weight has a mean of its own", f"{tuple(family.loc.shape)} means for {family.shape} weights",
                "means stored once for many weights", "store one mean a weight; scales may be shared")
 
-# %% ../nbs/08_symmetrization.ipynb #e905620b-0
+# %% ../nbs/08_symmetrization.ipynb #c312d704-0
 def _deterministic(network: nn.Module, action: NetworkAction) -> dict[str, Tensor]:
     """Parameters and running statistics that the group moves and that have no posterior, by plain name.
 
     Raises `Refusal` unless the action covers all tensors with a posterior.
     """
     posteriors = variational_tensors(network)
-    missing = sorted(set(posteriors) - set(action.parameters)) if isinstance(action, NetworkAction) else sorted(posteriors)
+    known = action.parameters if isinstance(action, NetworkAction) else {}
+    missing = sorted(posteriors.keys() - known.keys())
     if missing:
         raise Refusal("The action moves every weight of the network", received=f"{action!r:.80}, which lacks {missing}",
                       cause="the action of another network, or one on the inputs alone",
@@ -133,9 +136,9 @@ def symmetrize_(network: nn.Module, action: NetworkAction, barycentre: Barycentr
                 only: Collection[str] | None = None) -> nn.Module:
     """Replace every posterior by its invariant `average`, in the same Parameter objects; returns the network.
 
-    Deterministic parameters and running statistics of norms become their means over the group; priors stay. `only` names
-    the tensors to treat (plain names such as "0.weight"; None: all). Afterwards the law of the weights is invariant
-    under `action`, and where `network` commutes with the group its predictive is equivariant. An optimiser of the
+    Deterministic parameters and running statistics of norms become their means over the group; priors stay. `only`
+    names the tensors to treat (plain names such as "0.weight"; None: all). Afterwards the law of the weights is
+    invariant under `action`, and where `network` commutes with the group its predictive is equivariant. An optimiser of the
     network stays valid; its moments are the caller's. Nothing is written where `Refusal` is raised: for whatever
     `average` refuses, for another network's action, and for names in `only` that do not exist.
     """

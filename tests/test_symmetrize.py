@@ -1,4 +1,4 @@
-"""Symmetrisation: averages against direct minimisation, invariance bit by bit, the mixture, its information, the ELBO."""
+"""Symmetrisation: averages against direct minimisation, invariance bit by bit, the mixture and its information."""
 
 import copy
 import math
@@ -100,7 +100,8 @@ def assert_same_law(actual, expected, tolerance=exact64):
     assert type(actual) is type(expected)
     for (name, value), (_, wanted) in zip(actual.named_parameters(), expected.named_parameters(), strict=True):
         assert value.shape == wanted.shape, name
-        assert_close(value.tril() if name == "factor" else value, wanted.tril() if name == "factor" else wanted, tolerance)
+        triangle = torch.tril if name == "factor" else torch.clone
+        assert_close(triangle(value), triangle(wanted), tolerance)
 
 
 def w2_between_logs(r, p):
@@ -124,7 +125,8 @@ def test_projection_minimises_the_mean_transport_cost(family):
         start, action = members()["block, kernels"]
     else:
         loc, log_scale = normal(3, seed=1), 0.5 * normal(3, seed=2)
-        start, action = (LogNormal(loc, log_scale, torch.ones(3)) if family is LogNormal else family(loc, log_scale)), EXCHANGE
+        mask = (torch.ones(3),) if family is LogNormal else ()
+        start, action = family(loc, log_scale, *mask), EXCHANGE
     pushed = pushes(start, action)
     best = minimiser(start, lambda r: sum(w2_between_logs(r, p) for p in pushed))
     assert_same_law(average(start, action, "projection"), best, FOUND)
@@ -179,7 +181,7 @@ def test_geometric_average_beats_laws_outside_the_family():
 
 
 def test_means_far_from_zero_and_tiny_scales():
-    """@eq-arithmetic-variance: the difference of second moments would lose everything here, in float32 the average too."""
+    """@eq-arithmetic-variance: a difference of second moments would lose the variance, float32 the weights."""
     q = MeanFieldGaussian(torch.tensor([1e6, 1e6 + 1]), torch.tensor([1e-6, 1e-6]).log())
     found = average(q, natural_action(Symmetric(2)), "arithmetic")
     assert found.loc.dtype == torch.float32
@@ -280,7 +282,8 @@ def test_networks_of_every_group_become_invariant(case, kind):
     assert defect(network, action) > 0.005
     assert_close(defect(found, action), 0.0)
     for name, tensor in variational_tensors(network).items():
-        assert_same_law(variational_tensors(found)[name].posterior, average(tensor.posterior, action.parameters[name], kind))
+        alone = average(tensor.posterior, action.parameters[name], kind)
+        assert_same_law(variational_tensors(found)[name].posterior, alone)
 
 
 @pytest.mark.parametrize("family", [Laplace, BlockGaussian, FullGaussian])
@@ -366,8 +369,8 @@ REFUSED = {
     "mask": (lambda: average(LogNormal(normal(3), normal(3), torch.tensor([1, -1, 1])), EXCHANGE), "sign mask"),
     "shape": (lambda: average(members()["gaussian, S3"][0], natural_action(Symmetric(4))), "another tensor"),
     "one mean": (lambda: average(MeanFieldGaussian(torch.zeros(1), torch.zeros(3)), EXCHANGE), "one mean a weight"),
-    "torn": (lambda: average(BlockGaussian(torch.zeros(2, 2), torch.zeros(2, 1)), natural_action(Symmetric(4)).pulled_back(
-        Symmetric(4), lambda g: g)), "another tensor"),
+    "flattened": (lambda: average(MeanFieldGaussian(*torch.zeros(2, 2, 2)), natural_action(Symmetric(4))),
+                  "another tensor"),
     "blocks": (lambda: average(BlockGaussian(torch.zeros(2, 2), torch.zeros(2, 1)), Action(
         Symmetric(4), (2, 2), SignedPermutation.sending, "all")), "each block onto one block"),
     "names": (lambda: symmetrize(*pair("C4 regular"), only=["9.weight"]), "misspelt"),
@@ -420,16 +423,16 @@ def test_log_density_of_the_mixture(name):
     mixture = OrbitMixture(network, action)
     weights = mixture.sample(50, seeded(1))
     posteriors = {key: tensor.posterior for key, tensor in variational_tensors(network).items()}
-    expected = []
-    for g in action.group.elements():
-        def density(key, q):
-            if name == "lognormal":  # the mask moves too: a member with the moved mask
-                q = LogNormal(*(action.parameters[key].absolute().act(g, v.expand(q.shape)) for v in (q.loc, q.log_scale)),
-                              action.parameters[key].act(g, q.mask.expand(q.shape)))
-                return q.log_prob(weights[key])
-            return q.push_forward(action.parameters[key](g)).log_prob(weights[key])
 
-        expected.append(sum(density(key, q) for key, q in posteriors.items()))
+    def density(g, key, q):
+        if name == "lognormal":  # the mask moves too: a member with the moved mask
+            unsigned = action.parameters[key].absolute()
+            q = LogNormal(*(unsigned.act(g, value.expand(q.shape)) for value in (q.loc, q.log_scale)),
+                          action.parameters[key].act(g, q.mask.expand(q.shape)))
+            return q.log_prob(weights[key])
+        return q.push_forward(action.parameters[key](g)).log_prob(weights[key])
+
+    expected = [sum(density(g, key, q) for key, q in posteriors.items()) for g in action.group.elements()]
     assert_close(mixture.log_prob(weights), torch.stack(expected).logsumexp(0) - math.log(4))
     assert mixture.log_prob(weights).isfinite().all()
     for g in action.group.elements():
@@ -437,7 +440,7 @@ def test_log_density_of_the_mixture(name):
 
 
 def test_draws_of_the_mixture():
-    """Moments of the mixture are means of moments; each draw is one of the turns of the underlying draw, in its place."""
+    """Moments of the mixture are means of moments; each draw is one of the turns of the draw in its place."""
     network, action = on_ring("gaussian")
     mixture, q = OrbitMixture(network, action), network[0].weight.posterior
     draws, plain = mixture.sample(40_000, seeded(1)), sample_weights(network, 40_000, seeded(1))
@@ -484,9 +487,9 @@ def test_information_between_its_bounds():
     for case in ("set, invariant", "odd", "circular shifts", "C4 trivial"):
         network, action = pair(case)
         limit = math.log(action.group.order)
-        found = OrbitMixture(network, action).mutual_information(200, seeded())
+        found = OrbitMixture(network, action).mutual_information(200, seeded(17))
         assert 0.05 < found.value <= limit
-        still = OrbitMixture(symmetrize(network, action), action).mutual_information(200, seeded())
+        still = OrbitMixture(symmetrize(network, action), action).mutual_information(200, seeded(17))
         assert_close(still.value, 0.0)
         assert_close(still.standard_error, 0.0)
 
@@ -517,18 +520,18 @@ def test_thousands_of_weights_in_float32():
     torch.manual_seed(0)
     single = bayesianize(nn.Sequential(nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 3)), scale=1.0)
     with torch.no_grad():
-        single[0].weight.posterior.loc.mul_(0.15)
+        single[0].weight.posterior.loc.mul_(0.3)
     double, action = copy.deepcopy(single).double(), network_action(single, regular_channels(Cyclic(4), 16))
-    weights = sample_weights(single, 64, seeded())
+    weights = sample_weights(single, 64, seeded(17))  # the seed of the means would repeat their numbers
     wide = {name: value.double() for name, value in weights.items()}
     found, expected = (OrbitMixture(n, action).log_prob(w) for n, w in ((single, weights), (double, wide)))
     assert expected.abs().min() > 5000 and found.dtype == torch.float64
     assert_close(found, expected)
-    information = OrbitMixture(single, action).mutual_information(64, seeded())
+    information = OrbitMixture(single, action).mutual_information(64, seeded(17))
     assert 0.1 < information.value < math.log(4)
     with torch.no_grad():
         q = sum(tensor.posterior.log_prob(wide[name]) for name, tensor in variational_tensors(double).items())
-    assert_close(information.value, (q - expected).mean(), 1e-9)  # a difference of numbers near 10^4
+    assert_close(information.value, (q - expected).mean(), exact64 * 1e4)  # a difference of numbers near 10^4
 
 
 def test_log_density_is_differentiable():
@@ -657,3 +660,16 @@ def test_permutations_of_units_need_no_augmentation():
     with torch.no_grad():  # q^G computes the same functions
         outputs = apply_weights(network, x, OrbitMixture(network, action).orbit(weights)).view(24, 3, 6, 2)
         assert_close(outputs, apply_weights(network, x, weights).expand(24, 3, 6, 2))
+
+
+def test_on_cuda(require_cuda):
+    network, action = pair("C4 trivial")
+    expected, weights = symmetrize(network, action), sample_weights(network, 5, seeded())
+    density = OrbitMixture(network, action).log_prob(weights)
+    network = network.to(require_cuda)
+    there = {name: value.to(require_cuda) for name, value in weights.items()}
+    assert_close(OrbitMixture(network, action).log_prob(there), density)
+    assert OrbitMixture(network, action).mutual_information(20).value > 0.05
+    assert OrbitMixture(network, action).sample(3, torch.Generator(require_cuda))["0.weight"].device.type == "cuda"
+    for value, wanted in zip(symmetrize_(network, action).parameters(), expected.parameters(), strict=True):
+        assert_close(value, wanted)
