@@ -492,6 +492,11 @@ def test_no_violations(case, family):
     assert violations(network.double(), action, x[order], labels[order]) == {}
 
 
+def test_a_weight_space_symmetry_needs_no_augmentation():
+    network, action = network_of("hidden units")
+    assert violations(network, action, randn(3, 3), torch.tensor([0, 2, 1])) == {}
+
+
 def signed_regression(targets=None):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
