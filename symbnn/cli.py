@@ -7,7 +7,7 @@ __all__ = ['RESUME', 'IMAGES', 'NETWORK', 'TRAINING', 'RESULTS', 'OPTIONS', 'OUT
            'SCORES', 'UNITS', 'DEFAULT', 'METHODS', 'SEEDS', 'Commands', 'symbnn', 'train', 'evaluate', 'compare',
            'reproduce', 'main']
 
-# %% ../nbs/18_cli.ipynb #2f64db21-0
+# %% ../nbs/18_cli.ipynb #115bc7a2-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .catalogue import STUDIES, estimate, find_study, step_speed
 from .checkpoints import Checkpoint, load_network, read_checkpoint, write_file
 from .comparison import Comparison, compare as run_comparison
 from .data import AUGMENTATIONS, DATASETS
@@ -34,8 +35,8 @@ from .experiments import ARRAYS, PRIORS, SYMMETRIES, Setup, evaluate as measure,
 from .families import FAMILIES
 from .groups import Refusal
 from .reports import conclusions, save, table
-from .studies import BACKENDS, STUDIES, estimate, execute, find_study, plain, save as save_study, step_speed
-from .studies import shown as study_table
+from .studies import BACKENDS, execute, plain
+from .study_reports import save as save_study, shown as study_table
 from .training import TrainingConfig, choose_device
 
 # %% ../nbs/18_cli.ipynb #517432ff-0
@@ -283,7 +284,7 @@ def evaluate(
         made_by = {"command": _command(), "symbnn": __version__, "torch": torch.__version__}
         write_file(json_file, json.dumps(made_by | settings | {"metrics": metrics}, indent=1).encode())
 
-# %% ../nbs/18_cli.ipynb #ba7328a2-0
+# %% ../nbs/18_cli.ipynb #59e8b267-0
 DEFAULT = Comparison()
 METHODS, SEEDS = ",".join(DEFAULT.methods), ",".join(map(str, DEFAULT.seeds))
 
@@ -297,9 +298,9 @@ def compare(
     output: Annotated[Path, OUTPUT] = Path("output/comparison"),
     methods: _as(str, TRAINING, "With commas. baseline: the small network; regular, row_rolled, row_constant, "
                  "block_diagonal: arrangements of its orbit expansion; wide: as wide, but from random weights; "
-                 "geometric, arithmetic, projection: its posterior averaged; orbit_mixture: its predictions averaged; tied: an "
-                 "equivariant network as wide; tied_small: one as small. NAME+projected keeps averages and expansions "
-                 "invariant.") = METHODS,
+                 "geometric, arithmetic, projection: its posterior averaged; orbit_mixture: its predictions averaged; "
+                 "tied: an equivariant network as wide; tied_small: one as small. NAME+projected keeps averages and "
+                 "expansions invariant.") = METHODS,
     seeds: _as(str, TRAINING, "With commas; each method runs once for each.") = SEEDS,
     small_epochs: _as(int, TRAINING, "Epochs of the small network before it is expanded.") = DEFAULT.small_epochs,
     epochs: _as(int, TRAINING, "Epochs of the expanded network. Both numbers make the budget; baseline and wide train "

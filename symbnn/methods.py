@@ -6,7 +6,7 @@
 __all__ = ['AVERAGES', 'EXPANSIONS', 'NAMES', 'Build', 'Method', 'start', 'change', 'guard', 'averaged', 'check_method',
            'Trained', 'training_accuracy', 'run_method']
 
-# %% ../nbs/16b_methods.ipynb #925ddf2c-0
+# %% ../nbs/16b_methods.ipynb #4c445b14-0
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,10 +24,11 @@ from .layers import Prior
 from .metrics import OrbitPredictions
 from .network_actions import NetworkAction, network_action
 from .sampling import predict
+from .symmetrize import Barycentre, orbit_average, symmetrize_
 from .training import EpochRecord, TrainingConfig, train
 
-# %% ../nbs/16b_methods.ipynb #19c5d8c4-0
-AVERAGES = ("geometric", "arithmetic", "projection")
+# %% ../nbs/16b_methods.ipynb #2427a323-0
+AVERAGES = get_args(Barycentre)
 EXPANSIONS = get_args(Arrangement)
 NAMES = ("baseline", "wide", *AVERAGES, "orbit_mixture", *EXPANSIONS, "tied", "tied_small")
 
@@ -81,7 +82,7 @@ class Method:
         return order if self.name in ("wide", "tied") else 1, 1 if self.name in (
             "baseline", "orbit_mixture", "tied_small", *AVERAGES) else order
 
-# %% ../nbs/16b_methods.ipynb #986a402f-0
+# %% ../nbs/16b_methods.ipynb #96f635de-0
 Build = Callable[[int], nn.Module]  # the untrained Bayesian network with so many times the channels
 
 
@@ -107,8 +108,6 @@ def change(
         network = expand(network.cpu(), small, method.name, prior)
         return network, expanded_action(network, small, method.name)
     if method.name in AVERAGES:
-        from symbnn.symmetrize import symmetrize_
-
         symmetrize_(network, small, method.name)
     return network, small
 
@@ -121,10 +120,7 @@ def guard(method: Method, network: nn.Module, action: NetworkAction) -> Abstract
 
 def averaged(method: Method, predictions: OrbitPredictions) -> OrbitPredictions:
     """What the method predicts: for "orbit_mixture" each draw's orbit average, which is exactly equivariant."""
-    if method.name != "orbit_mixture":
-        return predictions
-    mean = predictions.probabilities.mean(2, keepdim=True).expand_as(predictions.probabilities)
-    return OrbitPredictions(mean.contiguous(), predictions.elements, predictions.mode)
+    return orbit_average(predictions) if method.name == "orbit_mixture" else predictions
 
 
 def check_method(method: Method, build: Build, action: Action, prior: Prior | None = None) -> None:

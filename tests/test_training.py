@@ -320,6 +320,46 @@ def test_callbacks_change_the_run_and_are_saved(tmp_path):
     assert same(tensors(run(net=network(2), folder=tmp_path, resume=True, callback=halve)), tensors(straight))
 
 
+def test_a_network_that_a_callback_returns_is_trained_from_then_on():
+    other = network(5)
+    start = {name: value.clone() for name, value in other.state_dict().items()}
+    seen = []
+
+    def exchange(epoch, net, optimizer):
+        seen.append((net, len(optimizer.state)))
+        return other if epoch == 1 else None
+
+    result, straight = run(replace(CONFIG, epochs=3), callback=exchange), run(replace(CONFIG, epochs=3))
+    assert result.network is other is seen[2][0] and seen[0][0] is seen[1][0] is not other
+    assert not same(tensors(result), start) and len(result.history) == 3
+    assert history(result)[0] == history(straight)[0]
+    assert history(result)[1].elbo == history(straight)[1].elbo  # of the old network's steps
+    alone = run(replace(CONFIG, epochs=1), net=network(5))
+    assert history(result)[1].validation_nll != history(straight)[1].validation_nll != history(alone)[0].validation_nll
+
+
+def test_the_best_epoch_is_one_of_the_last_network():
+    poor, seen = network(5), {}
+    with torch.no_grad():
+        for tensor in variational_tensors(poor).values():
+            tensor.posterior.loc.mul_(30)
+
+    def exchange(epoch, net, optimizer):
+        seen[epoch] = {name: value.clone() for name, value in (poor if epoch == 2 else net).state_dict().items()}
+        return poor if epoch == 2 else None
+
+    result = run(replace(CONFIG, epochs=6, select="best", learning_rate=0.3), callback=exchange)
+    values = [record.validation_nll for record in result.history]
+    best = 2 + values[2:].index(min(values[2:]))
+    assert min(values[:2]) < values[best] and best < 5  # or this test shows nothing
+    assert result.network is poor and same(tensors(result), seen[best])
+
+
+def test_a_run_in_a_folder_is_of_one_network(tmp_path):
+    with pytest.raises(Refusal, match="one network"):
+        run(folder=tmp_path, callback=lambda epoch, net, optimizer: network(5))
+
+
 def test_batch_normalisation_is_trained_and_saved(tmp_path):
     def normalised():
         torch.manual_seed(0)
