@@ -542,6 +542,8 @@ def test_each_violation_has_its_reason():
     network[2].weight.posterior = LogNormal.initial(network[2].weight.posterior.mean, 0.1)
     reason = violations(network, action, x, labels)
     assert set(reason) == {"family"} and "LogNormal of '2.weight'" in reason["family"]
+    network[2].weight.prior = isotropic()("2.weight", network[2].weight.posterior)  # with the same signs
+    assert "leaves its family" in violations(network, action, x, labels)["prior"]
 
 
 class Shaded(nn.ReLU):
