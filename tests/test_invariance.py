@@ -518,6 +518,12 @@ def test_refusals_name_the_condition():
                                                                        trainable=False))
     with pytest.raises(Refusal, match="A3"):  # means agree, scales do not
         keep_invariant(put_in_fix(network, action), action)
+    rows = {4: (1, 1, 3, 1), 2: (1, 1), 1: (1,)}  # a scale for each row of a kernel: turns send rows to columns
+    network, action = bayesian(prior=lambda name, q: BlockGaussian(
+        torch.zeros_like(q.loc), torch.linspace(0, 1, math.prod(rows[q.loc.ndim])).double().view(rows[q.loc.ndim]),
+        trainable=False))
+    with pytest.raises(Refusal, match="A3"):
+        keep_invariant(put_in_fix(network, action), action)
     network, action = bayesian(LogNormal)
     with pytest.raises(Refusal, match="A4"):
         keep_invariant(network, action)
