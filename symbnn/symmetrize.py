@@ -114,7 +114,7 @@ def _check(family: Family, action: Action, barycentre: Barycentre) -> None:
         refuse("Each weight has a mean of its own", f"{tuple(family.loc.shape)} means for {family.shape} weights",
                "means stored once for many weights", "store one mean a weight; scales may be shared")
 
-# %% ../nbs/08_symmetrization.ipynb #c312d704-0
+# %% ../nbs/08_symmetrization.ipynb #40709141-0
 def _deterministic(network: nn.Module, action: NetworkAction) -> dict[str, Tensor]:
     """Parameters and running statistics that the group moves and that have no posterior, by plain name.
 
@@ -138,8 +138,8 @@ def symmetrize_(network: nn.Module, action: NetworkAction, barycentre: Barycentr
 
     Deterministic parameters and running statistics of norms become their means over the group; priors stay. `only`
     names the tensors to treat (plain names such as "0.weight"; None: all). Afterwards the law of the weights is
-    invariant under `action`, and where `network` commutes with the group its predictive is equivariant. An optimiser of the
-    network stays valid; its moments are the caller's. Nothing is written where `Refusal` is raised: for whatever
+    invariant under `action`, and its predictive equivariant where the network commutes with the group. An optimiser of
+    the network stays valid; its moments are the caller's. Nothing is written where `Refusal` is raised: for whatever
     `average` refuses, for another network's action, and for names in `only` that do not exist.
     """
     posteriors = {name: tensor.posterior for name, tensor in variational_tensors(network).items()}
@@ -150,8 +150,7 @@ def symmetrize_(network: nn.Module, action: NetworkAction, barycentre: Barycentr
                       fix=f"names among {sorted(posteriors.keys() | others.keys())}")
     made = {name: average(posteriors[name], action.parameters[name], barycentre) for name in posteriors.keys() & chosen}
     for name, family in made.items():
-        for part, value in family.named_parameters():
-            getattr(posteriors[name], part).copy_(value)
+        posteriors[name].load_state_dict(family.state_dict())
     for name in others.keys() & chosen:
         others[name].copy_(Orbits(action.parameters[name]).project(others[name]))
     return network

@@ -182,13 +182,13 @@ def test_geometric_average_beats_laws_outside_the_family():
 
 def test_means_far_from_zero_and_tiny_scales():
     """@eq-arithmetic-variance: a difference of second moments would lose the variance, float32 the weights."""
-    q = MeanFieldGaussian(torch.tensor([1e6, 1e6 + 1]), torch.tensor([1e-6, 1e-6]).log())
-    found = average(q, natural_action(Symmetric(2)), "arithmetic")
-    assert found.loc.dtype == torch.float32
-    assert_close(found.variance, [0.25 + 1e-12] * 2, exact32)
+    means = torch.tensor([1e7 + 0.3, 1e7 + 1.1], dtype=torch.float64)
+    found = average(MeanFieldGaussian(means, torch.full_like(means, -14)), natural_action(Symmetric(2)), "arithmetic")
+    assert_close(found.variance, [0.16] * 2, exact32)
     tiny = MeanFieldGaussian(torch.tensor([1.0, 2.0]), torch.tensor([-60.0, -60.0]))
     assert_close(average(tiny, natural_action(Symmetric(2))).log_scale, [-60.0, -60.0], exact32)
     assert_close(average(tiny, natural_action(Symmetric(2))).loc, [1.5, 1.5], exact32)
+    assert average(tiny, natural_action(Symmetric(2))).loc.dtype == torch.float32
 
 
 # Networks
@@ -316,6 +316,15 @@ def test_in_place_keeps_the_parameters_and_the_priors():
     kl_sum(network).backward()
     optimiser.step()
     assert not torch.equal(network[0].weight.posterior.loc, expected[0].weight.posterior.loc)
+
+
+def test_frozen_posteriors_are_averaged_too():
+    network, action = pair("set, invariant")
+    expected = symmetrize(network, action)[0].weight.posterior
+    network[0].weight.posterior = network[0].weight.posterior.freeze()
+    found = symmetrize(network, action)[0].weight.posterior
+    assert torch.equal(found.loc, expected.loc) and torch.equal(found.log_scale, expected.log_scale)
+    assert not list(found.parameters())
 
 
 def test_norms_are_averaged_within_their_orbits():
