@@ -482,6 +482,7 @@ def test_running_statistics_stay_invariant():
         assert norm.running_mean.abs().min() > 0
         for value in (norm.running_mean, norm.running_var):
             assert torch.equal(value, value[:1].expand(4))
+        norm.running_mean[0] += 1  # by hand; a prediction does not touch it
         kept = norm.running_mean.clone()
         forward(network.eval(), x, 1, "shared", seeded())
         assert torch.equal(norm.running_mean, kept)
