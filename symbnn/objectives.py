@@ -154,7 +154,7 @@ def elbo(
     fit, kl = likelihood.mean_log_likelihood(outputs, targets), kl_per_datum(network, num_data)
     return ELBO(fit, kl, fit - kl_weight * kl)
 
-# %% ../nbs/05_exactness.ipynb #13a64c43-0
+# %% ../nbs/05_exactness.ipynb #5ed7aef6-0
 def violations(
     network: nn.Module,
     action: NetworkAction,
@@ -238,7 +238,7 @@ def _family_fault(name: str, posterior: Family, action: Action) -> str:
 def _augmentation_fault(likelihood: Likelihood, action: NetworkAction, inputs: Tensor, targets: Tensor) -> str:
     def counted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.cat([x.flatten(1).double(), y.reshape(len(y), -1).double()], 1)
-        return torch.unique(rows + 0.0, dim=0, return_counts=True)  # + 0.0: minus zero is zero
+        return torch.unique(rows, dim=0, return_counts=True)
 
     rows, counts = counted(inputs, targets)
     for g in action.group.generators():
