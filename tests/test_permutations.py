@@ -157,6 +157,16 @@ def test_units_of_draws():
     assert_close(stacked[2], 1 + units(weights, action, "3"), 0)
 
 
+def test_units_with_running_statistics_and_counters():
+    network, action, weights = prepared("residual")
+    buffers = {key: tensor for key, tensor in network.named_buffers() if key in action.parameters}
+    assert buffers["norm.num_batches_tracked"].shape == ()  # it belongs to no unit
+    u = units({**weights, **buffers}, action, "stem")
+    assert u.shape[1] == units(weights, action, "stem").shape[1] + 2
+    drawn = {key: torch.stack([tensor, tensor]) for key, tensor in {**weights, **buffers}.items()}
+    assert_close(units(drawn, action, "stem"), torch.stack([u, u]), 0)
+
+
 @pytest.mark.parametrize("n", range(2, 7))
 @pytest.mark.parametrize("seed", range(3))
 def test_nearest_mode_against_all_permutations(n, seed):
