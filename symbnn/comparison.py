@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO', 'Plan', 'Comparison', 'epoch_cost', 'plan', 'Run', 'Results', 'settings', 'compare']
 
-# %% ../nbs/17b_comparison.ipynb #2a382b94-0
+# %% ../nbs/17b_comparison.ipynb #bd7e39c3-0
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from . import __version__
 from .checkpoints import check_folder, has_checkpoint, write_file
-from .experiments import UNREADABLE, Setup, Task, _one_of, _positive, evaluate, fit, prepare
+from .experiments import UNREADABLE, Setup, Task, _one_of, _positive, check_training, evaluate, fit, prepare
 from .groups import Refusal
 from .methods import Method, change, check_method, guard, start
 from .models import multiply_adds, weight_count
-from .training import TrainingConfig, check_task, choose_device
+from .training import TrainingConfig, choose_device
 
-# %% ../nbs/17b_comparison.ipynb #aacd0544-0
+# %% ../nbs/17b_comparison.ipynb #872a25be-0
 class Plan(NamedTuple):
     """`small_epochs` of training the small network, then `epochs` on one with `order` times the channels."""
 
@@ -90,11 +90,7 @@ def plan(comparison: Comparison, task: Task) -> dict[str, Plan]:
     nothing is expanded. Raises `Refusal` for methods that this network or family does not have."""
     order, training = task.action.group.order, comparison.training
     dtype = task.data.train.inputs.dtype
-    check_task(task.network(0, dtype=dtype), task.data.train, task.data.validation, training)
-    images = len(task.data.train) * (order if training.augmentation == "full" else 1)
-    if training.batch_size > images:
-        raise Refusal("A batch is not larger than the training set", received=f"{training.batch_size} of {images}",
-                      cause="a small training set", fix="a smaller batch size")
+    check_training(task, training)
     cost = {factor: epoch_cost(task, factor, training) for factor in (1, order)}
     budget = comparison.small_epochs * cost[1] + training.epochs * cost[order]
     plans = {}

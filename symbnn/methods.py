@@ -82,7 +82,7 @@ class Method:
         return order if self.name in ("wide", "tied") else 1, 1 if self.name in (
             "baseline", "orbit_mixture", "tied_small", *AVERAGES) else order
 
-# %% ../nbs/16b_methods.ipynb #96f635de-0
+# %% ../nbs/16b_methods.ipynb #a1847cc6-0
 Build = Callable[[int], nn.Module]  # the untrained Bayesian network with so many times the channels
 
 
@@ -123,14 +123,20 @@ def averaged(method: Method, predictions: OrbitPredictions) -> OrbitPredictions:
     return orbit_average(predictions) if method.name == "orbit_mixture" else predictions
 
 
-def check_method(method: Method, build: Build, action: Action, prior: Prior | None = None) -> None:
-    """Raise `Refusal` for what would be refused in the middle of a run, by doing it to untrained networks."""
+def check_method(
+    method: Method, build: Build, action: Action, prior: Prior | None = None, epochs: int | None = None
+) -> None:
+    """Raise `Refusal` for what would be refused in the middle of a run of so many epochs, by doing it to untrained
+    networks."""
+    if epochs is not None and method.trigger > epochs:
+        raise Refusal("The trigger lies within the run", received=f"{method.trigger} of {epochs} epochs",
+                      cause="a run that was shortened", fix=f"trigger={epochs} or less")
     network = start(method, build, action)
     if method.changes:
         with guard(method, *change(method, network, action, prior)):
             pass
 
-# %% ../nbs/16b_methods.ipynb #e4031c8a-0
+# %% ../nbs/16b_methods.ipynb #d67c0be2-0
 class Trained(NamedTuple):
     """A run of a method."""
 
@@ -157,10 +163,7 @@ def run_method(
     progress: bool = False,
 ) -> Trained:
     """Train by a method for `config.epochs` in all. Raises `Refusal` as `train` and `check_method` do."""
-    if method.trigger > config.epochs:
-        raise Refusal("The trigger lies within the run", received=f"{method.trigger} of {config.epochs} epochs",
-                      cause="a run that was shortened", fix=f"trigger={config.epochs} or less")
-    check_method(method, build, action, prior)
+    check_method(method, build, action, prior, config.epochs)
     guards, changed = [], None
 
     def pull(network: nn.Module, epochs: int) -> nn.Module:

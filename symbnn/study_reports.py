@@ -92,7 +92,7 @@ def costs(study: Study, records: list[dict]) -> list[dict]:
         })
     return found
 
-# %% ../nbs/17e_study_reports.ipynb #5d400e3d-0
+# %% ../nbs/17e_study_reports.ipynb #1be5834b-0
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -109,6 +109,10 @@ def _scale(axes, values: list[float]) -> None:
 def _draw(axes, panel: Panel, rows: list[dict], x: str, series: tuple[str, ...]) -> None:
     column = panel.metric if panel.show == "mean" else f"{panel.metric}_sd"
     rows = [row for row in rows if row.get(column) is not None]
+    axes.set(xlabel=x.rpartition(".")[2].replace("_", " "),
+             ylabel=panel.metric.replace("_", " ") + (", spread" if panel.show == "spread" else ""))
+    if not rows:  # a spread of single runs
+        return
     places = list(dict.fromkeys(row[x] for row in rows))
     numeric = all(map(_number, places))
     labels = list(dict.fromkeys(tuple(row[name] for name in series) for row in rows))
@@ -129,18 +133,19 @@ def _draw(axes, panel: Panel, rows: list[dict], x: str, series: tuple[str, ...])
         axes.set_xticks(range(len(places)), [str(place).replace("_", "\n") for place in places], fontsize=8)
     if panel.logarithmic:
         _scale(axes, [row[column] for row in rows])
-    axes.set(xlabel=x.rpartition(".")[2].replace("_", " "),
-             ylabel=panel.metric.replace("_", " ") + (", spread" if panel.show == "spread" else ""))
     axes.grid(alpha=0.3)
 
 
 def picture(study: Study, rows: list[dict]) -> Figure:
     """The study's figure from the rows of `table`."""
     figure = Figure(figsize=(5.2 * len(study.panels), 3.8), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(study.panels), squeeze=False)[0], study.panels):
+    every = figure.subplots(1, len(study.panels), squeeze=False)[0]
+    for axes, panel in zip(every, study.panels):
         _draw(axes, panel, rows, study.x, study.series)
-    handles, labels = axes.get_legend_handles_labels()
-    if any(labels):
+        if panel.slope is not None:
+            axes.legend(fontsize=8, frameon=False)
+    handles, labels = every[0].get_legend_handles_labels()
+    if any(labels) and study.panels[0].slope is None:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=8)
     figure.suptitle(study.title, fontsize=10)
     return figure

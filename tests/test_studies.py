@@ -1,0 +1,464 @@
+"""Studies: identity of runs, resuming, parallel runs, tables, figures, the named ones."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from io import StringIO
+
+import matplotlib.axes
+import pytest
+import torch
+
+from symbnn import catalogue, studies
+from symbnn.catalogue import FULL, SMALL, STUDIES, estimate, find_study
+from symbnn.experiments import Setup, evaluate, prepare
+from symbnn.groups import Refusal
+from symbnn.methods import Method, run_method
+from symbnn.metrics import defect_plugin, defect_unbiased, orbit_predictions
+from symbnn.models import multiply_adds
+from symbnn.network_actions import network_action
+from symbnn.studies import Evaluation, Panel, Spec, Study, check, execute, identity, plain, run, task_of, words
+from symbnn.study_reports import as_csv, costs, picture, run_rows, save, shown, table
+from symbnn.training import TrainingConfig
+from tolerances import assert_close
+
+BASE = Spec(Setup(channels=(2, 4), train_size=64), TrainingConfig(epochs=2, batch_size=64, learning_rate=0.02),
+            evaluation=Evaluation(images=20, draws=4))
+TINY = Study("tiny", "none", BASE, ({"method.name": ("baseline", "orbit_mixture")},
+                                    {"method.name": ("block_diagonal",), "method.trigger": (0, 1)}),
+             seeds=(0, 1), series=("method.trigger",))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished study, its records and the folder of its runs."""
+    work = tmp_path_factory.mktemp("runs")
+    return TINY, execute(TINY, work), work
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Nothing may be trained."""
+    monkeypatch.setattr(studies, "run_method", lambda *arguments, **others: pytest.fail("training began"))
+
+
+def without_seconds(records):
+    return [{name: value for name, value in record.items() if not name.endswith("_seconds")} for record in records]
+
+
+# Values
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_survive_json(name):
+    study = STUDIES[name]
+    assert Study.from_json(json.dumps(plain(study))) == study
+    assert Study.from_json(json.dumps(plain(study), indent=1)).runs() == study.runs()
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"grids": ()}, "a grid"),
+    ({"seeds": ()}, "seeds"),
+    ({"seeds": (0, 0)}, "named once"),
+    ({"seeds": (-1,)}, "not negative"),
+    ({"x": "setup.group"}, "among what the grids vary"),
+    ({"series": ("method.projected",)}, "among what the grids vary"),
+    ({"grids": ({"method.name": ("baseline", "baseline")},), "series": ()}, "each run once"),
+    ({"grids": ({"method.name": ("magic",)},), "series": ()}, "method is one of"),
+    ({"grids": ({"method.title": ("a",)},), "series": ()}, "part and its field"),
+    ({"grids": ({"network.depth": (1,)},), "series": ()}, "part and its field"),
+    ({"grids": ({"setup.family": ("normal",)},), "series": ()}, "family is one of"),
+])
+def test_studies_that_cannot_be_meant_are_refused(change, reason):
+    with pytest.raises(Refusal, match=reason):
+        replace(TINY, **change)
+
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(draws=2), "three draws"), (dict(images=0), "positive"), (dict(repeats=0), "positive"),
+    (dict(sweep=(1, 0)), "positive"), (dict(split="train"), "split"), (dict(mode="magic"), "mode"),
+])
+def test_evaluations_that_cannot_be_meant_are_refused(change, reason):
+    with pytest.raises(Refusal, match=reason):
+        Evaluation(**change)
+
+
+@pytest.mark.parametrize("edit", [
+    lambda whole: whole.pop("title"), lambda whole: whole.update(colour="red"), lambda whole: whole.update(grids=3),
+    lambda whole: whole["base"]["setup"].update(depth=3), lambda whole: (whole["base"].pop("setup") and None) or
+    whole["base"].update(extra={}), lambda whole: whole.update(panels=[{"metrics": "accuracy"}]),
+])
+def test_edited_files_are_refused(edit, tmp_path):
+    whole = plain(TINY)
+    edit(whole)
+    (tmp_path / "mine.json").write_text(json.dumps(whole))
+    with pytest.raises(Refusal, match="JSON file as --show prints it"):
+        find_study(str(tmp_path / "mine.json"))
+
+
+@pytest.mark.parametrize("name, reason", [("magic", "study is one of prior"), ("nowhere.json", "read from a JSON")])
+def test_unknown_studies_are_refused(name, reason):
+    with pytest.raises(Refusal, match=reason):
+        find_study(name)
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "mine.json").write_text("title: mine")
+    with pytest.raises(Refusal, match="JSON file as --show prints it"):
+        find_study(str(tmp_path / "mine.json"))
+
+
+def test_grids_give_every_combination_once_and_in_order():
+    assert [(spec.method.name, spec.method.trigger) for spec in TINY.specs()] == [
+        ("baseline", 0), ("orbit_mixture", 0), ("block_diagonal", 0), ("block_diagonal", 1)]
+    assert [spec.training.seed for spec in TINY.runs()] == [0, 1] * 4
+    changed = BASE.changed({"method.trigger": 3, "method.name": "geometric"})  # in whatever order
+    assert changed.method == Method("geometric", trigger=3) and changed.setup == BASE.setup
+
+
+# Identity
+
+
+def test_a_run_is_its_settings_and_its_data():
+    same = identity(BASE, 1)
+    assert identity(BASE.changed({"training.device": "cpu"}), 1) == same == identity(Spec.from_json(plain(BASE)), 1)
+    changes = [{"training.seed": 1}, {"setup.train_size": 65}, {"training.learning_rate": 0.1}, {"evaluation.draws": 5},
+               {"method.name": "tied"}, {"method.name": "geometric", "method.keep_moments": True}]
+    others = {identity(BASE.changed(change), 1) for change in changes} | {identity(BASE, 2), same}
+    assert len(others) == len(changes) + 2
+
+
+def test_settings_that_a_later_version_adds_leave_a_run_what_it_is(finished, tmp_path, untrained):
+    study, records, work = finished
+    for path in work.iterdir():  # as an earlier version wrote it
+        record = json.loads(path.read_text())
+        del record["spec"]["setup"]["start"], record["spec"]["method"]["keep_moments"]
+        (tmp_path / path.name).write_text(json.dumps(record))
+    assert without_seconds(execute(study, tmp_path))[0]["rows"] == records[0]["rows"]
+
+
+def test_studies_share_runs(finished, untrained):
+    study, records, work = finished
+    part = replace(study, title="another", grids=study.grids[1:], seeds=(1,), panels=(Panel("brier"),))
+    assert execute(part, work) == [records[5], records[7]]
+
+
+def test_a_changed_study_does_not_mix(finished, tmp_path):
+    study, records, work = finished
+    other = replace(study, base=BASE.changed({"training.learning_rate": 0.01}), grids=study.grids[:1], seeds=(0,),
+                    series=())
+    before = {path.name for path in work.iterdir()}
+    new = execute(other, work)
+    assert {path.name for path in work.iterdir()} - before == {f"{name}.json" for name in check(other.runs(), None)}
+    assert new[0]["rows"] != records[0]["rows"] and new[0]["spec"]["training"]["learning_rate"] == 0.01
+
+
+@pytest.mark.parametrize("edit", [
+    lambda text: "", lambda text: "{}", lambda text: text[:-20], lambda text: text.replace('"seed": 0', '"seed": 5'),
+    lambda text: text.replace('"epochs": 2', '"epochs": 3'),
+    lambda text: text.replace('"rows": [', '"rows": [], "r": ['),
+])
+def test_damaged_or_edited_records_are_refused(finished, tmp_path, edit, untrained):
+    study, _, work = finished
+    for path in work.iterdir():
+        (tmp_path / path.name).write_text(edit(path.read_text()) if '"seed": 0' in path.read_text()
+                                          else path.read_text())
+    with pytest.raises(Refusal, match="remove"):
+        execute(study, tmp_path)
+
+
+# Running
+
+
+def test_a_run_is_its_method_evaluated(finished):
+    study, records, _ = finished
+    spec = study.runs()[7]
+    task = prepare(spec.setup)
+    trained = run_method(spec.method, lambda factor: task.network(1, factor), task.data.train, spec.training,
+                         action=task.action, prior=task.prior(), validation=task.data.validation)
+    row = records[7]["rows"][0]
+    metrics, _ = evaluate(trained.network, task, images=20, draws=4, seed=1)
+    assert {name: row[name] for name in metrics} == metrics and row["changed"] == 1
+    assert row["elbo"] == trained.history[-1].elbo and row["validation_nll"] == trained.history[-1].validation_nll
+    costs = [3 * 4 * 64 * multiply_adds(task.network(0, factor), (1, 8, 8)) for factor in (1, 4)]
+    assert [record["training_multiply_adds"] for record in records[::2]] == [
+        2 * costs[0], 2 * costs[0], 2 * costs[1], sum(costs)]
+    assert records[2]["rows"][0]["defect_unbiased"] == 0 < records[0]["rows"][0]["defect_unbiased"]
+
+
+def test_runs_use_one_thread_and_give_it_back(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(studies, "_run", lambda spec, root: {})
+    run(BASE)
+    assert seen == [1, 3]
+
+
+def test_an_interrupted_study_goes_on_run_by_run(finished, tmp_path, monkeypatch):
+    study, records, _ = finished
+    real, begun = studies.run, []
+
+    def stop_at_the_fourth(spec, root):
+        begun.append(spec)
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return real(spec, root)
+
+    monkeypatch.setattr(studies, "run", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        execute(study, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    resumed = execute(study, tmp_path)
+    assert len(begun) == 4 + 5 and begun[4:] == study.runs()[3:]
+    assert without_seconds(resumed) == without_seconds(records)
+    assert as_csv(table(study, resumed)) == as_csv(table(study, records))
+
+
+@pytest.mark.parametrize("backend", ["loky", "dask"])
+def test_parallel_runs_have_the_numbers_of_sequential_ones(finished, tmp_path, backend):
+    study, records, _ = finished
+    study, records, lines = replace(study, grids=study.grids[1:]), records[4:], []
+    found = execute(study, tmp_path, jobs=2, backend=backend, report=lines.append)
+    assert without_seconds(found) == without_seconds(records)
+    assert len(lines) == len(list(tmp_path.iterdir())) == 4 and lines[-1].startswith("[4/4] ")
+
+
+@pytest.mark.parametrize("change, options, reason", [
+    ({}, {"backend": "threads"}, "backend is one of"),
+    ({}, {"jobs": 0}, "number of jobs"),
+    ({"evaluation.images": 5000}, {}, "5000 of 360"),
+    ({"training.batch_size": 500}, {}, "batch"),
+    ({"setup.family": "lognormal"}, {}, "LogNormal"),
+    ({"setup.group": "shifts"}, {}, "circular"),
+    ({"training.device": "tpu"}, {}, "device"),
+    ({"training.epochs": 1, "setup.dataset": "nowhere.npz"}, {}, "nowhere"),
+])
+def test_refusals_come_before_anything_is_trained_or_written(change, options, reason, tmp_path, untrained):
+    with pytest.raises(Refusal, match=reason):
+        execute(replace(TINY, base=BASE.changed(change)), tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_trigger_after_the_end_is_refused_before_training(tmp_path, untrained):
+    grids = ({"method.name": ("geometric",), "method.trigger": (0, 3)},)
+    with pytest.raises(Refusal, match="trigger lies within"):
+        execute(replace(TINY, grids=grids), tmp_path / "new")
+
+
+def test_a_run_that_diverges_is_named(tmp_path):
+    study = replace(TINY, base=BASE.changed({"training.learning_rate": 1e30}), grids=TINY.grids[:1], series=())
+    with pytest.raises(Refusal, match=r"in the run with baseline, seed 0"):
+        execute(study, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["dask", "ray"])
+def test_a_missing_package_is_named(missing, tmp_path, monkeypatch):
+    for name in ("distributed", "ray"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(Refusal, match="pip install"):
+        execute(replace(TINY, grids=({"method.name": ("wide",)},), series=()), tmp_path, backend=missing)
+
+
+# Sweeps over draws
+
+
+def test_a_sweep_takes_the_first_draws_of_each_repeat():
+    spec = BASE.changed({"evaluation.sweep": (1, 2, 8), "evaluation.repeats": 2, "evaluation.mode": "shared"})
+    task, rows = prepare(spec.setup), run(spec)["rows"]
+    network = run_method(Method(), lambda factor: task.network(0, factor), task.data.train, spec.training,
+                         action=task.action).network
+    assert [(row["repeat"], row["draws"]) for row in rows] == [(0, 1), (0, 2), (0, 8), (1, 1), (1, 2), (1, 8)]
+    generator = torch.Generator().manual_seed(1_000_003)
+    found = orbit_predictions(network, task.data.test.inputs[:20], network_action(network, task.action), 8, "shared",
+                              generator=generator).probabilities
+    assert [row["defect_plugin"] for row in rows[:3]] == [defect_plugin(found[:draws]) for draws in (1, 2, 8)]
+    assert rows[2]["defect_unbiased"] == defect_unbiased(found).value and "defect_unbiased" not in rows[0]
+    assert rows[5]["defect_plugin"] != rows[2]["defect_plugin"]
+    study = Study("sweep", "none", spec, ({"method.name": ("baseline",)},), seeds=(0,), x="draws")
+    lines = table(study, [run(spec)])
+    assert [(line["draws"], line["runs"]) for line in lines] == [(1, 2), (2, 2), (8, 2)]
+    values = torch.tensor([rows[2]["defect_plugin"], rows[5]["defect_plugin"]], dtype=torch.float64)
+    assert_close(torch.tensor([lines[2]["defect_plugin"], lines[2]["defect_plugin_sd"]], dtype=torch.float64),
+                 torch.stack([values.mean(), values.std()]))
+    assert lines[0]["defect_unbiased"] is None and picture(study, lines)
+
+
+# Tables, figures, files
+
+
+def test_the_table_has_means_and_deviations_over_seeds(finished):
+    study, records, _ = finished
+    lines, rows = table(study, records), run_rows(study, records)
+    assert [(line["method.name"], line["method.trigger"], line["runs"]) for line in lines] == [
+        ("baseline", 0, 2), ("orbit_mixture", 0, 2), ("block_diagonal", 0, 2), ("block_diagonal", 1, 2)]
+    for place, line in enumerate(lines):
+        values = torch.tensor([records[2 * place + seed]["rows"][0]["nll_nats"] for seed in (0, 1)],
+                              dtype=torch.float64)
+        assert_close(torch.tensor([line["nll_nats"], line["nll_nats_sd"]], dtype=torch.float64),
+                     torch.stack([values.mean(), values.std()]))
+    assert lines[0]["changed"] is None and lines[3]["changed"] == 1
+    assert not any("seconds" in name or name.endswith("_se") for name in lines[0])
+    assert [row["seed"] for row in rows] == [0, 1] * 4 and rows[3]["accuracy"] == records[3]["rows"][0]["accuracy"]
+
+
+def test_files_hold_everything_and_no_path(finished, tmp_path):
+    study, records, work = finished
+    written = save(study, records, tmp_path / "out", "symbnn reproduce tiny")
+    assert [path.name for path in written] == ["table.csv", "runs.csv", "study.json", "figure.png"]
+    rows = list(csv.DictReader(StringIO((tmp_path / "out" / "table.csv").read_text())))
+    assert [float(row["accuracy"]) for row in rows] == [line["accuracy"] for line in table(study, records)]
+    assert len(list(csv.DictReader(StringIO((tmp_path / "out" / "runs.csv").read_text())))) == 8
+    whole = json.loads((tmp_path / "out" / "study.json").read_text(), parse_constant=pytest.fail)
+    assert whole["command"] == "symbnn reproduce tiny" and whole["runs"] == 8 and whole["symbnn"] and whole["torch"]
+    assert Study.from_json(json.dumps(whole["study"])) == study
+    assert whole["total"]["training_multiply_adds"] == sum(record["training_multiply_adds"] for record in records)
+    assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    text = "".join(path.read_text() for path in (*work.iterdir(), *(tmp_path / "out").glob("*.[cj]s*")))
+    assert str(work) not in text and str(tmp_path) not in text
+
+
+def test_costs_are_per_training_image(finished):
+    study, records, _ = finished
+    for place, line in enumerate(costs(study, records)):
+        mine = records[2 * place : 2 * place + 2]
+        seconds = sum(record["training_seconds"] for record in mine) / 2
+        assert_close(line["training_seconds_per_training_image"], seconds / 64)
+        assert line["training_multiply_adds_per_training_image"] == mine[0]["training_multiply_adds"] / 64
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """What is drawn: positions, means, spreads, and the label of each curve; and guide lines."""
+    drawn, guides = [], []
+    bars, plot = matplotlib.axes.Axes.errorbar, matplotlib.axes.Axes.plot
+
+    def errorbar(self, x, y, errors, **options):
+        drawn.append((list(x), list(y), list(errors), options["label"]))
+        return bars(self, x, y, errors, **options)
+
+    def line(self, x, y, style, **options):
+        guides.append((list(x), list(y)))
+        return plot(self, x, y, style, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "errorbar", errorbar)
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", line)
+    return drawn, guides
+
+
+def test_the_figure_draws_the_table(curves, finished):
+    study, records, _ = finished
+    study = replace(study, x="method.trigger", series=("method.name",), panels=(Panel("nll_nats", slope=-1),))
+    lines = [{**line, "method.trigger": line["method.trigger"] + 1} for line in table(study, records)]
+    picture(study, lines)
+    drawn, guides = curves
+    assert [label for *_, label in drawn] == ["baseline", "orbit_mixture", "block_diagonal"]
+    across, means, spreads, _ = drawn[2]
+    assert across == [1, 2] and means == [line["nll_nats"] for line in lines[2:]]
+    assert spreads == [line["nll_nats_sd"] for line in lines[2:]]
+    assert guides == [([1], [lines[0]["nll_nats"]])]
+    picture(replace(study, panels=(Panel("nll_nats", "spread"),)), lines)
+    assert drawn[5][1] == [line["nll_nats_sd"] for line in lines[2:]]
+
+
+def test_names_on_an_axis_are_places(curves, finished):
+    study, records, _ = finished
+    picture(replace(study, panels=(Panel("accuracy"),)), table(study, records))
+    drawn, _ = curves
+    assert [[round(place) for place in across] for across, *_ in drawn] == [[0, 1, 2], [2]]
+
+
+def test_words_name_what_has_no_name_of_its_own():
+    names = ("method.name", "method.trigger", "method.keep_moments", "method.projected", "setup.validation_size")
+    assert words(names, ("geometric", 20, True, False, None)) == "geometric, trigger 20, keep moments"
+
+
+def test_the_terminal_shows_the_figure_s_metrics(finished):
+    study, records, _ = finished
+    drawn = shown(study, records)
+    assert [column.header for column in drawn.columns] == ["name", "trigger", "runs", "accuracy", "defect_unbiased"]
+    assert drawn.row_count == 4
+
+
+# The named studies
+
+
+@pytest.mark.parametrize("base, equal", [(SMALL, 260), (FULL, 7645)])
+def test_equal_compute_is_equal(base, equal):
+    order, shape = 4, (1, 28, 28)
+    from symbnn.models import Architecture, build
+
+    small = Architecture("cnn", shape, 10, base.setup.channels)
+    ratio = multiply_adds(build(small.expanded(order)), shape) / multiply_adds(build(small), shape)
+    assert abs(equal / (base.training.epochs * ratio) - 1) < 1e-3
+    name = "methods" if base is SMALL else "methods-full"
+    assert equal in {spec.training.epochs for spec in STUDIES[name].specs()}
+
+
+def test_the_full_studies_have_the_source_s_settings():
+    assert FULL.setup.channels == (32, 64) and FULL.setup.train_size == 5000 and FULL.setup.prior_scale == 1.0
+    its = FULL.training
+    assert (its.optimizer, its.learning_rate, its.scale_rate, its.clip_norm) == ("sgd", 0.01, 10.0, 1.0)
+    assert (its.estimator, its.draws, its.epochs, its.batch_size) == ("shared", 10, 500, 128)
+    sweep = STUDIES["draws-full"].base.evaluation
+    assert (sweep.sweep[-1], sweep.repeats, sweep.images) == (1024, 10, None)
+    triggers = {spec.method.trigger for spec in STUDIES["timing-full"].specs()}
+    assert triggers == {0, 20, 50, 100, 150}
+
+
+def test_estimates_count_training_and_evaluation(finished):
+    study, records, _ = finished
+    trained = sum(record["training_multiply_adds"] for record in records)
+    task, _ = task_of(BASE, None)
+    passes = [multiply_adds(task.network(0, factor), (1, 8, 8)) for factor in (1, 4)]
+    evaluated = 2 * 20 * 4 * 4 * (2 * passes[0] + 2 * passes[1])
+    found = estimate(study, (0.01, 1e6))
+    assert (found.runs, found.multiply_adds) == (8, trained + evaluated)
+    assert_close(found.seconds, 8 * 2 * 4 * 0.01 + (trained + evaluated) / 1e6)
+
+
+def test_speed_is_positive(monkeypatch):
+    monkeypatch.setattr(catalogue, "prepare", lambda setup: prepare(replace(setup, train_size=64)))
+    overhead, speed = catalogue.step_speed("cpu")
+    assert overhead >= 0 < speed
+
+
+# Processes
+
+
+def program(folder, *arguments):
+    command = [sys.executable, "-c", "from symbnn.cli import main; main()", "reproduce", *arguments]
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, "NO_COLOR": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finished_runs(folder):
+    return [path for path in folder.glob("work/*.json") if not path.name.startswith(".")]
+
+
+def test_a_stopped_process_goes_on_to_the_same_table(finished, tmp_path):
+    study, records, _ = finished
+    (tmp_path / "tiny.json").write_text(json.dumps(plain(study)))
+    options, there = ["tiny.json", "--work", "work", "-o", "out", "--jobs"], 0
+    for how, jobs in ((signal.SIGINT, "1"), (signal.SIGINT, "2"), (signal.SIGKILL, "1")):
+        process = program(tmp_path, *options, jobs)
+        deadline = time.monotonic() + 200
+        while len(finished_runs(tmp_path)) <= there and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, how)  # what a terminal does
+        _, err = process.communicate(timeout=200)
+        assert there < len(finished_runs(tmp_path)) < 8, "nothing was left to do: this test shows nothing"
+        there = len(finished_runs(tmp_path))
+        if how == signal.SIGINT:
+            assert process.returncode == 130 and "Interrupted." in err and "same command" in err, err
+            assert "Traceback" not in err
+        assert not (tmp_path / "out").exists() and all(json.loads(path.read_text()) for path in finished_runs(tmp_path))
+    process = program(tmp_path, *options, "1")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and f"{there} of 8 runs are there already" in err, err
+    assert (tmp_path / "out/table.csv").read_text() == as_csv(table(study, records))
