@@ -444,6 +444,12 @@ def test_log_density_of_the_mixture(name):
     expected = [sum(density(g, key, q) for key, q in posteriors.items()) for g in action.group.elements()]
     assert_close(mixture.log_prob(weights), torch.stack(expected).logsumexp(0) - math.log(4))
     assert mixture.log_prob(weights).isfinite().all()
+    if name != "lognormal":  # where some are -inf
+        assert_close(mixture.log_densities(weights), torch.stack(expected))
+    single = OrbitMixture(copy.deepcopy(network).float(), action)
+    narrow = {key: value.float() for key, value in weights.items()}
+    assert single.log_prob(narrow).dtype == torch.float64
+    assert_close(single.log_prob(narrow), mixture.log_prob(weights), exact32)
     for g in action.group.elements():
         assert_close(mixture.log_prob(action.act(g, weights)), mixture.log_prob(weights))
 
@@ -490,6 +496,18 @@ def test_information_against_integration(family):
         best = average(q, exchange, "arithmetic")
         assert_close(q.kl(best), (best.log_scale - q.log_scale).sum())
         assert exact < q.kl(best) < q.kl(average(q, exchange))
+
+
+def test_information_takes_as_many_draws_as_asked():
+    network, action = on_ring("gaussian")
+    mixture, generator = OrbitMixture(network, action), seeded(17)
+    parts = [sample_weights(network, draws, generator) for draws in (64, 6)]  # 64 at once
+    weights = {name: torch.cat([part[name] for part in parts]).detach() for name in parts[0]}
+    with torch.no_grad():
+        values = mixture.log_densities(weights)[0] - mixture.log_prob(weights)
+    found = mixture.mutual_information(70, seeded(17))
+    assert_close(found.value, values.mean())
+    assert_close(found.standard_error, values.std() / math.sqrt(70))
 
 
 def test_information_between_its_bounds():
@@ -586,6 +604,7 @@ def test_orbit_average_of_predictions():
     weights = OrbitMixture(network, action).orbit(sample_weights(network, 4, seeded(1)))
     expected = predict(network, x, weights=weights).softmax(-1).mean(0)
     assert_close(mixed.probabilities.mean(0), expected[:, None].expand(6, 4, 3))
+    assert_close(mixed.probabilities[:, :, 1], plain.probabilities.mean(2))  # draw by draw
     assert defect_unbiased(plain.probabilities).value > 1e-6
     assert_close(defect_unbiased(mixed.probabilities).value, 0.0)
     assert nll(mixed.probabilities, labels) < nll(plain.probabilities, labels, over="orbit")  # Jensen
