@@ -61,7 +61,7 @@ class Commands(typer.core.TyperGroup):
             typer.echo(f"\nInterrupted. {RESUME.get(ctx.invoked_subcommand, 'Nothing was written.')}", err=True)
             raise typer.Exit(130) from interrupt
 
-# %% ../nbs/18_cli.ipynb #cee1246b-0
+# %% ../nbs/18_cli.ipynb #560a8d8a-0
 IMAGES, NETWORK, TRAINING, RESULTS = "Images and symmetry", "Network", "Training", "Evaluation and results"
 
 
@@ -86,9 +86,10 @@ OPTIONS = {
     "channels": _as(str, NETWORK, "Channels of each hidden layer, with commas: 32,64."),
     "family": _as(str, NETWORK, f"Posterior of the weights: {', '.join(FAMILIES)}."),
     "initial_scale": _as(float, NETWORK, "Standard deviation of the posteriors at the start."),
-    "prior": _as(str, NETWORK, f"{', '.join(PRIORS)}: one standard deviation for all weights, or --prior-scale divided "
-                 "by the root of a layer's inputs."),
-    "prior_scale": _as(float, NETWORK, "Standard deviation of the prior."),
+    "prior": _as(str, NETWORK, f"{', '.join(PRIORS)}: one standard deviation for all weights; --prior-scale divided "
+                 "by the root of a layer's inputs; or means drawn at random once, which no symmetry leaves alone."),
+    "prior_scale": _as(float, NETWORK, "Standard deviation of the prior, and of random means."),
+    "start": _as(str, NETWORK, "First means: random, or invariant (random ones averaged over the group)."),
     "batch_size": _as(int, TRAINING, "Images in a step."),
     "estimator": _as(str, TRAINING, "Gradient estimator. split: the batch in --draws parts with a weight draw each; "
                      "shared: every draw on every image; flipout; local."),

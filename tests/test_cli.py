@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,15 @@ import pytest
 from typer.testing import CliRunner
 
 from symbnn import __version__, checkpoints, cli, comparison
+from symbnn.catalogue import STUDIES, Cost, find_study
 from symbnn.checkpoints import read_checkpoint, save_network
 from symbnn.data import PARTS
-from symbnn.experiments import ARRAYS
+from symbnn.experiments import ARRAYS, Setup
+from symbnn.groups import Refusal
 from symbnn.layers import bayesianize
 from symbnn.models import PRESETS, build
+from symbnn.studies import Evaluation, Spec, Study, plain
+from symbnn.training import TrainingConfig
 
 NETWORK = ["--channels", "2,4", "--train-size", "64", "--batch-size", "64"]
 TRAIN = ["train", *NETWORK, "--epochs", "2", "--learning-rate", "0.02"]
@@ -61,7 +66,7 @@ def test_version(shell):
     assert found.exit_code == 0 and found.stdout.startswith(f"symbnn {__version__} (torch ")
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["compare"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["compare"], ["reproduce"]])
 def test_help_explains_every_option_and_gives_examples(shell, command):
     found = shell(*command, "--help")
     assert found.exit_code == 0 and "Examples:" in found.stdout and "symbnn compare" in shell("--help").stdout
@@ -156,6 +161,7 @@ MISTAKES = {
     "too many poolings": (["--channels", "2,2,2,2"], "pool"),
     "unknown family": (["--family", "normal"], "family is one of"),
     "unknown prior": (["--prior", "flat"], "prior is one of"),
+    "unknown start": (["--start", "zero"], "start is one of"),
     "unknown estimator": (["--estimator", "magic"], "estimator is one of"),
     "unknown optimizer": (["--optimizer", "adam"], "optimizer is one of"),
     "no epochs": (["--epochs", "0"], "epochs is a positive integer"),
@@ -281,6 +287,81 @@ def test_wrong_usage_is_click_s_own_message(shell):
     found = shell("train")
     assert found.exit_code == 2 and "--output" in found.stderr
     assert shell("compare", "--no-such-option").exit_code == 2
+
+
+# Reproduce
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A tiny study in the file tiny.json."""
+    base = Spec(Setup(channels=(2, 4), train_size=64), TrainingConfig(epochs=2, batch_size=64),
+                evaluation=Evaluation(images=20, draws=4))
+    study = Study("A tiny study", "none", base, ({"method.name": ("baseline", "tied")},), seeds=(0, 1))
+    (tmp_path / "tiny.json").write_text(json.dumps(plain(study)))
+    return study
+
+
+def test_reproduce_runs_shows_and_writes(shell, tmp_path, tiny):
+    found = shell("reproduce", "tiny.json", "--seeds", "0,2", "-o", "out", "--work", "work")
+    assert found.exit_code == 0, found.output
+    assert "A tiny study" in found.stdout and "± " in found.stdout and "Written to out: table.csv" in found.stdout
+    assert found.stderr.count("accuracy") == 4 and "[4/4] tied, seed 2" in found.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.csv", "runs.csv", "study.json", "figure.png"}
+    made = json.loads((tmp_path / "out/study.json").read_text())
+    assert made["study"]["seeds"] == [0, 2] and len(list((tmp_path / "work").iterdir())) == 4
+    table = (tmp_path / "out/table.csv").read_bytes()
+    again = shell("reproduce", "tiny.json", "--seeds", "0,2", "--work", "work")
+    assert again.exit_code == 0 and again.stderr == "4 of 4 runs are there already\n"
+    assert (tmp_path / "results/tiny/table.csv").read_bytes() == table
+    more = shell("reproduce", "tiny.json", "--work", "work", "-o", "out")
+    assert "2 of 4 runs are there already" in more.stderr and "seed 1" in more.stderr
+
+
+def test_a_study_that_is_shown_can_be_edited(shell, tmp_path):
+    found = shell("reproduce", "methods", "--show", "--seeds", "7")
+    read = Study.from_json(found.stdout)
+    assert found.exit_code == 0 and find_study("methods") == replace(read, seeds=tuple(range(5)))
+    assert json.loads(found.stdout)["seeds"] == [7] and not list(tmp_path.iterdir())
+    shown = shell("reproduce", "methods", "--show", "--device", "cpu")
+    assert json.loads(shown.stdout)["base"]["training"]["device"] == "cpu"
+
+
+def test_the_list_of_studies_has_their_costs(shell, monkeypatch):
+    def estimate(study, speed):
+        assert speed == "measured"
+        if study.base.training.estimator == "shared":
+            raise Refusal("a", received="b", cause="c", fix="d")  # images that are not here
+        return Cost(1, 12e12, 15120.0)
+
+    monkeypatch.setattr(cli, "step_speed", lambda: "measured")
+    monkeypatch.setattr(cli, "estimate", estimate)
+    found = shell("reproduce", "--list")
+    assert found.exit_code == 0 and all(name in found.stdout for name in STUDIES)
+    assert found.stdout.count("1.2e+13") == found.stdout.count(" 4.2 ") == 6 and "factor of up to two" in found.stdout
+
+
+@pytest.mark.parametrize("arguments, reason", [
+    ([], "study is named"), (["magic"], "study is one of prior"), (["nowhere.json"], "JSON file"),
+    (["methods", "--jobs", "0"], "jobs"), (["methods", "--backend", "threads"], "backend is one of"),
+    (["methods", "--seeds", "one"], "integers with commas"), (["methods", "--seeds", "0,0"], "named once"),
+    (["prior", "--data-folder", "nowhere"], "four IDX files"), (["tiny.json", "--device", "abacus"], "device"),
+])
+def test_studies_that_cannot_be_are_refused(shell, tmp_path, tiny, arguments, reason):
+    refused(shell("reproduce", *arguments), reason)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+
+
+def test_architecture_or_augmentation_in_one_command(shell, tmp_path):
+    methods = "baseline,tied,block_diagonal+projected,geometric"
+    found = shell(*COMPARE[:-1], methods, "-o", "out")
+    assert found.exit_code == 0, found.output
+    records = {name: json.loads((tmp_path / f"out/{name}-0/run.json").read_text()) for name in methods.split(",")}
+    defects = {name: record["metrics"]["defect_plugin"] for name, record in records.items()}
+    assert defects["tied"] < 1e-12 < defects["geometric"] and defects["block_diagonal+projected"] < defects["baseline"]
+    budgets = {name: record["training_multiply_adds"] for name, record in records.items()}
+    assert min(budgets.values()) == budgets["block_diagonal+projected"] > 0.7 * max(budgets.values())  # whole epochs
+    assert [record["small_epochs"] for record in records.values()] == [0, 0, 2, 2]
 
 
 # Processes
