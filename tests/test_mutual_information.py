@@ -99,8 +99,18 @@ def test_density_matrix_gives_the_density_of_every_permutation(family, kind):
     action = unit_permutations(network, shape)
     weights = sample_weights(network, 3, generator())
     (hidden,) = (name for name in action.channels if name not in ("input", "output"))
-    log_a = unit_log_densities(network, weights, unit_coordinates(action, hidden))
+    coordinates = unit_coordinates(action, hidden)
+    log_a = unit_log_densities(network, weights, coordinates)
     own = moved_density(network, action, weights, action.group.identity())
+    others = sum(tensor.posterior.log_prob(weights[name]) for name, tensor in variational_tensors(network).items()
+                 if name not in coordinates)
+    assert_close(log_a.diagonal(0, -2, -1).sum(-1) + others, own, 1e-10)
+    if family is not BlockGaussian:  # each entry: the law of unit k at the weights of unit j
+        laws = {name: variational_tensors(network)[name].posterior for name in coordinates}
+        for j, k in itertools.product(range(3), repeat=2):
+            entry = sum(laws[name].marginal(at[k]).log_prob(weights[name].flatten(1)[:, at[j]])
+                        for name, at in coordinates.items())
+            assert_close(log_a[:, j, k], entry, 1e-10)
     for images in itertools.permutations(range(3)):
         expected = moved_density(network, action, weights, (images,)) - own
         found = log_a[:, torch.arange(3), list(images)].sum(-1) - log_a.diagonal(0, -2, -1).sum(-1)
