@@ -371,6 +371,9 @@ def test_interpolate_and_barrier():
     for key, tensor in weights.items():
         assert path[key].shape == (3, *tensor.shape) and path[key].dtype == tensor.dtype
         assert_close(path[key], torch.stack([tensor, tensor + 0.25, tensor + 1]))
+    single = {key: tensor.float() for key, tensor in weights.items()}
+    path = interpolate(single, single, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert all(tensor.dtype == torch.float32 for tensor in path.values())
     t = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
     assert_close(barrier(double(1.0, 3.0, 2.0, 5.0), t), 1.0)  # the line is at 2 where the loss is 3
     assert barrier(double(1.0, 0.0, 0.0, 5.0), t) == 0.0
@@ -551,10 +554,17 @@ def test_two_weights_fits(model, noise, between):
 
 def test_starts_are_in_units_of_the_prior(model):
     """The same problem in other units of weight and data has the same fit in these units."""
-    other = TwoWeights(model.x, 50 * model.y, noise=50 * model.noise, prior=50 * model.prior)
-    first, second = model.fit(False), other.fit(False)
-    shift = 16 * math.log(50)  # densities of 16 data in other units
-    assert abs(first.elbo - second.elbo - shift) < exact32
+    seen = []
+
+    class Recording(TwoWeights):
+        def elbo(self, location, scale):
+            seen.append(torch.stack([location, scale]).detach())
+            return super().elbo(location, scale)
+
+    other = Recording(model.x, 50 * model.y, noise=50 * model.noise, prior=50 * model.prior)
+    first, second = model.fit(False), other.fit(False, starts=((1, -1),))
+    assert_close(seen[0], 50 * model.prior * double([1.0, -1.0], [0.3, 0.3]))
+    assert abs(first.elbo - second.elbo - 16 * math.log(50)) < exact32  # densities of 16 data in other units
 
 
 def deep():
@@ -582,6 +592,8 @@ def deep():
         "lengths": (lambda: TwoWeights(torch.ones(3), torch.ones(4)), "positive"),
         "no noise": (lambda: TwoWeights(torch.ones(3), torch.ones(3), noise=0.0), "positive"),
         "a small grid": (lambda: TwoWeights(torch.ones(3), torch.ones(3)).grid(2.0, 41), "half_width"),
+        "cut off on one side": (lambda: TwoWeights(torch.ones(50), torch.full((50,), 1.9), noise=0.1).grid(2.0, 41),
+                                "half_width"),
     }.values(),
 )
 def test_refusals(call, words):
