@@ -345,8 +345,10 @@ def test_lipschitz_bound_of_one_linear_layer_in_closed_form():
 
 
 def test_lipschitz_recursion_against_one_written_out():
-    plain = classifier()
-    action = network_action(plain, field(rotations(), (1, 4, 4)))
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 8),
+                          nn.Tanh(), nn.Linear(8, 3)).double()
+    action = network_action(plain, field(rotations(), (1, 4, 4)), hidden="regular")  # biases move as well
     network, x = bayesianize(plain, scale=0.3), normal(2, 1, 4, 4, seed=1)
     posts = {name: t.posterior for name, t in variational_tensors(network).items()}
     r = {n: math.sqrt(q.mean.square().sum().item() + 0.09 * q.numel) for n, q in posts.items()}
