@@ -7,7 +7,7 @@ __all__ = ['Probabilities', 'Mode', 'Over', 'check_probabilities', 'check_labels
            'accuracy', 'nll', 'brier', 'ece', 'defect_plugin', 'Estimate', 'defect_unbiased', 'orbit_jensen_shannon',
            'symmetric_kl', 'orbit_agreement', 'summarize']
 
-# %% ../nbs/07_defect.ipynb #8dca2b28-0
+# %% ../nbs/07_defect.ipynb #8751a91c-0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .bounds import jensen_shannon
 from .groups import Element, Refusal
 from .layers import VariationalLayer
 from .sampling import predict, sample_weights
@@ -292,12 +293,7 @@ def defect_unbiased(probabilities: Probabilities, error: Literal["draws", "input
     squares = (b - b.mean()).square().sum().item()
     return Estimate(b.sum().item() / (S * (S - 1)), math.sqrt(4 * squares / (S * (S - 1) * (S - 2) ** 2)))
 
-# %% ../nbs/07_defect.ipynb #8d5e0f09-0
-def _jensen_shannon(mean: Float[Tensor, "N G C"]) -> Float[Tensor, "N"]:
-    entropies = torch.special.entr(mean).sum(-1).mean(1)
-    return (torch.special.entr(mean.mean(1)).sum(-1) - entropies).clamp_min(0)  # rounding may fall below zero
-
-
+# %% ../nbs/07_defect.ipynb #f36ab349-0
 def orbit_jensen_shannon(probabilities: Probabilities) -> float:
     """Mean over inputs of `@eq-jensen-shannon`, in nats between 0 and min(log G, log C).
 
@@ -305,7 +301,7 @@ def orbit_jensen_shannon(probabilities: Probabilities) -> float:
     Raises `Refusal` for fewer than two group elements.
     """
     check_probabilities(probabilities, turns=2)
-    return _jensen_shannon(_predictive(probabilities)).mean().item()
+    return jensen_shannon(_predictive(probabilities)).mean().item()
 
 # %% ../nbs/07_defect.ipynb #314909f9-0
 def _symmetric_kl(mean: Float[Tensor, "N G C"]) -> Float[Tensor, "N"]:
@@ -337,7 +333,7 @@ def orbit_agreement(probabilities: Probabilities) -> float:
     check_probabilities(probabilities, turns=2)
     return _agreement(_predictive(probabilities)).mean().item()
 
-# %% ../nbs/07_defect.ipynb #e3214656-0
+# %% ../nbs/07_defect.ipynb #741c7139-0
 def summarize(predictions: OrbitPredictions, labels: Int[Tensor, "N"], bins: int = 15) -> dict[str, float]:
     """Every metric of this chapter by name; names end in their unit where there is one.
 
@@ -369,7 +365,7 @@ def summarize(predictions: OrbitPredictions, labels: Int[Tensor, "N"], bins: int
             found["defect_unbiased"], found["defect_unbiased_se_draws"] = defect_unbiased(probabilities)
             if several:
                 found["defect_unbiased_se_inputs"] = defect_unbiased(probabilities, error="inputs").standard_error
-        add("orbit_jensen_shannon_nats", _jensen_shannon(orbit))
+        add("orbit_jensen_shannon_nats", jensen_shannon(orbit))
         add("symmetric_kl_nats", _symmetric_kl(orbit))
         add("orbit_agreement", _agreement(orbit))
     return found

@@ -456,6 +456,7 @@ def test_radii_by_hand():
     wide = B.defect_interval(0.64, 10_000, 2, "common", 0.8, inputs=500)
     assert_close(wide, (low - B.inputs_radius(500, 2, 0.9), min(1.0, high + B.inputs_radius(500, 2, 0.9))))
     assert B.defect_interval(0.0, 10, 2, "common")[0] == 0 and B.defect_interval(0.9, 3, 2, "common")[1] == 1.0
+    assert B.defect_interval(0.3, 100, 2, "common", inputs=5)[0] == 0  # a defect is never negative
     assert_close(B.normal_interval(1.0, 0.5), (1 - 0.5 * 1.959963984540054, 1 + 0.5 * 1.959963984540054))
 
 
@@ -601,6 +602,7 @@ def test_ledger_has_every_number(setting):
     assert book.binding.value == min(values.values()) and all(b.vacuous == (b.value >= 1) for b in book.bounds)
     assert any(b.vacuous for b in book.bounds) and not all(b.vacuous for b in book.bounds)
     assert all(b.value >= book.error for b in book.bounds if b.name != "information")
+    assert B.ledger(network, action, P, information=(0.75, 0.0)).bounds[-1] == ("information", math.sqrt(1.5), True)
     without = B.ledger(network, action, P)
     assert {b.name for b in without.bounds} == expected.keys() - {"information", "Lipschitz, Wasserstein"}
 
@@ -657,6 +659,11 @@ def test_ledger_refusals(setting):
     other = network_action(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double(), field(rotations(), (1, 4, 4)))
     with pytest.raises(Refusal, match="another network"):
         B.ledger(network, other, P)
+    torch.manual_seed(0)
+    same_names = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 5),
+                               nn.Tanh(), nn.Linear(5, 3)).double()
+    with pytest.raises(Refusal, match="another network"):
+        B.ledger(network, network_action(same_names, field(rotations(), (1, 4, 4))), P)
     with pytest.raises(Refusal, match="variational"):
         B.ledger(plain, action, P)
 
