@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import matplotlib.axes
 import pytest
@@ -22,7 +23,7 @@ from symbnn.metrics import defect_plugin, defect_unbiased, orbit_predictions
 from symbnn.models import multiply_adds
 from symbnn.network_actions import network_action
 from symbnn.studies import Evaluation, Panel, Spec, Study, check, execute, identity, plain, run, task_of, words
-from symbnn.study_reports import as_csv, costs, picture, run_rows, save, shown, table
+from symbnn.study_reports import as_csv, as_markdown, costs, picture, read_results, run_rows, save, shown, table
 from symbnn.training import TrainingConfig
 from tolerances import assert_close
 
@@ -321,6 +322,44 @@ def test_files_hold_everything_and_no_path(finished, tmp_path):
     assert (tmp_path / "out" / "figure.png").read_bytes().startswith(b"\x89PNG")
     text = "".join(path.read_text() for path in (*work.iterdir(), *(tmp_path / "out").glob("*.[cj]s*")))
     assert str(work) not in text and str(tmp_path) not in text
+
+
+def test_results_are_read_as_they_were_written(finished, tmp_path):
+    study, records, _ = finished
+    save(study, records, tmp_path)
+    again, rows = read_results(tmp_path)
+    assert again == study and [list(row.values()) for row in rows] == [
+        [row.get(name) for name in rows[0]] for row in table(study, records)]
+    assert {type(row["method.trigger"]) for row in rows} == {int} and {type(row["accuracy"]) for row in rows} == {float}
+
+
+def test_markdown_shows_settings_as_they_are_and_metrics_with_their_spread():
+    rows = [{"trigger": 1, "kept": True, "accuracy": 0.5, "accuracy_sd": 0.02, "nll": 1.25, "nll_sd": None},
+            {"trigger": 0, "kept": False, "accuracy": None, "accuracy_sd": None, "nll": 2.0, "nll_sd": 0.5}]
+    assert as_markdown(rows, {"trigger": "t", "kept": "k", "accuracy": "a", "nll": "n"}).split("\n") == [
+        "| t | k | a | n |", "| --- | --- | --- | --- |", "| 1 | yes | 0.500 ± 0.020 | 1.25 |",
+        "| 0 | no |  | 2.00 ± 0.50 |"]
+
+
+@pytest.mark.parametrize("damage", [lambda folder: (folder / "study.json").unlink(),
+                                    lambda folder: (folder / "table.csv").unlink(),
+                                    lambda folder: (folder / "study.json").write_text("{}")])
+def test_folders_without_results_are_refused(damage, finished, tmp_path):
+    save(*finished[:2], tmp_path)
+    damage(tmp_path)
+    with pytest.raises(Refusal, match=r"holds study\.json and table\.csv"):
+        read_results(tmp_path)
+
+
+COMMITTED = sorted((Path(__file__).parents[1] / "results").glob("*/study.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
+def test_committed_results_are_of_the_study_that_has_their_name(path):
+    study, rows = read_results(path.parent)
+    whole = json.loads(path.read_text())
+    assert study == STUDIES[path.parent.name] and whole["command"].startswith(f"symbnn reproduce {path.parent.name}")
+    assert sum(row["runs"] for row in rows) >= whole["runs"] == len(study.runs())
 
 
 def test_costs_are_per_training_image(finished):
