@@ -264,6 +264,16 @@ def test_divergences_grow_with_asymmetry_and_start_at_zero(which, name):
         previous = now
 
 
+def test_single_precision_parameters_are_compared_in_double():
+    action, loc = ACTIONS["C4"], normal(3, 3, seed=1).float()
+    q = MeanFieldGaussian(loc, torch.full((3, 3), -1.3))
+    single = B.push_forward_divergences(OneTensor(q), TensorAction(action))
+    double = B.push_forward_divergences(OneTensor(MeanFieldGaussian(q.loc.double(), q.log_scale.double())),
+                                        TensorAction(action))
+    assert torch.equal(single.kl, double.kl) and torch.equal(single.log_affinity, double.log_affinity)
+    assert q.loc.dtype == torch.float32
+
+
 def test_block_gaussian_over_a_kernel():
     loc, action = normal(2, 3, 3, seed=0), Action.product(Action.trivial(Cyclic(4), (2,)), rotations().kernel(3, 3))
     block = BlockGaussian(loc, torch.tensor([[[-1.0]], [[0.3]]]).double())
@@ -654,7 +664,7 @@ def test_ledger_refusals(setting):
             B.ledger(network, action, wrong)
     with pytest.raises(Refusal, match="other inputs"):
         B.ledger(network, action, P, x[:2])
-    with pytest.raises(Refusal, match="sign mask"):
+    with pytest.raises(Refusal, match="Bounds compare.*LogNormal for '0.weight'.*sign mask"):
         B.ledger(bayesianize(plain, LogNormal), action, P)
     other = network_action(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double(), field(rotations(), (1, 4, 4)))
     with pytest.raises(Refusal, match="another network"):
