@@ -664,7 +664,7 @@ def test_ledger_refusals(setting):
             B.ledger(network, action, wrong)
     with pytest.raises(Refusal, match="other inputs"):
         B.ledger(network, action, P, x[:2])
-    with pytest.raises(Refusal, match="Bounds compare.*LogNormal for '0.weight'.*sign mask"):
+    with pytest.raises(Refusal, match=r"Bounds compare.*LogNormal for '0.weight'.*sign mask"):
         B.ledger(bayesianize(plain, LogNormal), action, P)
     other = network_action(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double(), field(rotations(), (1, 4, 4)))
     with pytest.raises(Refusal, match="another network"):
