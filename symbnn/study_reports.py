@@ -94,7 +94,7 @@ def costs(study: Study, records: list[dict]) -> list[dict]:
         })
     return found
 
-# %% ../nbs/17e_study_reports.ipynb #1be5834b-0
+# %% ../nbs/17e_study_reports.ipynb #5b26be97-0
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -111,7 +111,7 @@ def _scale(axes, values: list[float]) -> None:
 def _draw(axes, panel: Panel, rows: list[dict], x: str, series: tuple[str, ...]) -> None:
     column = panel.metric if panel.show == "mean" else f"{panel.metric}_sd"
     rows = [row for row in rows if row.get(column) is not None]
-    axes.set(xlabel=x.rpartition(".")[2].replace("_", " "),
+    axes.set(xlabel=x.removesuffix(".name").rpartition(".")[2].replace("_", " "),
              ylabel=panel.metric.replace("_", " ") + (", spread" if panel.show == "spread" else ""))
     if not rows:  # a spread of single runs
         return
@@ -132,7 +132,8 @@ def _draw(axes, panel: Panel, rows: list[dict], x: str, series: tuple[str, ...])
     if numeric and min(places) > 0 and max(places) >= 8 * min(places):
         axes.set_xscale("log", base=2)
     if not numeric:
-        axes.set_xticks(range(len(places)), [str(place).replace("_", "\n") for place in places], fontsize=8)
+        turned = {"rotation": 45, "ha": "right"} if len(places) > 5 else {}
+        axes.set_xticks(range(len(places)), [str(place).replace("_", " ") for place in places], fontsize=8, **turned)
     if panel.logarithmic:
         _scale(axes, [row[column] for row in rows])
     axes.grid(alpha=0.3)
