@@ -237,6 +237,17 @@ def test_importance_proposals_escape_the_saturation():
     assert plain.value < math.log(20) < better.value - 5 and abs(better.value - exact.value) < 0.5
 
 
+@pytest.mark.parametrize("method", ("importance", "importance_upper"))
+def test_proposals_know_units_from_laws(method):
+    """Each unit fits its own law and the next one's: the permanent is 2, of the identity and of one long cycle."""
+    network = two_layers(units=6)
+    log_a = torch.full((40, 6, 6), -50.0, dtype=torch.float64)
+    for j in range(6):
+        log_a[:, j, [j, (j + 1) % 6]] = 0.0
+    values = InformationEstimator(network, permuted(network), method, K=300)._of_matrix(log_a, generator(25))
+    assert abs(values.mean() - (math.log(720) - math.log(2))) < 0.1
+
+
 def test_first_order_bias_of_infonce():
     """I - I_K = chi / 2K with chi = E[q / q^G] - 1, where K is large against exp(I)."""
     network = two_layers(units=3, separation=0.25)
@@ -337,6 +348,7 @@ def test_subgroups_of_deep_networks_bound_from_below():
     assert set(part.classes) == {"0", "4"} and part.kind == "lower" and part.method == "permanent"
     assert InformationEstimator(network, action, "bethe").kind == "estimate"
     assert InformationEstimator(network, action, "capacity").kind == "lower"
+    assert all(InformationEstimator(network, action, m).within == math.inf for m in ("permanent", "bethe", "capacity"))
     assert InformationEstimator(network, action, "infonce").kind == "lower"
     weights = sample_weights(network, 200, generator(12))
     whole = InformationEstimator(network, action, "enumeration").values(weights).detach()
@@ -495,6 +507,7 @@ def test_what_is_refused_and_what_is_proposed():
     network, wide = two_layers(), two_layers(units=21)
     for arguments, words in (
         ((network, permuted(network), "infonce", 2, 1), "K >= 2"),
+        ((network, permuted(network), "importance", 2, 1), "K >= 2"),
         ((network, permuted(network), "exakt"), "misspelt"),
         ((wide, permuted(wide), "permanent"), 'method="bethe"'),
         ((convolutional(), network_action(convolutional(), field(rotations(), (1, 6, 6))), "bethe"), "infonce"),
