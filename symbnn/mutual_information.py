@@ -6,7 +6,7 @@
 __all__ = ['Coordinates', 'Kind', 'Method', 'infonce', 'unit_log_densities', 'unit_coordinates', 'MutualInformation',
            'InformationEstimator', 'mutual_information', 'symmetrized_elbo']
 
-# %% ../nbs/11_mutual_information.ipynb #9d6ed95b-0
+# %% ../nbs/11_mutual_information.ipynb #7e1804de-0
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .families import Family, Laplace, LogNormal, MeanFieldGaussian
 from .groups import Product, Refusal, Symmetric
-from .invariance import _check_prior
+from .invariance import check_prior
 from .layers import variational_tensors
 from .network_actions import NetworkAction, intertwining_error
 from .objectives import ELBO
@@ -183,7 +183,7 @@ class MutualInformation:
         return f"I {side} {self.value.item():.4g} ± {self.standard_error:.2g} of at most {self.ceiling:.4g} nats " + (
             f"({self.method}: {self.reason})")
 
-# %% ../nbs/11_mutual_information.ipynb #25bae22b-0
+# %% ../nbs/11_mutual_information.ipynb #acfe6226-0
 class InformationEstimator:
     """I = KL(q || q^G) of a network's posterior, prepared for repeated use; `mutual_information` uses it once.
 
@@ -254,7 +254,7 @@ class InformationEstimator:
     def prior_is_invariant(self) -> bool:
         """True; `Refusal` where the group moves the prior, so that the ELBO of q^G is not that of q plus I."""
         for name, tensor in variational_tensors(self.network).items():
-            _check_prior(name, tensor.prior, self.action.parameters[name])
+            check_prior(name, tensor.prior, self.action.parameters[name])
         return True
 
     def values(self, weights: Weights, generator: torch.Generator | None = None) -> Float[Tensor, "S"]:
