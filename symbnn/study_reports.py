@@ -170,7 +170,7 @@ def save(study: Study, records: list[dict], folder: Path | str, command: str = "
         write_file(Path(folder) / name, data)
     return [Path(folder) / name for name in files]
 
-# %% ../nbs/17e_study_reports.ipynb #aac13111-0
+# %% ../nbs/17e_study_reports.ipynb #11f0f249-0
 def _cell(text: str) -> object:
     """What `as_csv` wrote into a cell."""
     try:
@@ -208,7 +208,7 @@ def as_markdown(rows: list[dict], headings: Mapping[str, str]) -> str:
         if isinstance(value, bool):
             return "yes" if value else "no"
         if value is None or f"{name}_sd" not in row:
-            return "" if value is None else str(value)
+            return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
         return str(Spread(value, row[f"{name}_sd"]))
 
     lines = [list(headings.values()), ["---"] * len(headings)]
