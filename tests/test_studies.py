@@ -334,7 +334,8 @@ def test_results_are_read_as_they_were_written(finished, tmp_path):
 
 
 def test_markdown_shows_settings_as_they_are_and_metrics_with_their_spread():
-    rows = [{"trigger": 1, "rate": 0.03, "kept": True, "accuracy": 0.5, "accuracy_sd": 0.02, "nll": 1.25, "nll_sd": None},
+    rows = [{"trigger": 1, "rate": 0.03, "kept": True, "accuracy": 0.5, "accuracy_sd": 0.02, "nll": 1.25,
+             "nll_sd": None},
             {"trigger": 0, "rate": 67776.0, "kept": False, "accuracy": None, "accuracy_sd": None, "nll": 2.0,
              "nll_sd": 0.5}]
     assert as_markdown(rows, {"trigger": "t", "rate": "r", "kept": "k", "accuracy": "a", "nll": "n"}).split("\n") == [
