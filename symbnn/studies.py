@@ -259,7 +259,7 @@ class Study:
 def _hashable(value: object) -> object:
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
-# %% ../nbs/17d_studies.ipynb #9f2edd89-0
+# %% ../nbs/17d_studies.ipynb #e13b2a6c-0
 BACKENDS = ("loky", "dask", "ray")  # processes here, Dask workers, Ray workers; threads would share tracing state
 
 
@@ -353,7 +353,7 @@ def execute(
     if done:
         report(f"{done} of {len(found)} runs are there already")
     with _backend(backend, jobs, address):
-        parallel = joblib.Parallel(return_as="generator_unordered")
+        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)  # a finished run is written at once
         tasks = (joblib.delayed(_named)(name, describe(study, spec), spec, root) for name, spec in left.items())
         for name, record in parallel(tasks):
             write_file(work / f"{name}.json", json.dumps(record, indent=1).encode())
