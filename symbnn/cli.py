@@ -62,7 +62,7 @@ class Commands(typer.core.TyperGroup):
             typer.echo(f"\nInterrupted. {RESUME.get(ctx.invoked_subcommand, 'Nothing was written.')}", err=True)
             raise typer.Exit(130) from interrupt
 
-# %% ../nbs/18_cli.ipynb #560a8d8a-0
+# %% ../nbs/18_cli.ipynb #898b754d-0
 IMAGES, NETWORK, TRAINING, RESULTS = "Images and symmetry", "Network", "Training", "Evaluation and results"
 
 
@@ -102,6 +102,7 @@ OPTIONS = {
     "schedule": _as(str, TRAINING, "constant, or cosine: the step size falls to 0."),
     "kl_weight": _as(float, TRAINING, "Weight of the KL divergence: 1 for Bayes, below 1 tempered, 0 for maximum "
                      "likelihood."),
+    "kl_warm_up": _as(int, TRAINING, "Epochs in which that weight rises from 0."),
     "clip_norm": _as(float | None, TRAINING, "Largest gradient norm. Default: no limit."),
     "precision": _as(str, TRAINING, "float32, float64, or bfloat16 (CUDA)."),
     "device": _as(str, TRAINING, "auto, cpu, cuda or mps."),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Optimizer', 'Schedule', 'Precision', 'Select', 'Objective', 'Callback', 'CHECK_EVERY', 'TrainingConfig',
-           'rate_factor', 'make_optimizer', 'choose_device', 'check_task', 'EpochRecord', 'TrainingResult',
-           'predictive_nll', 'gain_estimator', 'train']
+           'rate_factor', 'warm_up_factor', 'make_optimizer', 'choose_device', 'check_task', 'EpochRecord',
+           'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
 # %% ../nbs/16_training.ipynb #3b997c71-0
 import json
@@ -47,7 +47,7 @@ from .mutual_information import InformationEstimator, Method, symmetrized_elbo
 from .network_actions import NetworkAction, unit_permutations
 from .objectives import Categorical, elbo
 
-# %% ../nbs/16_training.ipynb #bb82c0a5-0
+# %% ../nbs/16_training.ipynb #42ecdaa3-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]
@@ -69,6 +69,7 @@ class TrainingConfig:
     weight_decay: float = 0.0  # of the means; the prior regularises already
     schedule: Schedule = "constant"  # "cosine": from `learning_rate` to 0 over all steps
     kl_weight: float = 1.0  # beta of the objective, see `elbo`
+    kl_warm_up: int = 0  # epochs in which that weight rises linearly from 0, see `warm_up_factor`
     objective: Objective = "elbo"  # "symmetrised": that of the orbit mixture, see `symmetrized_elbo`
     information: Method = "auto"  # how the gain of the symmetrised objective is estimated, see `mutual_information`
     information_draws: int = 4  # of the weights in each step, for that gain
@@ -102,6 +103,10 @@ class TrainingConfig:
             require(sensible and (value > 0 or name not in positive), f"{name} is a finite number, not negative"
                      + (" and not zero" if name in positive else ""), f"{name}={value!r}", "a sign or a typing error",
                      f"{name}={type(self).__dataclass_fields__[name].default!r}")
+        require(type(self.kl_warm_up) is int and 0 <= self.kl_warm_up <= self.epochs,
+                 "The warm-up ends within the run, so that the objective itself is trained",
+                 f"kl_warm_up={self.kl_warm_up!r} of {self.epochs} epochs", "a run that was shortened, or a share of it",
+                 "kl_warm_up=0, or a number of epochs below those of the run")
         require(type(self.seed) is int and self.seed >= 0, "seed is a non-negative integer", f"seed={self.seed!r}",
                  "a float or a name", "seed=0")
         require(isinstance(self.device, str), "device is a name", f"device={self.device!r}",
@@ -110,10 +115,18 @@ class TrainingConfig:
                  "The batch is cut into `draws` runs, so it has at least as many rows",
                  f"draws={self.draws}, batch_size={self.batch_size}", "a small batch size", "fewer draws")
 
-# %% ../nbs/16_training.ipynb #307bc17d-0
+# %% ../nbs/16_training.ipynb #78a3b107-0
 def rate_factor(schedule: Schedule, step: int, total: int) -> float:
     """What the learning rates are multiplied by in step `step` of `total`."""
     return (1 + math.cos(math.pi * step / total)) / 2 if schedule == "cosine" else 1.0
+
+
+def warm_up_factor(step: int, steps: int) -> float:
+    """What the weight of the divergence is multiplied by in step `step`, when it is warmed up over `steps` of them.
+
+    Source: the equation "warm-up" of the book, after arXiv 1602.02282.
+    """
+    return 1.0 if step >= steps else (step + 1) / steps
 
 
 def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -176,12 +189,12 @@ def check_task(network: nn.Module, data: Split, validation: Split | None, config
                  "labels that count from one, a network with too few outputs, or another data set",
                  "build the network with as many classes as there are labels")
 
-# %% ../nbs/16_training.ipynb #e06bb698-0
+# %% ../nbs/16_training.ipynb #92ee5156-0
 class EpochRecord(NamedTuple):
     """One epoch: means over its rows, in nats per datum."""
 
     epoch: int
-    elbo: float
+    elbo: float  # with the divergence at its full weight, also during a warm-up
     expected_log_likelihood: float
     kl: float  # before weighting
     validation_nll: float | None  # nats per image, of the predictive distribution; None where not evaluated
@@ -263,10 +276,12 @@ class _Run:
         noise = self.seed_noise(self.epoch, f"noise/{self.step}")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             outputs = forward(self.network, images, config.draws, config.estimator, noise)
-        parts = elbo(self.network, outputs.to(images.dtype), labels, self.num_data, kl_weight=config.kl_weight)
+        warm_up = warm_up_factor(self.epoch * self.steps + self.step, config.kl_warm_up * self.steps)
+        beta = config.kl_weight * warm_up
+        parts = elbo(self.network, outputs.to(images.dtype), labels, self.num_data, kl_weight=beta)
         if self.information is not None:
             weights = sample_weights(self.network, config.information_draws, noise)
-            parts = symmetrized_elbo(parts, self.information, weights, self.num_data, config.kl_weight, noise)
+            parts = symmetrized_elbo(parts, self.information, weights, self.num_data, beta, noise)
         self.optimizer.zero_grad(set_to_none=True)
         (-parts.elbo).backward()
         if config.clip_norm is not None:
@@ -358,7 +373,7 @@ def _check_same_run(stored: dict, wanted: dict) -> None:
     theirs, ours = stored.get("config"), wanted["config"]
     require(isinstance(theirs, dict), "A checkpoint to resume has the configuration of its run", f"config {theirs!r}",
              "a network that was saved outside training, or an edited file", "train into a new folder")
-    theirs, length = dict(theirs), theirs.get("epochs")
+    theirs, length = asdict(TrainingConfig()) | theirs, theirs.get("epochs")  # settings that are newer than the file
     if ours["schedule"] == "constant" and type(length) is int and length <= ours["epochs"]:
         theirs["epochs"] = ours["epochs"]
     theirs["device"] = ours["device"]

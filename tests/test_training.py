@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
+import sympy as sp
 import torch
 from torch import nn
 
@@ -196,6 +197,38 @@ def test_the_record_is_the_objective():
     assert_close(found, torch.stack([expected, kl, expected - 0.5 * kl]), 1e-8)  # scales of 1e-9 are not quite zero
 
 
+def test_the_divergence_is_warmed_up(tmp_path, monkeypatch):
+    """Its weight rises linearly over the steps of the first epochs, across an interruption; the record has it whole."""
+    t, W, beta = sp.symbols("t W beta", positive=True)
+    formula = beta * sp.Min(1, (t + 1) / W)
+    weights, whole = [], training.elbo
+
+    def noted(*arguments, kl_weight):
+        weights.append(kl_weight)
+        return whole(*arguments, kl_weight=kl_weight)
+
+    monkeypatch.setattr(training, "elbo", noted)
+    config = replace(CONFIG, kl_weight=0.5, kl_warm_up=2)
+    run(config, folder=tmp_path, callback=press_ctrl_c(0))
+    result = run(config, folder=tmp_path, resume=True)
+    steps = -(-4 * len(DATA) // 16)
+    expected = [float(formula.subs({beta: 0.5, W: 2 * steps, t: step})) for step in range(4 * steps)]
+    assert_close(torch.tensor(weights), torch.tensor(expected), exact32)
+    assert expected[2 * steps - 2] < expected[2 * steps - 1] == expected[-1] == 0.5
+    for record in result.history:
+        assert record.elbo == pytest.approx(record.expected_log_likelihood - 0.5 * record.kl, rel=1e-12)
+
+
+def test_without_warm_up_an_old_checkpoint_goes_on(tmp_path):
+    """A setting that is newer than a checkpoint had its default when the run was started."""
+    straight = run(folder=tmp_path / "straight")
+    run(folder=tmp_path / "stopped", callback=press_ctrl_c(0))
+    edited_checkpoint(tmp_path / "stopped", lambda description, tensors: description["config"].pop("kl_warm_up"))
+    with pytest.raises(Refusal, match="kl_warm_up 0 in the checkpoint, 2 now"):
+        run(replace(CONFIG, kl_warm_up=2), folder=tmp_path / "stopped", resume=True)
+    assert same(tensors(run(folder=tmp_path / "stopped", resume=True)), tensors(straight))
+
+
 @pytest.mark.parametrize("augmentation, num_data", [("full", 4 * 23), ("random", 23), ("none", 23)])
 def test_number_of_data(augmentation, num_data):
     net = network()
@@ -377,6 +410,7 @@ def test_batch_normalisation_is_trained_and_saved(tmp_path):
     {"epochs": 0}, {"epochs": 1.5}, {"batch_size": -1}, {"draws": 0}, {"draws": 17}, {"estimator": "vmap"},
     {"optimizer": "adam"}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"learning_rate": "fast"},
     {"scale_rate": -1.0}, {"weight_decay": -0.1}, {"schedule": "linear"}, {"kl_weight": -1.0}, {"clip_norm": 0.0},
+    {"kl_warm_up": -1}, {"kl_warm_up": 5}, {"kl_warm_up": 0.5},
     {"augmentation": "some"}, {"seed": -1}, {"seed": 0.5}, {"precision": "float16"}, {"evaluate_every": 0},
     {"evaluation_draws": 0}, {"select": "first"}, {"device": 3},
 ], ids=str)
@@ -458,7 +492,7 @@ def edited_checkpoint(folder, edit):
 @pytest.mark.parametrize("edit, message", [
     (lambda d, t: d.pop("config"), "config None"),
     (lambda d, t: d.update(config=["epochs"]), "config"),
-    (lambda d, t: d["config"].pop("epochs"), "epochs None"),
+    (lambda d, t: d["config"].pop("epochs"), "epochs 20"),  # the default
     (lambda d, t: d["config"].update(epochs="4"), "epochs 4"),
     (lambda d, t: d.pop("progress"), "stands"),
     (lambda d, t: d.update(progress=[1, 2]), "stands"),
