@@ -135,7 +135,7 @@ def identity(spec: Spec, checksum: int) -> str:
     text = json.dumps({"spec": chosen, "data_crc32": checksum}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-# %% ../nbs/17d_studies.ipynb #f7176dc2-0
+# %% ../nbs/17d_studies.ipynb #a6051e32-0
 def _sweep(network: nn.Module, task: Task, evaluation: Evaluation, seed: int) -> list[dict]:
     """The defect from the first T draws, for each T and repeat."""
     rows, chosen = [], getattr(task.data, evaluation.split)
@@ -199,6 +199,26 @@ def measure(network: nn.Module, task: Task, spec: Spec) -> list[dict]:
     return [found | (_paths(network, task, seed) if its.paths else {})]
 
 
+_MEASURED: dict[tuple, list[dict]] = {}  # rows of the networks that this process has measured
+
+
+def _weights_hash(network: nn.Module) -> str:
+    """The same for networks with the same tensors, to the bit."""
+    code = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        code.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return code.hexdigest()[:24]
+
+
+def _measured_once(network: nn.Module, task: Task, spec: Spec, checksum: int) -> list[dict]:
+    """As `measure`, and with the hash of the weights; not repeated for weights that were measured before."""
+    weights = _weights_hash(network)
+    key = weights, checksum, spec.setup, spec.method, spec.evaluation, spec.training.seed
+    if key not in _MEASURED:
+        _MEASURED[key] = measure(network, task, spec)
+    return [row | {"weights": weights} for row in _MEASURED[key]]
+
+
 def run(spec: Spec, root: Path | None = None) -> dict:
     """Train and evaluate on one thread; the record of the run. KeyboardInterrupt after Ctrl-C."""
     threads = torch.get_num_threads()
@@ -220,7 +240,7 @@ def _run(spec: Spec, root: Path | None) -> dict:
     if trained.status != "complete":
         raise KeyboardInterrupt
     middle = time.perf_counter()
-    rows, last = measure(trained.network, task, spec), trained.history[-1]
+    rows, last = _measured_once(trained.network, task, spec, checksum), trained.history[-1]
     before = spec.training.epochs if trained.changed is None else trained.changed
     cost = sum(epochs * epoch_cost(task, factor, spec.training) for epochs, factor in zip(
         (before, spec.training.epochs - before), spec.method.widths(order)))

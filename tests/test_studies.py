@@ -232,6 +232,29 @@ def test_a_run_is_its_method_evaluated(finished):
     assert records[2]["rows"][0]["defect_unbiased"] == 0 < records[0]["rows"][0]["defect_unbiased"]
 
 
+def test_equal_networks_are_measured_once(monkeypatch):
+    """Runs that train the same weights share their rows; any other weights, seed or evaluation has its own."""
+    measured, real = [], studies.measure
+    monkeypatch.setattr(studies, "_MEASURED", {})
+    monkeypatch.setattr(studies, "measure", lambda *given: measured.append(given) or real(*given))
+    spec = BASE.changed({"training.epochs": 1, "method.name": "baseline", "setup.dataset": "digits"})
+    same = spec.changed({"training.evaluation_draws": spec.training.evaluation_draws + 1})  # draws nothing for training
+    first, second = (run(each)["rows"][0] for each in (spec, same))
+    assert len(measured) == 1 and first | {"validation_nll": 0} == second | {"validation_nll": 0}
+    others = [spec.changed(change) for change in (
+        {"training.learning_rate": 0.04}, {"evaluation.draws": spec.evaluation.draws + 1})]
+    found = [run(each)["rows"][0] for each in others]
+    assert len(measured) == 3
+    assert found[0]["weights"] != first["weights"] == found[1]["weights"]
+    assert found[1]["nll_nats"] != first["nll_nats"]
+    network = studies.task_of(spec, None)[0].network(0)
+    before = studies._weights_hash(network)
+    with torch.no_grad():
+        tensor = list(network.state_dict().values())[-1]
+        tensor.view(-1)[-1] = torch.nextafter(tensor.view(-1)[-1], tensor.new_tensor(9.0))
+    assert studies._weights_hash(network) != before
+
+
 def test_bounds_of_q_and_of_its_average():
     """Against the closed divergence, all six permutations, and the likelihood of many more draws."""
     spec = BASE.changed({"setup.architecture": "mlp", "setup.channels": (3,), "setup.group": "none",
