@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'Evaluation', 'Spec', 'plain', 'task_of', 'settings', 'identity', 'measure', 'run', 'Panel', 'Study',
            'stored', 'check', 'execute', 'words', 'describe', 'headline']
 
-# %% ../nbs/17d_studies.ipynb #39c81e41-0
+# %% ../nbs/17d_studies.ipynb #712c7ea7-0
 import hashlib
 import json
 import logging
@@ -38,7 +38,7 @@ from .network_actions import unit_permutations
 from .objectives import Categorical
 from .precisions import learned_equivariance
 from .relaxed import pathways
-from .sampling import predict
+from .sampling import predict, sample_weights
 from .training import TrainingConfig, choose_device
 
 # %% ../nbs/17d_studies.ipynb #ced23281-0
@@ -135,7 +135,7 @@ def identity(spec: Spec, checksum: int) -> str:
     text = json.dumps({"spec": chosen, "data_crc32": checksum}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-# %% ../nbs/17d_studies.ipynb #a6051e32-0
+# %% ../nbs/17d_studies.ipynb #c2c20130-0
 def _sweep(network: nn.Module, task: Task, evaluation: Evaluation, seed: int) -> list[dict]:
     """The defect from the first T draws, for each T and repeat."""
     rows, chosen = [], getattr(task.data, evaluation.split)
@@ -202,21 +202,22 @@ def measure(network: nn.Module, task: Task, spec: Spec) -> list[dict]:
 _MEASURED: dict[tuple, list[dict]] = {}  # rows of the networks that this process has measured
 
 
-def _weights_hash(network: nn.Module) -> str:
-    """The same for networks with the same tensors, to the bit."""
+def _fingerprint(network: nn.Module) -> str:
+    """The same for networks that are the same to rounding: of the posteriors one draw, of all else the tensors."""
+    drawn = sample_weights(network, 1, torch.Generator(next(network.parameters()).device).manual_seed(0))
+    others = {name: tensor for name, tensor in network.state_dict().items() if ".posterior." not in name}
     code = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
+    for name, tensor in (*drawn.items(), *others.items(), ("kl", kl_sum(network))):
         code.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return code.hexdigest()[:24]
+    return code.hexdigest()
 
 
 def _measured_once(network: nn.Module, task: Task, spec: Spec, checksum: int) -> list[dict]:
-    """As `measure`, and with the hash of the weights; not repeated for weights that were measured before."""
-    weights = _weights_hash(network)
-    key = weights, checksum, spec.setup, spec.method, spec.evaluation, spec.training.seed
+    """As `measure`, not repeated for a network that was measured before."""
+    key = _fingerprint(network), checksum, spec.setup, spec.method, spec.evaluation, spec.training.seed
     if key not in _MEASURED:
         _MEASURED[key] = measure(network, task, spec)
-    return [row | {"weights": weights} for row in _MEASURED[key]]
+    return _MEASURED[key]
 
 
 def run(spec: Spec, root: Path | None = None) -> dict:
