@@ -24,7 +24,7 @@ from .layers import VariationalLayer
 from .sampling import predict, sample_weights
 from .network_actions import NetworkAction
 
-# %% ../nbs/07_defect.ipynb #1d1a4e48-0
+# %% ../nbs/07_defect.ipynb #943b0fac-0
 Probabilities = Float[Tensor, "S N G C"]
 
 
@@ -43,10 +43,12 @@ def check_probabilities(probabilities: Probabilities, turns: int = 1) -> None:
     if shape[2] < turns:
         refuse(f"{shape[2]} group element(s)", "predictions without their turns, which say nothing about equivariance",
                "predict over a group of at least two elements")
-    if not probabilities.isfinite().all():
-        refuse("NaN or infinite values", "a training run that diverged", "look at the loss, and lower the step size")
     lowest, error = probabilities.min().item(), (probabilities.sum(-1) - 1).abs().max().item()
-    if lowest < 0 or error > max(1e-4, 4 * torch.finfo(probabilities.dtype).eps):  # a type converted later still passes
+    allowed = max(1e-4, 4 * torch.finfo(probabilities.dtype).eps)  # a type converted later still passes
+    if not (lowest >= 0 and error <= allowed):  # where a number is not finite, `error` is not, and this fails
+        if not probabilities.isfinite().all():
+            refuse("NaN or infinite values", "a training run that diverged",
+                   "look at the loss, and lower the step size")
         refuse(f"a lowest value of {lowest:.3g}, sums over classes that differ from 1 by up to {error:.3g}",
                "logits or log-probabilities", "apply softmax over the last axis")
 
@@ -176,7 +178,7 @@ def _check_outputs(logits: Tensor, draws: int, rows: int, action: NetworkAction)
             fix="derive the action with network_action(network, ...) from this network",
         )
 
-# %% ../nbs/07_defect.ipynb #6c5242de-0
+# %% ../nbs/07_defect.ipynb #bb4a24ae-0
 Over = Literal["identity", "orbit"]
 
 
@@ -186,7 +188,11 @@ def _predictive(probabilities: Probabilities, over: Over = "orbit") -> Float[Ten
         raise Refusal(f"A score is over one of {', '.join(get_args(Over))}", received=repr(over),
                       cause="a typing error", fix="over='identity'")
     chosen = probabilities if over == "orbit" else probabilities[:, :, :1]
-    return chosen.mean(0, dtype=torch.float64).clamp_min(torch.finfo(probabilities.dtype).tiny)
+    return _clamped(chosen.mean(0, dtype=torch.float64), probabilities)
+
+
+def _clamped(mean: Float[Tensor, "N K C"], probabilities: Probabilities) -> Float[Tensor, "N K C"]:
+    return mean.clamp_min(torch.finfo(probabilities.dtype).tiny)
 
 
 def _hits(mean: Float[Tensor, "N K C"], labels: Int64[Tensor, "N"]) -> Float[Tensor, "N"]:
@@ -224,33 +230,39 @@ def brier(probabilities: Probabilities, labels: Int[Tensor, "N"], over: Over = "
     """
     return _score(_squares, probabilities, labels, over)
 
-# %% ../nbs/07_defect.ipynb #adee8b7c-0
+# %% ../nbs/07_defect.ipynb #15c329c9-0
 def ece(probabilities: Probabilities, labels: Int[Tensor, "N"], over: Over = "identity", bins: int = 15) -> float:
     """Expected calibration error of the predictive mean: l1, `bins` equal bins of confidence [@guo2017].
 
     Biased upward for few inputs in a bin, so compare it only at equal numbers of inputs. `Refusal` on bad input.
     """
-    from torchmetrics.functional.classification import multiclass_calibration_error  # slow to import
-
     check_probabilities(probabilities)
     labels = check_labels(probabilities, labels)
+    return _calibration(_predictive(probabilities, over), labels, bins)
+
+
+def _calibration(mean: Float[Tensor, "N K C"], labels: Int64[Tensor, "N"], bins: int) -> float:
+    from torchmetrics.functional.classification import multiclass_calibration_error  # slow to import
+
     if bins < 1:
         raise Refusal("At least one bin", received=f"bins={bins}", cause="a computed count", fix="bins=15")
-    mean = _predictive(probabilities, over)
     flat, targets = mean.flatten(0, 1).clamp_max(1 - 2**-24), labels.repeat_interleave(mean.shape[1])
     return multiclass_calibration_error(flat, targets, mean.shape[-1], n_bins=bins, validate_args=False).item()
 
-# %% ../nbs/07_defect.ipynb #37470cf8-0
+# %% ../nbs/07_defect.ipynb #3c88e556-0
 def defect_plugin(probabilities: Probabilities) -> float:
     """Squared defect `@eq-defect` of the Monte Carlo means: mean over inputs and all g, the identity included.
 
     Biased upward by tr Cov(d)/S (theorem "bias of the plug-in defect"); `Refusal` for fewer than two group elements.
     """
     check_probabilities(probabilities, turns=2)
-    mean = probabilities.mean(0, dtype=torch.float64)
+    return _between_turns(probabilities.mean(0, dtype=torch.float64))
+
+
+def _between_turns(mean: Float[Tensor, "N G C"]) -> float:
     return (mean - mean[:, :1]).square().sum(-1).mean().item()
 
-# %% ../nbs/07_defect.ipynb #549f2823-0
+# %% ../nbs/07_defect.ipynb #fb8f4f6f-0
 class Estimate(NamedTuple):
     """A Monte Carlo estimate and its standard error, in the same unit."""
 
@@ -274,7 +286,7 @@ def defect_unbiased(probabilities: Probabilities, error: Literal["draws", "input
     over inputs for these draws (`"inputs"`, needs S >= 2 and N >= 2). Raises `Refusal` for fewer, or without turns.
     """
     check_probabilities(probabilities, turns=2)
-    S, N, G, _ = probabilities.shape
+    S, N = probabilities.shape[:2]
     if error not in ("draws", "inputs") or S < (3 if error == "draws" else 2) or (error == "inputs" and N < 2):
         raise Refusal(
             "The unbiased defect needs 2 draws, its error over draws 3, its error over inputs 2 inputs",
@@ -282,16 +294,26 @@ def defect_unbiased(probabilities: Probabilities, error: Literal["draws", "input
             cause="predictions from too few draws",
             fix="orbit_predictions(..., draws=8) or more",
         )
-    d = probabilities.double() - probabilities[:, :, :1].double()
-    total = d.sum(0)
-    if error == "inputs":
-        pairs = total.square().sum((1, 2)) - d.square().sum((0, 2, 3))
-        values = pairs / (S * (S - 1) * G)
-        return Estimate(values.mean().item(), _deviation(values))
-    flat = d.flatten(1)
+    return (_over_draws if error == "draws" else _over_inputs)(_differences(probabilities))
+
+
+def _differences(probabilities: Probabilities) -> Float[Tensor, "S N G C"]:
+    return probabilities.double() - probabilities[:, :, :1].double()
+
+
+def _over_draws(d: Float[Tensor, "S N G C"]) -> Estimate:
+    S, N, G, _ = d.shape
+    flat, total = d.flatten(1), d.sum(0)
     b = (flat @ total.flatten() - torch.linalg.vector_norm(flat, dim=1).square()) / (N * G)
     squares = (b - b.mean()).square().sum().item()
     return Estimate(b.sum().item() / (S * (S - 1)), math.sqrt(4 * squares / (S * (S - 1) * (S - 2) ** 2)))
+
+
+def _over_inputs(d: Float[Tensor, "S N G C"]) -> Estimate:
+    S, _, G, _ = d.shape
+    pairs = d.sum(0).square().sum((1, 2)) - d.square().sum((0, 2, 3))
+    values = pairs / (S * (S - 1) * G)
+    return Estimate(values.mean().item(), _deviation(values))
 
 # %% ../nbs/07_defect.ipynb #f36ab349-0
 def orbit_jensen_shannon(probabilities: Probabilities) -> float:
@@ -333,7 +355,7 @@ def orbit_agreement(probabilities: Probabilities) -> float:
     check_probabilities(probabilities, turns=2)
     return _agreement(_predictive(probabilities)).mean().item()
 
-# %% ../nbs/07_defect.ipynb #741c7139-0
+# %% ../nbs/07_defect.ipynb #53b7d7fe-0
 def summarize(predictions: OrbitPredictions, labels: Int[Tensor, "N"], bins: int = 15) -> dict[str, float]:
     """Every metric of this chapter by name; names end in their unit where there is one.
 
@@ -346,7 +368,8 @@ def summarize(predictions: OrbitPredictions, labels: Int[Tensor, "N"], bins: int
     probabilities = predictions.probabilities
     check_probabilities(probabilities)
     labels = check_labels(probabilities, labels)
-    orbit = _predictive(probabilities)
+    average = probabilities.mean(0, dtype=torch.float64)
+    orbit = _clamped(average, probabilities)
     several, found = len(labels) > 1, {}
 
     def add(name: str, values: Float[Tensor, "N"]) -> None:
@@ -354,17 +377,18 @@ def summarize(predictions: OrbitPredictions, labels: Int[Tensor, "N"], bins: int
         if several:
             found[f"{name}_se"] = _deviation(values)
 
-    for prefix, over, mean in (("", "identity", orbit[:, :1]), ("orbit_", "orbit", orbit)):
+    for prefix, mean in (("", orbit[:, :1]), ("orbit_", orbit)):
         add(f"{prefix}accuracy", _hits(mean, labels))
         add(f"{prefix}nll_nats", _surprise(mean, labels))
         add(f"{prefix}brier", _squares(mean, labels))
-        found[f"{prefix}ece"] = ece(probabilities, labels, over, bins)
+        found[f"{prefix}ece"] = _calibration(mean, labels, bins)
     if orbit.shape[1] > 1:
-        found["defect_plugin"] = defect_plugin(probabilities)
+        found["defect_plugin"] = _between_turns(average)
         if len(probabilities) >= 3:
-            found["defect_unbiased"], found["defect_unbiased_se_draws"] = defect_unbiased(probabilities)
+            differences = _differences(probabilities)
+            found["defect_unbiased"], found["defect_unbiased_se_draws"] = _over_draws(differences)
             if several:
-                found["defect_unbiased_se_inputs"] = defect_unbiased(probabilities, error="inputs").standard_error
+                found["defect_unbiased_se_inputs"] = _over_inputs(differences).standard_error
         add("orbit_jensen_shannon_nats", jensen_shannon(orbit))
         add("symmetric_kl_nats", _symmetric_kl(orbit))
         add("orbit_agreement", _agreement(orbit))

@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['Weights', 'Estimator', 'sample_weights', 'mean_weights', 'apply_weights', 'forward', 'predict']
 
-# %% ../nbs/04b_sampling.ipynb #f96c653e-0
+# %% ../nbs/04b_sampling.ipynb #76363d83-0
+import copy
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -16,7 +18,7 @@ from .families import MeanFieldGaussian
 from .groups import Refusal
 from .layers import VariationalLayer, VariationalLinear, choose_weights, variational_tensors
 
-# %% ../nbs/04b_sampling.ipynb #85d0041e-0
+# %% ../nbs/04b_sampling.ipynb #391cd7a8-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
@@ -57,6 +59,16 @@ class _Draws:
             for layer in network.modules() if isinstance(layer, VariationalLayer)
         }
 
+    def part(self, start: int, count: int) -> "_Draws":
+        """The rule for at most `count` of the draws, from `start` on."""
+        part, chosen = copy.copy(self), slice(start, start + count)
+        part.draws = len(range(self.draws)[chosen])
+        part.tensors = {
+            layer: (weight[chosen], None if bias is None else bias[chosen])
+            for layer, (weight, bias) in self.tensors.items()
+        }
+        return part
+
     def __call__(self, layer: VariationalLayer, x: Tensor) -> Tensor:
         return layer.apply_draws(x, *self.tensors[id(layer)])
 
@@ -91,8 +103,12 @@ def _unfold(y: Float[Tensor, "rows ..."], draws: int, batch: int) -> Float[Tenso
 def apply_weights(network: nn.Module, x: Float[Tensor, "B ..."], weights: Weights) -> Float[Tensor, "S B ..."]:
     """Every draw on every input. `weights` as from `sample_weights` or `mean_weights`."""
     rule = _Draws(network, weights)
+    return _outputs(network, _fold(x, rule.draws), rule)
+
+
+def _outputs(network: nn.Module, folded: Tensor, rule: _Draws) -> Float[Tensor, "S B ..."]:
     with choose_weights(rule):
-        return _unfold(network(_fold(x, rule.draws)), rule.draws, len(x))
+        return _unfold(network(folded), rule.draws, len(folded) // rule.draws)
 
 # %% ../nbs/04b_sampling.ipynb #50853da7-0
 class _Flipout(_Draws):
@@ -196,12 +212,27 @@ def forward(
     with choose_weights(rule):
         return _unfold(network(_fold(padded, 1)), 1, len(padded))[:, : len(x)]
 
-# %% ../nbs/04b_sampling.ipynb #7a87add7-0
+# %% ../nbs/04b_sampling.ipynb #f72e764b-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
 
-def _bytes_per_row(network: nn.Module, x: Tensor, weights: Weights) -> int:
+class _Copies:
+    """Copies of a batch for many calls of a network: made once, and again where a call has written into them."""
+
+    def __init__(self, x: Tensor, draws: int):
+        self.x, self.draws, self.folded, self.version = x, draws, None, None
+
+    def first(self, draws: int) -> Float[Tensor, "draws*B ..."]:
+        """The first `draws` copies, as `_fold` gives them."""
+        folded = self.folded
+        if folded is None or folded.is_inference() or folded._version != self.version:  # no versions in inference mode
+            self.folded = folded = _fold(self.x, self.draws)
+            self.version = None if folded.is_inference() else folded._version
+        return folded[: draws * len(self.x)]
+
+
+def _bytes_per_row(network: nn.Module, x: Tensor, rule: _Draws) -> int:
     """Three times the largest input plus output of a leaf module for one input and one draw, in bytes."""
     largest = [x[:1].nbytes]
 
@@ -212,7 +243,7 @@ def _bytes_per_row(network: nn.Module, x: Tensor, weights: Weights) -> int:
     leaves = (m for m in network.modules() if isinstance(m, VariationalLayer) or not list(m.children()))
     hooks = [module.register_forward_hook(note) for module in leaves]
     try:
-        apply_weights(network, x[:1], {name: weight[:1] for name, weight in weights.items()})
+        _outputs(network, _fold(x[:1], 1), rule.part(0, 1))
     finally:
         for hook in hooks:
             hook.remove()
@@ -227,7 +258,8 @@ def predict(
     """Outputs of every draw for every input, without gradients, in pieces whose activations fit `memory` bytes.
 
     Give either `draws`, a number of fresh draws (independent of the budget for a given generator), or `weights` as from
-    `sample_weights` or `mean_weights`. The budget covers activations; the result itself and the weights come on top.
+    `sample_weights` or `mean_weights`. The budget covers activations; the result, the weights and one copy of the
+    inputs come on top.
     By default it is 12 MiB on the CPU, where pieces that stay in the caches are fastest, and 1 GiB elsewhere.
     """
     memory = _BUDGET.get(x.device.type, 2**30) if memory is None else memory
@@ -238,25 +270,32 @@ def predict(
             cause="an ambiguous call",
             fix="predict(network, x, draws=32) or predict(network, x, weights=mean_weights(network))",
         )
-    if weights is not None:
-        blocks = ({n: w[i : i + _DRAW_BLOCK] for n, w in weights.items()}
-                  for i in range(0, len(next(iter(weights.values()))), _DRAW_BLOCK))
-    else:
-        blocks = (sample_weights(network, min(_DRAW_BLOCK, draws - i), generator)
-                  for i in range(0, max(draws, 1), _DRAW_BLOCK))
-    fitting, found = None, []
-    for block in blocks:
-        if fitting is None:
+    copies, found = None, []
+    for block in _blocks(network, draws, weights, generator):
+        if copies is None:
             fitting = max(1, memory // _bytes_per_row(network, x, block))
-        found.append(_predict_block(network, x, block, fitting))
+            batch = min(len(x), fitting)
+            copies = [_Copies(piece, min(block.draws, max(1, fitting // batch))) for piece in x.split(batch)]
+        found.append(_predict_block(network, copies, block))
     return torch.cat(found)
 
 
-def _predict_block(network: nn.Module, x: Tensor, weights: Weights, fitting: int) -> Tensor:
-    """All draws of one block, `fitting` rows at a time."""
-    total = len(next(iter(weights.values())))
-    batch = min(len(x), fitting)
-    step = max(1, fitting // batch)
-    parts = [{name: weight[i : i + step] for name, weight in weights.items()} for i in range(0, total, step)]
-    pieces = (torch.cat([apply_weights(network, piece, part) for part in parts]) for piece in x.split(batch))
+def _blocks(
+    network: nn.Module, draws: int | None, weights: Weights | None, generator: torch.Generator | None
+) -> Iterator[_Draws]:
+    """Given weights, or fresh draws, in blocks of at most `_DRAW_BLOCK`."""
+    if weights is None:
+        for start in range(0, max(draws, 1), _DRAW_BLOCK):
+            yield _Draws(network, sample_weights(network, min(_DRAW_BLOCK, draws - start), generator))
+    else:
+        rule = _Draws(network, weights)
+        for start in range(0, rule.draws, _DRAW_BLOCK):
+            yield rule.part(start, _DRAW_BLOCK)
+
+
+def _predict_block(network: nn.Module, copies: list[_Copies], block: _Draws) -> Tensor:
+    """All draws of one block for every piece of the inputs, as many draws at a time as there are copies of a piece."""
+    step = copies[0].draws
+    parts = [block.part(start, step) for start in range(0, block.draws, step)]
+    pieces = (torch.cat([_outputs(network, piece.first(part.draws), part) for part in parts]) for piece in copies)
     return torch.cat(list(pieces), 1)

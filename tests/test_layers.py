@@ -424,6 +424,25 @@ def test_prediction_does_not_depend_on_the_memory_budget(memory):
     assert_close(predict(network, x, weights=weights, memory=memory), apply_weights(network, x, weights), exact64)
 
 
+class WritesIntoItsInput(nn.Module):
+    """Not the same when applied twice."""
+
+    def forward(self, x):
+        return x.mul_(0.5).add_(1.0)
+
+
+@pytest.mark.parametrize("memory", [1, 5_000, 2**30])
+def test_a_network_that_writes_into_its_input_spoils_neither_the_inputs_nor_the_next_draws(memory):
+    network = bayesianize(nn.Sequential(WritesIntoItsInput(), nn.Linear(6, 3)).double())
+    x = torch.randn(10, 6, dtype=torch.float64, generator=seeded(0))
+    kept, weights = x.clone(), sample_weights(network, 21, seeded(1))
+    expected = torch.stack([(0.5 * x + 1) @ w.T + b for w, b in zip(weights["1.weight"], weights["1.bias"])])
+    assert_close(predict(network, x, weights=weights, memory=memory), expected, exact64)
+    with torch.inference_mode():
+        assert_close(predict(network, x, weights=weights, memory=memory), expected, exact64)
+    assert torch.equal(x, kept)
+
+
 def test_prediction_needs_draws_or_weights():
     network, x = bayesianize(small_cnn()), torch.zeros(1, 1, 8, 8, dtype=torch.float64)
     for arguments in ({}, {"draws": 2, "weights": mean_weights(network)}, {"draws": 2, "memory": 0}):
