@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LogPrecisions', 'Structure', 'log_precisions', 'set_log_precisions', 'Curvature', 'LaplaceApproximation',
-           'FullCurvature', 'full_curvature', 'factor_bytes', 'check_factors', 'KroneckerCurvature',
+           'FullCurvature', 'KernelCurvature', 'full_curvature', 'factor_bytes', 'check_factors', 'KroneckerCurvature',
            'kronecker_curvature', 'log_likelihood', 'laplace']
 
-# %% ../nbs/13_evidence.ipynb #04006167-0
+# %% ../nbs/13_evidence.ipynb #97c9ce32-0
 import math
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -84,7 +85,13 @@ class LaplaceApproximation:
         slopes = torch.autograd.grad(self.curvature.log_det(free), list(free.values()))
         return {name: -float(slope) for name, slope in zip(free, slopes, strict=True)}
 
-# %% ../nbs/13_evidence.ipynb #eff0e291-0
+# %% ../nbs/13_evidence.ipynb #b3931b7b-0
+def _log_det_of_one_plus(matrix: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
+    """log det(I + matrix) of a positive semi-definite matrix, which is overwritten."""
+    matrix.diagonal().add_(1)
+    return torch.logdet(matrix)
+
+
 @dataclass(frozen=True)
 class FullCurvature:
     """The whole matrix, its rows and columns in the order of `sizes`."""
@@ -93,47 +100,110 @@ class FullCurvature:
     sizes: dict[str, int]  # of the tensors
 
     def log_det(self, log_precisions: LogPrecisions) -> Float[Tensor, ""]:
-        """log det(I + D^-1/2 G D^-1/2), by a Cholesky factorisation."""
+        """log det(I + D^-1/2 G D^-1/2)."""
         scales = torch.cat([(-log_precisions[name] / 2).exp().expand(size) for name, size in self.sizes.items()])
-        whitened = scales[:, None] * self.matrix * scales
-        root = torch.linalg.cholesky(whitened + torch.eye(len(scales), dtype=whitened.dtype, device=whitened.device))
-        return 2 * root.diagonal().log().sum()
+        return _log_det_of_one_plus(scales[:, None] * self.matrix * scales)
+
+    def restricted(self, names: Sequence[str]) -> "FullCurvature":
+        """The curvature in these tensors, with the others held fixed."""
+        inside = torch.cat([torch.full((size,), name in names) for name, size in self.sizes.items()])
+        return FullCurvature(self.matrix[inside][:, inside], {n: s for n, s in self.sizes.items() if n in names})
 
 
-def _output_hessian(outputs: Float[Tensor, "B C"], likelihood: Likelihood) -> Float[Tensor, "B C C"]:
-    """Hessian of the negative log-likelihood in the outputs."""
+@dataclass(frozen=True)
+class KernelCurvature:
+    """The same matrix from the side of the data: K_t of each tensor. Source: "dual-evidence" of the book."""
+
+    kernels: Float[Tensor, "T M M"]
+    names: tuple[str, ...]  # of the tensors
+
+    def log_det(self, log_precisions: LogPrecisions) -> Float[Tensor, ""]:
+        """log det(I + sum_t K_t / d_t)."""
+        scales = torch.stack([(-log_precisions[name]).exp() for name in self.names])
+        return _log_det_of_one_plus(torch.tensordot(scales, self.kernels, 1))
+
+    def restricted(self, names: Sequence[str]) -> "KernelCurvature":
+        """The curvature in these tensors, with the others held fixed."""
+        kept = tuple(name for name in self.names if name in names)
+        return KernelCurvature(self.kernels[[self.names.index(name) for name in kept]], kept)
+
+
+def _output_root(outputs: Float[Tensor, "B C"], likelihood: Likelihood) -> Float[Tensor, "B C R"]:
+    """L with L L^T the Hessian of the negative log-likelihood; source: "root-of-softmax" of the book."""
     if isinstance(likelihood, Gaussian):
-        return torch.eye(outputs.shape[1]).to(outputs).expand(len(outputs), -1, -1) / likelihood.noise**2
-    p = outputs.softmax(-1)
-    return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        return torch.eye(outputs.shape[1]).to(outputs).expand(len(outputs), -1, -1) / likelihood.noise
+    p = outputs.log_softmax(-1)
+    tails = p.flip(-1).logcumsumexp(-1).flip(-1)  # log q_0, ..., log q_(C-1)
+    diagonal = (p[:, :-1] + tails[:, 1:] - tails[:, :-1]) / 2
+    below = -(diagonal[:, None] + p[:, :, None] - tails[:, None, 1:]).exp()
+    return below.tril(-1) + nn.functional.pad(diagonal.exp().diag_embed(), (0, 0, 0, 1))
 
 
+def _rows(plain: nn.Module, names: Iterable[str], x: Float[Tensor, "B ..."], likelihood: Likelihood
+          ) -> Float[Tensor, "BR P"]:
+    """L^T J of every datum, with columns for the weights of the named tensors; float64."""
+    weights = {name: plain.get_parameter(name).detach() for name in names}
+
+    def one(x: Tensor, root: Float[Tensor, "C R"]) -> dict[str, Tensor]:
+        _, pull = torch.func.vjp(lambda part: torch.func.functional_call(plain, part, (x[None],))[0], weights)
+        return torch.func.vmap(pull)(root.T)[0]
+
+    found = torch.func.vmap(one)(x, _output_root(plain(x).double(), likelihood).to(x))
+    return torch.cat([found[name].flatten(2) for name in weights], 2).flatten(0, 1).double()
+
+
+def _weights_side(plain: nn.Module, sizes: dict[str, int], batches: Sequence[Tensor], likelihood: Likelihood
+                  ) -> FullCurvature:
+    """The sum of Z^T Z over batches."""
+    return FullCurvature(sum(rows.T @ rows for rows in (_rows(plain, sizes, x, likelihood) for x in batches)), sizes)
+
+
+def _data_side(plain: nn.Module, sizes: dict[str, int], batches: Sequence[Tensor], likelihood: Likelihood
+               ) -> KernelCurvature:
+    """The kernel of one tensor after the other, and of one pair of batches after the other."""
+    kernels = []
+    for name in sizes:
+        blocks = []
+        for i, x in enumerate(batches):
+            rows = _rows(plain, [name], x, likelihood)
+            before = (_rows(plain, [name], other, likelihood) for other in batches[:i])
+            blocks.append([*(rows @ other.T for other in before), rows @ rows.T])
+        whole = [row + [blocks[j][i].T for j in range(i + 1, len(blocks))] for i, row in enumerate(blocks)]
+        kernels.append(torch.cat([torch.cat(row, 1) for row in whole]))
+    return KernelCurvature(torch.stack(kernels), tuple(sizes))
+
+
+@torch.no_grad()
 def full_curvature(
     network: nn.Module, inputs: Float[Tensor, "N ..."], likelihood: Likelihood = Categorical(), batch_size: int = 32,
     memory_limit: int = 2**30,
-) -> FullCurvature:
-    """The generalised Gauss-Newton matrix at the posterior means, summed over the inputs; for a few thousand weights.
+) -> FullCurvature | KernelCurvature:
+    """The generalised Gauss-Newton matrix at the posterior means, summed over the inputs, from its smaller side.
 
-    Raises `Refusal` where the matrix and one more like it exceed `memory_limit` bytes.
+    The sides are that of the weights, P, and that of the data, M = N (C - 1) for C classes (N C for C numbers with
+    Gaussian noise), which needs P M^2 multiplications and a matrix for each tensor; of the sides that fit into
+    `memory_limit` bytes, with `log_det` and its gradient, the smaller is taken. Batches are cut until they fit.
+    Raises `Refusal` where neither side fits.
     """
     plain = _plain(network, inputs, likelihood)
-    weights = {name: plain.get_parameter(name).detach() for name in variational_tensors(network)}
-    sizes = {name: weight.numel() for name, weight in weights.items()}
-    total = sum(sizes.values())
-    require(16 * total**2 <= memory_limit, f"The full matrix fits into {memory_limit:,} bytes",
-            f"{total:,} weights, {16 * total**2:,} bytes", "a network that is not tiny",
-            f'at most {math.isqrt(memory_limit // 16):,} weights, or curvature="exact"')
-
-    def outputs(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return torch.func.functional_call(plain, weights, (x,))
-
-    matrix = torch.zeros(total, total, dtype=torch.float64, device=inputs.device)
-    for x in inputs.split(batch_size):
-        blocks = torch.func.jacrev(outputs)(weights, x)
-        jacobian = torch.cat([blocks[name].flatten(2) for name in sizes], 2).double()
-        hessian = _output_hessian(outputs(weights, x).double(), likelihood)
-        matrix += torch.einsum("bci,bcd,bdj->ij", jacobian, hessian, jacobian)
-    return FullCurvature(matrix, sizes)
+    sizes = {name: plain.get_parameter(name).numel() for name in variational_tensors(network)}
+    each = plain(inputs[:1]).shape[1] - isinstance(likelihood, Categorical)  # rows of a datum
+    require(each > 0, "Labels of at least two classes", "one class", "a network with one output",
+            "an output for each class, or Gaussian(noise)")
+    total, rows, many = sum(sizes.values()), each * len(inputs), len(sizes)
+    batch = {_weights_side: 16 * each * total, _data_side: 24 * each * max(sizes.values())}  # bytes of a datum
+    kept = {_weights_side: 7 * 8 * total**2, _data_side: (many + 5) * 8 * rows**2}
+    sides = [side for side in kept if kept[side] + batch[side] <= memory_limit]
+    room = {side: max(memory_limit - batch[side], 0) // 8 for side in kept}
+    require(bool(sides), f"The Gauss-Newton matrix fits into {memory_limit:,} bytes from one of its sides",
+            f"{total:,} weights, {kept[_weights_side]:,} bytes; or {len(inputs):,} inputs with {each} rows each for "
+            f"{many} tensors, {kept[_data_side]:,} bytes", "a large network and much data",
+            f"at most {math.isqrt(room[_weights_side] // 7):,} weights, or at most "
+            f"{math.isqrt(room[_data_side] // (many + 5)) // each:,} inputs, a larger memory_limit, or "
+            'curvature="exact"')
+    side = min(sides, key={_weights_side: total, _data_side: rows}.get)
+    fits = min(batch_size, (memory_limit - kept[side]) // batch[side])
+    return side(plain, sizes, inputs.split(fits), likelihood)
 
 # %% ../nbs/13_evidence.ipynb #597fa77f-0
 @torch.no_grad()
@@ -256,7 +326,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
             "needs no curvature")
     return needed
 
-# %% ../nbs/13_evidence.ipynb #b3e4bbfc-0
+# %% ../nbs/13_evidence.ipynb #192a38d9-0
 @dataclass(frozen=True)
 class KroneckerCurvature:
     """Eigenvalues of Kronecker factors, float64: for each tensor the pairs (of A, of B) of its independent blocks."""
@@ -356,8 +426,9 @@ def laplace(
     """The Laplace approximation at a network's posterior means, which should maximise likelihood times prior.
 
     `curvature` is that of Kronecker factors ("exact", or "sampled" with one drawn target for each input), or the
-    "full" Gauss-Newton matrix of a tiny network. `inputs` are the training set as trained on, with all its turns
-    under full augmentation. Raises `Refusal` as `kronecker_curvature` and `full_curvature` do.
+    "full" Gauss-Newton matrix of a small network or of few data (exact, by `full_curvature`). `inputs` are the
+    training set as trained on, with all its turns under full augmentation. Raises `Refusal` as `kronecker_curvature` and
+    `full_curvature` do.
     """
     known = get_args(Structure)
     require(curvature in known, f"curvature is one of {', '.join(known)}", f"{curvature!r}", "a misspelt name",

@@ -54,7 +54,7 @@ def with_precisions(plain: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def convolutional(**options) -> nn.Module:
-    """Two convolutions (one grouped, with a stride) and a linear layer, 8 x 8 pixels to 3 classes: 188 weights."""
+    """Two convolutions (one grouped, with a stride) and a linear layer, 8 x 8 pixels to 3 classes: 227 weights."""
     return started(nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, stride=2, groups=2), nn.Tanh(), nn.Flatten(),
         nn.Linear(36, 3)), **options)
@@ -217,10 +217,8 @@ def test_a_grouped_convolution_is_its_parts():
         assert_close(one[f"3.{kind}"], two[f"head.{kind}"], 1e-10)
 
 
-def blocks_of(fitted: E.FullCurvature) -> E.FullCurvature:
-    """The same without the entries between different tensors."""
-    owner = torch.repeat_interleave(torch.arange(len(fitted.sizes)), torch.tensor(list(fitted.sizes.values())))
-    return E.FullCurvature(fitted.matrix * (owner[:, None] == owner), fitted.sizes)
+def without_cross_terms(curvature: E.FullCurvature | E.KernelCurvature, d) -> torch.Tensor:
+    return sum(curvature.restricted([name]).log_det(d) for name in d)
 
 
 @with_factors
@@ -230,13 +228,14 @@ def test_close_to_the_full_matrix():
         network = bayesianize(plain, PointMass)
         d = {name: torch.tensor(2.0).double() for name in variational_tensors(network)}
         full, factors = E.full_curvature(network, x), E.kronecker_curvature(network, x).log_det(d)
-        assert full.log_det(d) < blocks_of(full).log_det(d)  # Fischer's inequality
+        blocks = without_cross_terms(full, d)
+        assert full.log_det(d) < blocks  # Fischer's inequality
         assert full.log_det(d) < factors < 1.45 * full.log_det(d)  # measured: 1.41 and 1.28 times
-        assert abs(factors - blocks_of(full).log_det(d)) < 0.1 * factors
+        assert abs(factors - blocks) < 0.1 * factors
 
 
 def test_the_full_matrix_is_a_sum_of_squared_jacobians():
-    plain, x = started(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))), normal(4, 3)
+    plain, x = started(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))), normal(9, 3)
     expected = torch.zeros(17, 17).double()
     for row in x:
         outputs = plain(row)
@@ -245,6 +244,94 @@ def test_the_full_matrix_is_a_sum_of_squared_jacobians():
         p, J = outputs.softmax(-1).detach(), torch.stack(gradients)
         expected += J.T @ (p.diag() - torch.outer(p, p)) @ J
     assert_close(E.full_curvature(bayesianize(plain, PointMass), x, batch_size=3).matrix, expected)
+
+
+# The two sides of the Gauss-Newton matrix
+
+
+def relaxed(kind: str) -> nn.Module:
+    return relaxed_network(kind, (1, 8, 8), 3, channels=(2, 3), strides=(2, 2), dtype=torch.float64,
+                           generator=torch.Generator().manual_seed(0))
+
+
+TWO_SIDED = {
+    "dense": lambda: started(nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3))),
+    "convolution, pooled": lambda: started(nn.Sequential(
+        nn.CircularPad2d(1), nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 3, stride=2, groups=2), nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))),
+    "F-FC+CONV": lambda: relaxed("F-FC+CONV"), "lifted": lambda: relaxed("C4-CONV+F-FC"),
+}
+
+
+def both_sides(network, x, likelihood=Categorical(), split: int = 4):
+    plain = E._plain(network, x, likelihood)
+    sizes = {name: plain.get_parameter(name).numel() for name in variational_tensors(network)}
+    with torch.no_grad():
+        return [side(plain, sizes, x.split(split), likelihood) for side in (E._weights_side, E._data_side)]
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(NOISE)])
+@pytest.mark.parametrize("name", TWO_SIDED)
+def test_both_sides_have_one_determinant(name, likelihood):
+    network, x = with_precisions(TWO_SIDED[name](), seed=4), normal(11, 1, 8, 8)
+    weights, data = both_sides(network, x, likelihood)
+    at = {name: value + 1 for name, value in E.log_precisions(network).items()}
+    assert weights.log_det(at) > 1
+    assert_close(data.log_det(at) / weights.log_det(at), torch.tensor(1.0), 1e-10)  # of eigenvalues
+    for some in [[each] for each in at] + [list(at)[:2], list(at)[-2:]]:
+        assert_close(data.restricted(some).log_det(at), weights.restricted(some).log_det(at), 1e-10)
+    gammas = [E.LaplaceApproximation(0.0, {}, each).effective_dimensions(at) for each in (weights, data)]
+    whole = sum(kernel / at[each].exp() for each, kernel in zip(data.names, data.kernels))
+    inverse = torch.linalg.inv(whole + torch.eye(len(whole)).double())
+    for each, kernel in zip(data.names, data.kernels):
+        assert_close(gammas[0][each], gammas[1][each], 1e-10)
+        assert_close(gammas[1][each], (inverse @ kernel).trace() / at[each].exp(), 1e-10)
+        assert 0 < gammas[1][each] < min(variational_tensors(network)[each].posterior.numel, len(whole))
+
+
+def test_the_root_of_the_softmax():
+    outputs = torch.cat([normal(5, 4), 30 * normal(5, 4, seed=1), normal(1, 4) * 1e5])
+    root, p = E._output_root(outputs, Categorical()), outputs.softmax(-1)
+    assert root.shape == (11, 4, 3) and (root.triu(1) == 0).all()
+    assert_close(root @ root.mT, torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
+    sure = torch.tensor([[0.0, -40.0, -41.0]]).double()  # 1 - p_1 is lost to rounding, and p_1 (1 - p_1) is not
+    rest = math.exp(-40) + math.exp(-41)
+    found = E._output_root(sure, Categorical())
+    assert_close((found @ found.mT)[0, 0, 0] / (rest / (1 + rest) ** 2), torch.tensor(1.0))
+    assert_close(E._output_root(outputs, Gaussian(0.5))[3], 2 * torch.eye(4).double())
+
+
+def test_the_smaller_side_that_fits_is_taken():
+    network, d = with_precisions(convolutional()), E.log_precisions(with_precisions(convolutional()))
+    few, many = normal(20, 1, 8, 8), normal(114, 1, 8, 8)  # 2 rows each, and 227 weights
+    kernel, matrix = E.full_curvature(network, few), E.full_curvature(network, many)
+    assert kernel.kernels.shape == (6, 40, 40) and matrix.matrix.shape == (227, 227)
+    assert type(E.full_curvature(network, many[:113])) is E.KernelCurvature
+    gaussian = E.full_curvature(network, few, Gaussian(NOISE))
+    assert gaussian.kernels.shape == (6, 60, 60)
+    weights, data = 56 * 227**2 + 16 * 2 * 227, 88 * 40**2 + 24 * 2 * 108
+    assert data < weights < 88 * 226**2
+    other = E.full_curvature(network, many[:113], memory_limit=weights)  # its smaller side is too large
+    assert type(other) is E.FullCurvature
+    cut = E.full_curvature(network, few, memory_limit=data)  # batches of one datum
+    assert_close(cut.kernels, kernel.kernels)
+    assert_close(E.full_curvature(network, many[:113], memory_limit=2**30).log_det(d), other.log_det(d), 1e-10)
+    with pytest.raises(Refusal, match=r"227 weights.*or at most 19 inputs"):
+        E.full_curvature(network, few, memory_limit=data - 1)
+    with pytest.raises(Refusal, match=r"at most 226 weights, or at most 90 inputs"):
+        E.full_curvature(network, many, memory_limit=weights - 1)
+    with pytest.raises(Refusal, match="one class"):
+        E.full_curvature(bayesianize(nn.Linear(3, 1).double(), PointMass), normal(2, 3))
+
+
+def test_hundreds_of_thousands_of_weights_and_few_data():
+    plain = started(nn.Sequential(nn.Flatten(), nn.Linear(64, 2000), nn.Tanh(), nn.Linear(2000, 100), nn.Tanh(),
+                                  nn.Linear(100, 3)), gain=0.05)
+    network, x = with_precisions(plain), normal(8, 1, 8, 8)
+    fitted = E.laplace(network, x, labels(8), curvature="full")
+    assert type(fitted.curvature) is E.KernelCurvature and sum(its.posterior.numel for its in variational_tensors(
+        network).values()) > 330_000
+    assert 0 < sum(fitted.effective_dimensions(E.log_precisions(network)).values()) < 16
 
 
 @with_factors
@@ -286,15 +373,15 @@ def test_a_network_of_one_layer_and_training_mode():
 # The evidence in the precisions
 
 
-def fitted_pair(curvature: str):
-    network, x = with_precisions(convolutional(), seed=3), normal(30, 1, 8, 8)
-    return E.laplace(network, x, labels(30), curvature=curvature), E.log_precisions(network)
+def fitted_pair(curvature: str, count: int = 30):
+    network, x = with_precisions(convolutional(), seed=3), normal(count, 1, 8, 8)
+    return E.laplace(network, x, labels(count), curvature=curvature), E.log_precisions(network)
 
 
 @with_factors
-@pytest.mark.parametrize("curvature", ["exact", "sampled", "full"])
-def test_gradients_are_finite_differences(curvature):
-    fitted, at = fitted_pair(curvature)
+@pytest.mark.parametrize("curvature, count", [("exact", 30), ("sampled", 30), ("full", 30), ("full", 120)])
+def test_gradients_are_finite_differences(curvature, count):
+    fitted, at = fitted_pair(curvature, count)
     free = {name: value.clone().requires_grad_() for name, value in at.items()}
     fitted.log_evidence(free).backward()
     step = 1e-4
@@ -321,7 +408,7 @@ def test_effective_dimensions():
     for name, eigenvalues in spectra(fitted.curvature).items():
         assert_close(found[name], (eigenvalues / (eigenvalues + at[name].exp())).sum())
         assert 0 < found[name] < len(eigenvalues)
-    fitted, at = fitted_pair("full")
+    fitted, at = fitted_pair("full", 120)
     found, sizes = fitted.effective_dimensions(at), fitted.curvature.sizes
     D = torch.cat([at[name].exp().expand(size) for name, size in sizes.items()])
     inverse = torch.linalg.inv(fitted.curvature.matrix + D.diag()).diagonal()
@@ -468,8 +555,6 @@ def test_bytes_of_factors_are_known_before(monkeypatch):
     assert sum(seen) == sum(predicted.values()) and needed == sum(seen) + 16 * 36**2
     with pytest.raises(Refusal, match=r"36 rows of layer '5'.*at most 35 numbers"):
         E.kronecker_curvature(network, x, memory_limit=needed - 1)
-    with pytest.raises(Refusal, match="at most 25 weights"):
-        E.full_curvature(network, x, memory_limit=16 * 25**2)
     assert E.factor_bytes(bayesianize(nn.Linear(5, 2), PointMass)) == {"": 4 * (25 + 4)}
 
 
