@@ -326,7 +326,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
             "needs no curvature")
     return needed
 
-# %% ../nbs/13_evidence.ipynb #192a38d9-0
+# %% ../nbs/13_evidence.ipynb #7b802aeb-0
 @dataclass(frozen=True)
 class KroneckerCurvature:
     """Eigenvalues of Kronecker factors, float64: for each tensor the pairs (of A, of B) of its independent blocks."""
@@ -427,8 +427,8 @@ def laplace(
 
     `curvature` is that of Kronecker factors ("exact", or "sampled" with one drawn target for each input), or the
     "full" Gauss-Newton matrix of a small network or of few data (exact, by `full_curvature`). `inputs` are the
-    training set as trained on, with all its turns under full augmentation. Raises `Refusal` as `kronecker_curvature` and
-    `full_curvature` do.
+    training set as trained on, with all its turns under full augmentation. Raises `Refusal` as
+    `kronecker_curvature` and `full_curvature` do.
     """
     known = get_args(Structure)
     require(curvature in known, f"curvature is one of {', '.join(known)}", f"{curvature!r}", "a misspelt name",
