@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SYMMETRIES', 'PRIORS', 'ARRAYS', 'UNREADABLE', 'WORK', 'Setup', 'load_npz', 'Task', 'prepare', 'check_training',
-           'fit', 'evaluate']
+           'fit', 'learning', 'path_reports', 'evaluate']
 
-# %% ../nbs/17_experiments.ipynb #e12cf7ed-0
+# %% ../nbs/17_experiments.ipynb #b817e587-0
+import json
 import math
 import sys
 import zipfile
@@ -35,15 +36,19 @@ from symbnn.actions import (
     rotations_and_flips,
     shifts,
 )
+from .checkpoints import Checkpoint, read_checkpoint
 from .data import DATASETS, Dataset, Split, load, split_training
-from .families import FAMILIES
-from .groups import Cyclic, Refusal
+from .evidence import LaplaceApproximation, laplace
+from .families import FAMILIES, PointMass
+from .groups import Cyclic, Refusal, require
 from .invariance import Orbits
 from .layers import Prior, bayesianize, isotropic, per_tensor, random_means, variational_tensors
-from .methods import Method, averaged
+from .methods import Method, averaged, check_method, precision_updates
 from .metrics import Mode, orbit_predictions, summarize
 from .models import Architecture, build, multiply_adds
 from .network_actions import NetworkAction, network_action
+from .precisions import PathReport, learned_equivariance
+from .relaxed import pathways
 from .training import TrainingConfig, TrainingResult, check_task, choose_device, gain_estimator, train
 from .variants import VARIANTS, standardize, vary
 
@@ -228,7 +233,7 @@ def check_training(task: Task, config: TrainingConfig) -> None:
         raise Refusal("A batch is not larger than the training set", received=f"{config.batch_size} of {images}",
                       cause="a small training set", fix="a smaller batch size")
 
-# %% ../nbs/17_experiments.ipynb #188c6f38-0
+# %% ../nbs/17_experiments.ipynb #1d706530-0
 WORK = 10**8  # multiply-adds in a step's forward pass that are worth a thread
 
 
@@ -247,25 +252,72 @@ def _threads(wanted: int | None, network: nn.Module, task: Task, batch_size: int
 def fit(
     network: nn.Module, task: Task, config: TrainingConfig, *,
     order: int = 1,  # the network has this many times the channels of `task.architecture`
+    method: Method | None = None,  # a "baseline", perhaps with precisions that are learnt; others are `run_method`'s
     folder: Path | str | None = None,
     resume: bool = False,
     notes: dict | None = None,
     threads: int | None = None,  # on the CPU; None: one for every `WORK` multiply-adds, at most as many as torch uses
     progress: bool = False,
 ) -> TrainingResult:
-    """Train on the task's images; the setup is noted in the checkpoint. KeyboardInterrupt if Ctrl-C ended it early,
-    when the checkpoint is complete. Raises `Refusal` as `train` does."""
+    """Train on the task's images; the checkpoint notes the setup, and how precisions are learnt.
+
+    KeyboardInterrupt if Ctrl-C ended it early, when the checkpoint is complete. Raises `Refusal` as `train` and
+    `check_method` do, and for resuming a run of another setup or with precisions learnt in another way.
+    """
     if threads is not None:
         _positive("number of threads", threads)
+    method = method or Method()
+    require(method.name == "baseline", "A network that is trained by `fit` stays what it is", f"the method {method}",
+            "a method that builds, changes or averages networks", "run_method, or the name baseline")
+    check_method(method, lambda order: network, task.action, task.prior(), config)
+    noted = {"setup": asdict(task.setup), "precisions": learning(method)}
+    if resume and folder is not None:
+        _check_noted(read_checkpoint(folder), noted)
     with _threads(threads, network, task, config.batch_size):
         result = train(
             network, task.data.train, config, action=task.action, validation=task.data.validation, folder=folder,
             resume=resume, architecture=task.architecture.expanded(order), progress=progress,
-            notes={"setup": asdict(task.setup), "symbnn": __version__, **(notes or {})},
+            notes={**noted, "symbnn": __version__, **(notes or {})},
+            callback=precision_updates(method, task.data.train.to(choose_device(config)), config),
         )
     if result.status != "complete":
         raise KeyboardInterrupt
     return result
+
+
+def learning(method: Method) -> dict[str, str | int]:
+    """The part of a method that says how precisions are learnt."""
+    return {name: getattr(method, name) for name in ("precisions", "learnt_from", "learnt_every")}
+
+
+def _check_noted(checkpoint: Checkpoint, wanted: dict[str, dict]) -> None:
+    """Refuse to go on with a run whose setup, or whose way to learn precisions, was another."""
+    notes = checkpoint.description.get("notes", {})
+    stored = {"setup": notes.get("setup", wanted["setup"]), "precisions": notes.get("precisions", {})}
+    defaults = {"setup": asdict(Setup()), "precisions": learning(Method())}
+    differing = [
+        f"{name} {theirs!r} in the checkpoint, {ours!r} now" for part, its in wanted.items()
+        for name, ours in json.loads(json.dumps(its)).items()
+        if (theirs := {**json.loads(json.dumps(defaults[part])), **stored[part]}[name]) != ours
+    ]
+    require(not differing, "A run is continued with the setup and the way to learn precisions it was started with",
+            "; ".join(differing), "another run's folder, or an edit",
+            "repeat the options of the first command, or train into a new folder")
+
+# %% ../nbs/17_experiments.ipynb #e7f0713e-0
+def path_reports(
+    network: nn.Module, task: Task, seed: int = 0
+) -> tuple[list[PathReport], LaplaceApproximation | None]:
+    """What `learned_equivariance` finds, and the Laplace approximation on the training images that a network of point
+    masses needs for it (None for other families). Raises `Refusal` for a network without relaxed layers."""
+    pathways(network)
+    parameter = next(network.parameters())
+    points = any(isinstance(its.posterior, PointMass) for its in variational_tensors(network).values())
+    found = None
+    if points:
+        data = task.data.train.to(parameter.device)
+        found = laplace(network, data.inputs.to(parameter.dtype), data.labels, seed=seed)
+    return learned_equivariance(network, found), found
 
 # %% ../nbs/17_experiments.ipynb #5f7d94c2-0
 def evaluate(

@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'Evaluation', 'Spec', 'plain', 'task_of', 'settings', 'identity', 'measure', 'run', 'Panel', 'Study',
            'stored', 'check', 'execute', 'words', 'describe', 'headline']
 
-# %% ../nbs/17d_studies.ipynb #712c7ea7-0
+# %% ../nbs/17d_studies.ipynb #cc0b1b40-0
 import hashlib
 import json
 import logging
@@ -26,17 +26,15 @@ from torch import nn
 from . import __version__
 from .checkpoints import check_folder, write_file
 from .comparison import epoch_cost
-from .evidence import laplace, log_precisions
-from .experiments import Setup, Task, check_training, evaluate, prepare
-from .families import PointMass
+from .evidence import log_precisions
+from .experiments import Setup, Task, check_training, evaluate, path_reports, prepare
 from .groups import Refusal, require
-from .layers import kl_sum, variational_tensors
+from .layers import kl_sum
 from .methods import Method, check_method, run_method
 from .metrics import Mode, defect_plugin, defect_unbiased, orbit_predictions
 from .mutual_information import InformationEstimator, mutual_information
 from .network_actions import unit_permutations
 from .objectives import Categorical
-from .precisions import learned_equivariance
 from .relaxed import pathways
 from .sampling import predict, sample_weights
 from .training import TrainingConfig, choose_device
@@ -135,7 +133,7 @@ def identity(spec: Spec, checksum: int) -> str:
     text = json.dumps({"spec": chosen, "data_crc32": checksum}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-# %% ../nbs/17d_studies.ipynb #c2c20130-0
+# %% ../nbs/17d_studies.ipynb #3e90a8b5-0
 def _sweep(network: nn.Module, task: Task, evaluation: Evaluation, seed: int) -> list[dict]:
     """The defect from the first T draws, for each T and repeat."""
     rows, chosen = [], getattr(task.data, evaluation.split)
@@ -160,16 +158,15 @@ def _fit(network: nn.Module, task: Task, generator: torch.Generator) -> float:
 
 def _paths(network: nn.Module, task: Task, seed: int) -> dict[str, float]:
     """The evidence, or the ELBO, in nats a datum, and what `learned_equivariance` finds of each path."""
-    data, count = task.data.train.to(next(network.parameters()).device), len(task.data.train)
-    points = any(isinstance(its.posterior, PointMass) for its in variational_tensors(network).values())
-    found = laplace(network, data.inputs, data.labels, seed=seed) if points else None
+    reports, found = path_reports(network, task, seed)
+    count = len(task.data.train)
     if found is None:
         generator = torch.Generator(next(network.parameters()).device).manual_seed(seed)
         evidence = _fit(network, task, generator) - kl_sum(network).item() / count
     else:
         evidence = found.log_evidence(log_precisions(network)).item() / count
     rows = {"log_evidence": evidence}
-    for its in learned_equivariance(network, found):
+    for its in reports:
         rows |= {f"{its.layer}/{its.path}/{name}": float(getattr(its, name))
                  for name in ("share", "effective_dimension", "log_precision", "pruned")}
     return rows

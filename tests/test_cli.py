@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from symbnn import __version__, checkpoints, cli, comparison
@@ -113,6 +114,76 @@ def test_train_evaluate_resume(shell, tmp_path):
     assert len(read_checkpoint(tmp_path / "runs/a").description["history"]) == 3
 
 
+CHOSEN = {
+    "variant": "shifted", "size": 10, "group": "none", "architecture": "S-FC+CONV", "strides": [2, 1],
+    "prior": "per_tensor", "family": "gaussian", "augmentation": "none", "objective": "symmetrised",
+    "information": "infonce", "information_draws": 3, "alternatives": 5, "precisions": "elbo", "learnt_from": 2,
+    "learnt_every": 3,
+}
+
+
+def stored(folder: Path) -> dict:
+    """All settings that a checkpoint holds, by name."""
+    description = read_checkpoint(folder).description
+    return description["notes"]["setup"] | description["config"] | description["notes"]["precisions"]
+
+
+def options(values: dict) -> list[str]:
+    """As typed in a shell."""
+    typed = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
+    return [str(part) for name, value in typed.items() for part in (f"--{name.replace('_', '-')}", value)]
+
+
+def test_every_choice_is_an_option_and_reaches_the_checkpoint(shell, tmp_path):
+    chosen = {name: value for name, value in CHOSEN.items() if name not in cli.OBJECTIVE}
+    found = shell(*TRAIN, *options(chosen), "--standardized", "-o", "paths")
+    assert found.exit_code == 0, found.output
+    assert stored(tmp_path / "paths").items() >= {**chosen, "standardized": True}.items()
+    chosen = {name: CHOSEN[name] for name in cli.OBJECTIVE} | {"architecture": "mlp", "group": "none"}
+    found = shell(*TRAIN, *options(chosen), "-o", "units")
+    assert found.exit_code == 0, found.output
+    assert stored(tmp_path / "units").items() >= chosen.items() and not stored(tmp_path / "units")["standardized"]
+    assert {its.name for its in fields(Setup)} <= cli.OPTIONS.keys()
+    assert not any(f"--{name.replace('_', '-')}" in shell("compare", "--help").stdout for name in cli.OBJECTIVE)
+
+
+PATHS = ["--architecture", "F-FC+CONV", "--group", "none", "--augmentation", "none", "--prior", "per_tensor",
+         "--learnt-from", "2", "--learnt-every", "2"]
+ROUTES = {
+    "elbo": [*PATHS, "--precisions", "elbo"],
+    "evidence": [*PATHS, "--precisions", "evidence", "--family", "point"],
+    "units": ["--architecture", "mlp", "--objective", "symmetrised", "--information", "infonce"],
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_run_with_learnt_precisions_or_a_symmetrised_objective_is_resumed(shell, tmp_path, route):
+    def trained(epochs: int, folder: str, *others: str) -> str:
+        found = shell(*TRAIN, *ROUTES[route], "--threads", "1", "--epochs", epochs, "-o", folder, *others)
+        assert found.exit_code == 0, found.output
+        return found.stdout
+
+    whole = trained(4, "whole")
+    trained(3, "parts")
+    resumed = trained(4, "parts", "--resume")
+    one, other = (read_checkpoint(tmp_path / name).part("network") for name in ("whole", "parts"))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    plain = shell(*TRAIN, *ROUTES[route], "--threads", "1", "--epochs", "4", "--precisions", "fixed", "--objective",
+                  "elbo", "-o", "plain")
+    other = read_checkpoint(tmp_path / "plain").part("network")
+    assert plain.exit_code == 0 and not all(torch.equal(value, other[name]) for name, value in one.items())
+    assert "effective dimension" not in plain.stdout
+    rows = [line.strip() for line in whole.splitlines() if line.strip().startswith("layer")]
+    assert (len(rows) == 5 and "f_fc" in rows[2]) if route != "units" else not rows
+    assert resumed.replace("parts", "whole") == whole
+    found = shell("evaluate", "parts", "--draws", "3", "--images", "20", "--json", "m.json")
+    assert found.exit_code == 0, found.output
+    assert [line.strip() for line in found.stdout.splitlines() if line.strip().startswith("layer")] == rows
+    paths = json.loads((tmp_path / "m.json").read_text()).get("paths", [])
+    assert [row["path"] for row in paths] == (["conv", "f_fc"] * 2 if rows else [])
+    assert all(0 <= row["share"] <= 1 for row in paths)
+
+
 def test_compare_shows_and_writes(shell, tmp_path):
     found = shell(*COMPARE, "-o", "out", "--data", "digits")
     assert found.exit_code == 0, found.output
@@ -159,6 +230,10 @@ MISTAKES = {
     "unknown architecture": (["--architecture", "tree"], "cnn or mlp"),
     "channels": (["--channels", "2;4"], "integers with commas"),
     "too many poolings": (["--channels", "2,2,2,2"], "pool"),
+    "unknown variant": (["--variant", "rolled"], "variant is one of plain"),
+    "no pixels": (["--size", "0"], "positive number of pixels"),
+    "strides of a cnn": (["--strides", "1,2"], "Strides belong to relaxed"),
+    "strides": (["--strides", "1;2"], "--strides takes integers with commas"),
     "unknown family": (["--family", "normal"], "family is one of"),
     "unknown prior": (["--prior", "flat"], "prior is one of"),
     "unknown start": (["--start", "zero"], "start is one of"),
@@ -181,6 +256,27 @@ def test_mistakes_are_refused_and_leave_nothing(shell, tmp_path, command, mistak
     refused(shell(*(TRAIN if command == "train" else COMPARE), *options, "-o", "out"), reason)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert command == "train" or not (tmp_path / "out").exists()
+
+
+IMPOSSIBLE = {
+    "unknown objective": (["--objective", "iwae"], "objective is one of"),
+    "unknown estimate": (["--information", "exact"], "information is one of"),
+    "unknown rule": (["--precisions", "learnt"], "Precisions are one of fixed, elbo, evidence"),
+    "never": (["--precisions", "elbo", "--learnt-every", "0"], "positive numbers of epochs"),
+    "evidence of turned images": (["--precisions", "evidence", "--family", "point"], "that of the training set"),
+    "evidence of widths": (["--precisions", "evidence", "--augmentation", "none"], "evidence judges point masses"),
+    "widths of points": (["--precisions", "elbo", "--family", "point"], "evidence judges point masses"),
+    "precisions of priors with means": (["--precisions", "elbo", "--prior", "random_means"], r"prior N\(0, I / d\)"),
+    "permutations of fixed priors": (["--objective", "symmetrised", "--prior", "random_means"], "prior is invariant"),
+    "a relaxed network under turns": (["--architecture", "F-FC+CONV"], "fixed graph of layers"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_combinations_are_refused_before_training(shell, tmp_path, case):
+    options, reason = IMPOSSIBLE[case]
+    refused(shell(*TRAIN, *options, "-o", "out"), reason)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 IMAGES = {
@@ -228,7 +324,9 @@ def trained(shell):
 
 def test_a_folder_in_use_and_another_network_are_refused(trained, tmp_path):
     refused(trained(*TRAIN, "-o", "run"), "never overwrites")
-    refused(trained(*TRAIN, "--channels", "4,4", "-o", "run", "--resume"), "architecture")
+    refused(trained(*TRAIN, "--channels", "4,4", "-o", "run", "--resume"), r"channels \[2, 4\] in the checkpoint")
+    refused(trained(*TRAIN, "--prior-scale", "0.5", "-o", "run", "--resume"), "prior_scale 1.0 in the checkpoint")
+    refused(trained(*TRAIN, "--precisions", "elbo", "-o", "run", "--resume"), "precisions 'fixed' in the checkpoint")
     refused(trained(*TRAIN, "--seed", "1", "-o", "run", "--resume"), "seed.0 in the checkpoint")
     refused(trained(*TRAIN, "-o", "other", "--resume"), "checkpoint")
 
