@@ -47,7 +47,7 @@ from .mutual_information import InformationEstimator, Method, symmetrized_elbo
 from .network_actions import NetworkAction, unit_permutations
 from .objectives import Categorical, elbo
 
-# %% ../nbs/16_training.ipynb #42ecdaa3-0
+# %% ../nbs/16_training.ipynb #c643948c-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]
@@ -105,7 +105,7 @@ class TrainingConfig:
                      f"{name}={type(self).__dataclass_fields__[name].default!r}")
         require(type(self.kl_warm_up) is int and 0 <= self.kl_warm_up <= self.epochs,
                  "The warm-up ends within the run, so that the objective itself is trained",
-                 f"kl_warm_up={self.kl_warm_up!r} of {self.epochs} epochs", "a run that was shortened, or a share of it",
+                 f"kl_warm_up={self.kl_warm_up!r} of {self.epochs} epochs", "a shorter run, or a share of it",
                  "kl_warm_up=0, or a number of epochs below those of the run")
         require(type(self.seed) is int and self.seed >= 0, "seed is a non-negative integer", f"seed={self.seed!r}",
                  "a float or a name", "seed=0")
@@ -189,7 +189,7 @@ def check_task(network: nn.Module, data: Split, validation: Split | None, config
                  "labels that count from one, a network with too few outputs, or another data set",
                  "build the network with as many classes as there are labels")
 
-# %% ../nbs/16_training.ipynb #92ee5156-0
+# %% ../nbs/16_training.ipynb #46af3cf1-0
 class EpochRecord(NamedTuple):
     """One epoch: means over its rows, in nats per datum."""
 
@@ -377,7 +377,7 @@ def _check_same_run(stored: dict, wanted: dict) -> None:
     if ours["schedule"] == "constant" and type(length) is int and length <= ours["epochs"]:
         theirs["epochs"] = ours["epochs"]
     theirs["device"] = ours["device"]
-    parts = ("data", "architecture", "family", "action")
+    parts = ("data", "architecture", "family", "action", "symmetry")
     theirs, ours = theirs | {name: stored.get(name) for name in parts}, ours | {name: wanted[name] for name in parts}
     differing = [f"{name} {theirs.get(name)} in the checkpoint, {ours[name]} now" for name in ours
                  if theirs.get(name) != ours[name]]
@@ -385,7 +385,7 @@ def _check_same_run(stored: dict, wanted: dict) -> None:
              "; ".join(differing), "another run's folder, or an edit",
              "repeat the settings of the checkpoint, or train into a new folder")
 
-# %% ../nbs/16_training.ipynb #cd6e3d26-0
+# %% ../nbs/16_training.ipynb #cbd47bf3-0
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
@@ -412,10 +412,10 @@ def _fingerprint(split: Split) -> dict:
     return {"rows": len(split), "shape": list(split.shape), "crc32": code}
 
 
-def _described(network, architecture, config, data, action, notes) -> dict:
+def _described(network, architecture, config, data, action, symmetry, notes) -> dict:
     """What a checkpoint says about the run, as JSON gives it back."""
     described = {**describe_network(network, architecture), "config": asdict(config), "data": _fingerprint(data),
-                 "action": action and repr(action), "notes": notes or {}}
+                 "action": action and repr(action), "symmetry": symmetry and repr(symmetry), "notes": notes or {}}
     try:
         return json.loads(json.dumps(described, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -440,7 +440,8 @@ def _prepare(network, data, config, action, validation, folder, resume, architec
         action = None
     elif action is not None:
         check_action(action)
-    description = _described(network, architecture, config, data, action, notes)
+    symmetry = symmetry if config.objective == "symmetrised" else None
+    description = _described(network, architecture, config, data, action, symmetry, notes)
     data, validation = _moved(data, device, dtype), _moved(validation, device, dtype)
     check_task(network.to(device, dtype), data, validation, config)
     run = _Run(network, data, config, action, description, symmetry)

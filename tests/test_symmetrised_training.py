@@ -1,4 +1,5 @@
 """The symmetrised objective in the training loop: its value, its gradient, another group, resuming, refusals."""
+import json
 import math
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from symbnn.actions import field, rotations
+from symbnn.actions import field, flips, rotations
 from symbnn.data import Split
 from symbnn.families import MeanFieldGaussian
 from symbnn.groups import Refusal
@@ -81,6 +82,37 @@ def test_interrupted_runs_continue(tmp_path):
     twice = trained(replace(SETTINGS, epochs=2, information="importance"), folder=tmp_path / "b", resume=True)
     for one, two in zip(once.network.parameters(), twice.network.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_run_is_not_continued_under_another_symmetry(tmp_path):
+    turns, mirrored = (network_action(network(), field(space, (1, 6, 6))) for space in (rotations(), flips()))
+
+    def go_on(folder, epochs=2, config=SETTINGS, **options):
+        config = replace(config, epochs=epochs, information="enumeration")
+        return trained(config, folder=tmp_path / folder, resume=True, **options)
+
+    def forget(folder):
+        path = tmp_path / folder / "checkpoint.json"
+        description = json.loads(path.read_text())
+        del description["symmetry"]
+        path.write_text(json.dumps(description))
+
+    start = replace(SETTINGS, information="enumeration")
+    trained(start, folder=tmp_path / "turns", symmetry=turns)
+    for other in (None, mirrored):
+        with pytest.raises(Refusal, match=r"symmetry NetworkAction.* in the checkpoint, (None|NetworkAction.*) now"):
+            go_on("turns", symmetry=other)
+    assert len(go_on("turns", symmetry=turns).history) == 2
+    trained(start, folder=tmp_path / "units")
+    with pytest.raises(Refusal, match="symmetry None in the checkpoint"):
+        go_on("units", symmetry=turns)
+    forget("units")  # as written before symmetries were stored
+    assert len(go_on("units").history) == 2
+    with pytest.raises(Refusal, match="symmetry None in the checkpoint"):
+        go_on("units", epochs=3, symmetry=turns)
+    plain = replace(start, objective="elbo")  # no symmetry is in it
+    trained(plain, folder=tmp_path / "plain", symmetry=turns)
+    assert len(go_on("plain", config=plain, symmetry=mirrored).history) == 2
 
 
 def test_a_network_that_takes_over_is_asked_about_itself():
