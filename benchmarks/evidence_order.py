@@ -4,10 +4,11 @@
     python benchmarks/evidence_order.py --root FOLDER_OF_MNIST few      # or one; results/evidence_order.json is updated
 
 The task is `digit` of the study `layerwise`: a digit in a random quadrant, and the label is the digit. Each network is
-trained as in the study (for `few` with precisions that start at 1, and ten times the epochs); then its precisions are taken towards the stationary point of the evidence and its weights, by
-L-BFGS, towards the maximum of the log posterior, in turns. Before and after, the same weights are judged by Kronecker
-factors and by the Gauss-Newton matrix; how far they were from stationary is recorded ("gap": of a log-precision before
-the last turn; "gradient": norm of the log posterior's gradient; "rise": of the log posterior in the last turn).
+trained as in the study (for `few` with precisions that start at 1, and ten times the epochs); then its precisions are
+taken towards the stationary point of the evidence and its weights, by L-BFGS, towards the maximum of the log posterior,
+in turns. Before and after, the same weights are judged by Kronecker factors and by the Gauss-Newton matrix; how far
+they were from stationary is recorded ("gap": of a log-precision before the last turn; "gradient": norm of the log
+posterior's gradient; "rise": of the log posterior in the last turn).
 
 few     200 images and half the channels, where the Gauss-Newton matrix is exact, from the side of the data; also
         without the terms between tensors, and without those between layers; precisions by its evidence
