@@ -163,7 +163,7 @@ def load_npz(
     chosen, validation = split_training(training, validation_size=validation_size, train_size=train_size, seed=seed)
     return Dataset(path.name, chosen, validation, test, classes)
 
-# %% ../nbs/17_experiments.ipynb #a42bad0e-0
+# %% ../nbs/17_experiments.ipynb #7440e52c-0
 class Task(NamedTuple):
     """A setup with its images, and with what follows from them."""
 
@@ -217,6 +217,9 @@ def prepare(setup: Setup, root: Path | str | None = None, dtype: torch.dtype = t
     data = vary(data, setup.variant, setup.size)
     data = standardize(data) if setup.standardized else data
     architecture = Architecture(setup.architecture, data.shape, len(data.classes), setup.channels, setup.strides)
+    require(setup.group == "none" or not architecture.is_relaxed,
+            "A relaxed network has its symmetries in its paths, so no group acts on its weights",
+            f"{setup.architecture} under {setup.group}", "the default group", 'group="none"')
     task = Task(setup, data, field(SYMMETRIES[setup.group](data.shape), data.shape), architecture)
     task.symmetry(task.network(0))
     return task

@@ -97,7 +97,7 @@ class Method:
         return order if self.name in ("wide", "tied") else 1, 1 if self.name in (
             "baseline", "orbit_mixture", "tied_small", *AVERAGES) else order
 
-# %% ../nbs/16b_methods.ipynb #b263cedc-0
+# %% ../nbs/16b_methods.ipynb #6a7df6ad-0
 Build = Callable[[int], nn.Module]  # the untrained Bayesian network with so many times the channels
 
 
@@ -175,6 +175,10 @@ def check_method(
     network = start(method, build, action)
     if method.precisions != "fixed":
         check_precisions(network, method.precisions)
+        if config is not None and method.learnt_from > config.epochs:
+            raise Refusal("Precisions are learnt within the run", cause="a run that was shortened",
+                          received=f"from epoch {method.learnt_from} on, of {config.epochs}",
+                          fix=f'learnt_from={config.epochs} or less, or precisions="fixed"')
     if method.changes:
         with guard(method, *change(method, network, action, prior)):
             pass

@@ -80,6 +80,7 @@ def test_a_setup_names_a_variant_and_the_absence_of_a_symmetry():
 
 @pytest.mark.parametrize("change, reason", [
     ({"group": "shifts"}, "circular shift"),
+    ({"architecture": "F-FC+CONV"}, "in its paths"),
     ({"architecture": "tree"}, "cnn or mlp"),
     ({"channels": (8, 8, 8, 8)}, "pool"),
     ({"train_size": 100_000}, "training"),

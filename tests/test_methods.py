@@ -234,6 +234,7 @@ def test_the_orbit_mixture_averages_predictions_and_nothing_else():
 @pytest.mark.parametrize("method, make, reason", [
     (Method("row_constant", projected=True, trigger=2), build, "invariant network"),
     (Method("geometric", trigger=5), build, "trigger lies within"),
+    (Method(precisions="elbo", learnt_from=5), build, "learnt within the run"),
     (Method("arithmetic", trigger=2), of_family("laplace"), "exponential families"),
     (Method("tied"), lambda factor: build(1), "multiple of the order|regular channels"),
     (Method("block_diagonal"), of_family("lognormal"), "LogNormal"),
@@ -314,4 +315,4 @@ def test_precisions_are_refused_before_training(family, rule, config, reason, mo
     monkeypatch.setattr(methods, "train", lambda *arguments, **others: pytest.fail("training began"))
     task, make = relaxed(family)
     with pytest.raises(Refusal, match=reason):
-        run_method(Method(precisions=rule), make, task.data.train, config, action=task.action)
+        run_method(Method(precisions=rule, learnt_from=1), make, task.data.train, config, action=task.action)
