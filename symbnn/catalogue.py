@@ -74,7 +74,7 @@ def estimate(study: Study, speed: tuple[float, float], root: Path | None = None)
     seeds = len(study.seeds)
     return Cost(len(study.runs()), seeds * work, seeds * seconds)
 
-# %% ../nbs/17f_catalogue.ipynb #98da6626-0
+# %% ../nbs/17f_catalogue.ipynb #1441e177-0
 def _studies(base: Spec, triggers: tuple[int, ...], sizes: dict[int, int], equal: int, tied_rate: float,
              swept: dict, adamw: dict) -> dict[str, Study]:
     """The studies around one base.
@@ -181,7 +181,7 @@ def _layerwise(title: str, what: str, setup: Setup, epochs: int, architectures: 
         "evidence": {"method.precisions": ("evidence",), "setup.family": ("point",), "method.learnt_from": update[:1],
                      "method.learnt_every": update[1:]},
         "elbo": {"method.precisions": ("elbo",), "setup.family": ("gaussian",), "method.learnt_from": (1,),
-                 "method.learnt_every": (1,)},
+                 "method.learnt_every": (1,), "training.kl_warm_up": (epochs // 4,), "training.scale_rate": (3.0,)},
     }
     return Study(
         title, f"{LAYERWISE}, {what}", base, tuple(common | settings[route] for route in routes), seeds=(0, 1, 2),
@@ -217,13 +217,9 @@ STUDIES: dict[str, Study] = _studies(
     swept={"sweep": tuple(2**power for power in range(11)), "repeats": 10, "mode": "shared"},
     adamw={"optimizer": "adamw", "learning_rate": 3e-3, "scale_rate": 1.0, "clip_norm": None},
 ).items()} | {
-    name: _permutations(Setup(dataset, validation_size=1000), f"{PERMUTED}, table 1", widths, alternatives,
-                        seeds, draws, {"epochs": 10, "estimator": "shared", "learning_rate": 1e-3})
-    for name, dataset, widths, alternatives, seeds, draws in (
-        ("permutations", "mnist", (5, 10, 20, 30), (5, 10, 20), 3, 256),
-        ("permutations-fashion", "fashion_mnist", (5, 20), (20,), 3, 256),
-        ("permutations-full", "mnist", (5, 10, 20, 30), (5, 10, 20), 10, 1000),
-        ("permutations-fashion-full", "fashion_mnist", (5, 10, 20, 30), (5, 10, 20), 10, 1000))
+    name: _permutations(Setup(dataset, validation_size=1000), f"{PERMUTED}, table 1", (5, 10, 20, 30), (5, 10, 20), 10,
+                        1000, {"epochs": 10, "estimator": "shared", "learning_rate": 1e-3})
+    for name, dataset in (("permutations", "mnist"), ("permutations-fashion", "fashion_mnist"))
 } | {
     "permutations-few": _permutations(
         Setup("digits", validation_size=400, prior="per_tensor"), f"after {PERMUTED}, table 1", (5, 12), (5, 20), 5,
@@ -234,8 +230,9 @@ STUDIES: dict[str, Study] = _studies(
         Setup("mnist", 8000, size=16, channels=(8, 16, 32), strides=(2, 2, 2)), 40, ("CONV", "FC", "F-FC+CONV"),
         ("digit", "quadrant")),
     "layerwise-groups": _layerwise(
-        "Which path each layer keeps", "groups", Setup("mnist", 4000, size=16, channels=(4, 8), strides=(2, 2)), 20,
-        (LIFTED,), ("plain", "turned", "translated"), ("evidence",), (5, 1)),
+        "Which path each layer keeps", "groups",
+        Setup("mnist", 4000, size=16, channels=(4, 8), strides=(2, 2), prior_scale=2.5), 40, (LIFTED,),
+        ("plain", "turned", "translated"), update=(10, 5)),
     "layerwise-eight": _layerwise(
         "Eight models with and without small shifts", "table of CIFAR-10",
         Setup("fashion_mnist", 4000, size=16, channels=(8, 16, 32), strides=(2, 2, 2)), 20, EIGHT,

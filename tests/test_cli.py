@@ -326,7 +326,8 @@ def test_a_folder_in_use_and_another_network_are_refused(trained, tmp_path):
     refused(trained(*TRAIN, "-o", "run"), "never overwrites")
     refused(trained(*TRAIN, "--channels", "4,4", "-o", "run", "--resume"), r"channels \[2, 4\] in the checkpoint")
     refused(trained(*TRAIN, "--prior-scale", "0.5", "-o", "run", "--resume"), "prior_scale 1.0 in the checkpoint")
-    refused(trained(*TRAIN, "--precisions", "elbo", "--learnt-from", "1", "-o", "run", "--resume"), "precisions 'fixed' in the checkpoint")
+    learnt = ("--precisions", "elbo", "--learnt-from", "1")
+    refused(trained(*TRAIN, *learnt, "-o", "run", "--resume"), "precisions 'fixed' in the checkpoint")
     refused(trained(*TRAIN, "--seed", "1", "-o", "run", "--resume"), "seed.0 in the checkpoint")
     refused(trained(*TRAIN, "-o", "other", "--resume"), "checkpoint")
 
