@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'DESCRIPTION', 'MARGIN', 'check_folder', 'write_file', 'write_checkpoint', 'Checkpoint',
-           'read_checkpoint', 'has_checkpoint', 'load_tensors', 'family_name', 'describe_network', 'network_tensors',
-           'optimizer_tensors', 'load_optimizer', 'save_network', 'load_network']
+           'read_checkpoint', 'has_checkpoint', 'check_continued', 'load_tensors', 'family_name', 'describe_network',
+           'network_tensors', 'optimizer_tensors', 'load_optimizer', 'save_network', 'load_network']
 
-# %% ../nbs/15b_checkpoints.ipynb #8b2ea81a-0
+# %% ../nbs/15b_checkpoints.ipynb #83b945be-0
 import hashlib
 import json
 import os
@@ -21,7 +21,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from .families import FAMILIES
-from .groups import Refusal
+from .groups import Refusal, require
 from .layers import bayesianize, variational_tensors
 from .models import Architecture, build
 
@@ -102,7 +102,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], description: dict
     except OSError as error:
         raise _refuse_folder(folder, error) from error
 
-# %% ../nbs/15b_checkpoints.ipynb #6db28d81-0
+# %% ../nbs/15b_checkpoints.ipynb #727609f6-0
 @dataclass(frozen=True)
 class Checkpoint:
     """What was read: tensors by name (on the CPU), and the description as it stands in the JSON file."""
@@ -160,6 +160,15 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
 def has_checkpoint(folder: Path | str) -> bool:
     """Whether there is something to resume in `folder`."""
     return (Path(folder) / DESCRIPTION).exists()
+
+
+def check_continued(stored: dict, wanted: dict) -> None:
+    """Raise `Refusal`, which names each difference, unless a run's wanted settings are the stored ones (JSON values)."""
+    differing = [f"{name} {stored.get(name)!r} in the checkpoint, {value!r} now" for name, value in wanted.items()
+                 if stored.get(name) != value]
+    require(not differing, "A run is continued with the settings and the data it was started with",
+            "; ".join(differing), "another run's folder, or an edit",
+            "repeat the settings of the checkpoint, or train into a new folder")
 
 # %% ../nbs/15b_checkpoints.ipynb #393cedd4-0
 def load_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['SYMMETRIES', 'PRIORS', 'ARRAYS', 'UNREADABLE', 'WORK', 'Setup', 'load_npz', 'Task', 'prepare', 'check_training',
            'fit', 'learning', 'path_reports', 'evaluate']
 
-# %% ../nbs/17_experiments.ipynb #b817e587-0
+# %% ../nbs/17_experiments.ipynb #9702eb20-0
 import json
 import math
 import sys
@@ -36,7 +36,7 @@ from symbnn.actions import (
     rotations_and_flips,
     shifts,
 )
-from .checkpoints import Checkpoint, read_checkpoint
+from .checkpoints import Checkpoint, check_continued, read_checkpoint
 from .data import DATASETS, Dataset, Split, load, split_training
 from .evidence import LaplaceApproximation, laplace
 from .families import FAMILIES, PointMass
@@ -236,7 +236,7 @@ def check_training(task: Task, config: TrainingConfig) -> None:
         raise Refusal("A batch is not larger than the training set", received=f"{config.batch_size} of {images}",
                       cause="a small training set", fix="a smaller batch size")
 
-# %% ../nbs/17_experiments.ipynb #1d706530-0
+# %% ../nbs/17_experiments.ipynb #66e3affd-0
 WORK = 10**8  # multiply-adds in a step's forward pass that are worth a thread
 
 
@@ -295,17 +295,10 @@ def learning(method: Method) -> dict[str, str | int]:
 
 def _check_noted(checkpoint: Checkpoint, wanted: dict[str, dict]) -> None:
     """Refuse to go on with a run whose setup, or whose way to learn precisions, was another."""
-    notes = checkpoint.description.get("notes", {})
-    stored = {"setup": notes.get("setup", wanted["setup"]), "precisions": notes.get("precisions", {})}
-    defaults = {"setup": asdict(Setup()), "precisions": learning(Method())}
-    differing = [
-        f"{name} {theirs!r} in the checkpoint, {ours!r} now" for part, its in wanted.items()
-        for name, ours in json.loads(json.dumps(its)).items()
-        if (theirs := {**json.loads(json.dumps(defaults[part])), **stored[part]}[name]) != ours
-    ]
-    require(not differing, "A run is continued with the setup and the way to learn precisions it was started with",
-            "; ".join(differing), "another run's folder, or an edit",
-            "repeat the options of the first command, or train into a new folder")
+    notes, defaults = checkpoint.description.get("notes", {}), {"setup": asdict(Setup()), "precisions": learning(Method())}
+    for part, its in json.loads(json.dumps(wanted)).items():
+        stored = notes.get(part, its if part == "setup" else {})
+        check_continued(json.loads(json.dumps(defaults[part])) | stored, its)
 
 # %% ../nbs/17_experiments.ipynb #e7f0713e-0
 def path_reports(

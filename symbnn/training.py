@@ -7,7 +7,7 @@ __all__ = ['Optimizer', 'Schedule', 'Precision', 'Select', 'Objective', 'Callbac
            'rate_factor', 'warm_up_factor', 'make_optimizer', 'choose_device', 'check_task', 'EpochRecord',
            'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
-# %% ../nbs/16_training.ipynb #3b997c71-0
+# %% ../nbs/16_training.ipynb #846ececc-0
 import json
 import math
 import signal
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from .actions import Action, check_action
 from symbnn.checkpoints import (
     Checkpoint,
+    check_continued,
     check_folder,
     describe_network,
     has_checkpoint,
@@ -189,7 +190,7 @@ def check_task(network: nn.Module, data: Split, validation: Split | None, config
                  "labels that count from one, a network with too few outputs, or another data set",
                  "build the network with as many classes as there are labels")
 
-# %% ../nbs/16_training.ipynb #46af3cf1-0
+# %% ../nbs/16_training.ipynb #8994a9d1-0
 class EpochRecord(NamedTuple):
     """One epoch: means over its rows, in nats per datum."""
 
@@ -378,12 +379,7 @@ def _check_same_run(stored: dict, wanted: dict) -> None:
         theirs["epochs"] = ours["epochs"]
     theirs["device"] = ours["device"]
     parts = ("data", "architecture", "family", "action", "symmetry")
-    theirs, ours = theirs | {name: stored.get(name) for name in parts}, ours | {name: wanted[name] for name in parts}
-    differing = [f"{name} {theirs.get(name)} in the checkpoint, {ours[name]} now" for name in ours
-                 if theirs.get(name) != ours[name]]
-    require(not differing, "A run is continued with the settings and the data it was started with",
-             "; ".join(differing), "another run's folder, or an edit",
-             "repeat the settings of the checkpoint, or train into a new folder")
+    check_continued(theirs | {name: stored.get(name) for name in parts}, ours | {name: wanted[name] for name in parts})
 
 # %% ../nbs/16_training.ipynb #cbd47bf3-0
 @contextmanager
