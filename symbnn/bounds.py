@@ -9,7 +9,7 @@ __all__ = ['total_variation', 'pinsker', 'bretagnolle_huber', 'hellinger', 'log_
            'inputs_radius', 'defect_interval', 'normal_interval', 'draws_needed', 'inputs_needed', 'Bound',
            'ErrorLedger', 'ledger']
 
-# %% ../nbs/06_error_bounds.ipynb #ade45a69-0
+# %% ../nbs/06_error_bounds.ipynb #8aafdfe6-0
 import copy
 import math
 from collections.abc import Callable
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .closedness import Family
 from .families import FullGaussian, Laplace, LogNormal, MeanFieldGaussian
 from .groups import Refusal
-from .layers import VariationalLayer, VariationalLinear, variational_tensors
+from .binding import layer_with
+from .layers import VariationalTensor, variational_tensors
 from .network_actions import NetworkAction
 
 # %% ../nbs/06_error_bounds.ipynb #9cf14387-0
@@ -183,7 +184,7 @@ def through_jensen_shannon(means: Float[Tensor, "*n G C"]) -> Float[Tensor, "*n"
     """Upper bound sqrt(2 JS) of `orbit_error`, `@eq-js-bounds`."""
     return (2 * jensen_shannon(means)).sqrt()
 
-# %% ../nbs/06_error_bounds.ipynb #27269eaa-0
+# %% ../nbs/06_error_bounds.ipynb #0019db69-0
 _CONTRACTIONS = (nn.ReLU, nn.Tanh, nn.LeakyReLU, nn.Identity, nn.Flatten, nn.Dropout)  # Lipschitz 1, and 0 at 0
 
 
@@ -195,6 +196,10 @@ def _is_contraction(layer: nn.Module) -> bool:
     if isinstance(layer, nn.LeakyReLU):
         return abs(layer.negative_slope) <= 1
     return isinstance(layer, _CONTRACTIONS) and not (isinstance(layer, nn.Dropout) and layer.training)
+
+
+def _has_posterior(layer: nn.Module) -> bool:
+    return any(isinstance(child, VariationalTensor) for child in layer._modules.values())
 
 
 def _root_second_moment(member: Family) -> Tensor:
@@ -214,16 +219,17 @@ def through_lipschitz(
     """
     elements = action.group.elements()
     layers = list(network) if isinstance(network, nn.Sequential) else []
-    weighted = [layer for layer in layers if isinstance(layer, VariationalLayer)]
+    weighted = [layer for layer in layers if _has_posterior(layer)]
 
     def refuse(received: str, cause: str) -> None:
         raise Refusal("The Lipschitz bound is derived for a sequence of distinct layers that do not stretch, between "
                       "weights", received=received, cause=cause, fix="use the bounds through KL and affinity")
 
-    if not weighted or len(set(weighted)) < len(weighted) or not isinstance(layers[-1], VariationalLinear):
+    if not weighted or len(set(weighted)) < len(weighted) or layers[-1] is not weighted[-1] or (
+            not isinstance(layers[-1], nn.Linear)):
         refuse(type(network).__name__, "no nn.Sequential, a layer used twice, or a last layer that is not linear")
     for layer in layers:
-        known = isinstance(layer, VariationalLayer) and getattr(layer.spec, "padding_mode", "zeros") in (
+        known = _has_posterior(layer) and getattr(layer, "padding_mode", "zeros") in (
             "zeros", "circular")
         if not known and not _is_contraction(layer):
             refuse(str(layer), "a layer that may stretch distances or does not map 0 to 0")
@@ -233,11 +239,12 @@ def through_lipschitz(
     gap = reach.new_zeros(len(inputs), len(elements))
     probe = torch.zeros_like(inputs[:1])
     for name, layer in network.named_children():
-        if not isinstance(layer, VariationalLayer):
+        if not _has_posterior(layer):
             probe = layer(probe)
             continue
         weight = layer.weight.posterior
-        probe = layer.operate(probe, weight.mean, layer.bias and layer.bias.posterior.mean)
+        means = {key: tensor.posterior.mean for key, tensor in layer._modules.items()}
+        probe = layer_with(layer, means).forward(probe)
         places = probe.numel() / weight.shape[0]
         kappa, r = math.sqrt(math.prod(weight.shape[2:])), _root_second_moment(tensors[f"{name}.weight"])
         gap = kappa * (r * gap + reach[:, None] * moves[f"{name}.weight"].sqrt())

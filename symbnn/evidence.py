@@ -286,7 +286,7 @@ def _check_layer(name: str, layer: nn.Module) -> None:
                 "circular or uneven padding inside a convolution, which curvature libraries silently take for another",
                 "pad with nn.CircularPad2d (or F.pad) before the convolution and give it padding=0")
 
-# %% ../nbs/13_evidence.ipynb #037054ee-0
+# %% ../nbs/13_evidence.ipynb #84798785-0
 def _sides(weight: tuple[int, ...], groups: int) -> tuple[int, int]:
     """Rows of the factors A and B of each group of a layer with this weight."""
     return math.prod(weight[1:]), weight[0] // groups
@@ -298,7 +298,7 @@ def factor_bytes(network: nn.Module) -> dict[str, int]:
     for name, tensor in variational_tensors(network).items():
         layer, _, part = name.rpartition(".")
         if part == "weight":
-            groups = getattr(network.get_submodule(layer).spec, "groups", 1)
+            groups = getattr(network.get_submodule(layer), "groups", 1)
             item = tensor.posterior.mean.element_size()
             found[layer] = groups * item * sum(side**2 for side in _sides(tensor.posterior.shape, groups))
     return found
@@ -311,7 +311,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
     def shape(layer: str) -> tuple[int, int, int]:
         """The larger side of the layer's factors, how many such factors there are, and the bytes of a number."""
         posterior = tensors[f"{layer}.weight" if layer else "weight"].posterior
-        groups = getattr(network.get_submodule(layer).spec, "groups", 1)
+        groups = getattr(network.get_submodule(layer), "groups", 1)
         return max(_sides(posterior.shape, groups)), groups, posterior.mean.element_size()
 
     largest = max(sizes, key=shape)

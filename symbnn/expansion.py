@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Arrangement', 'LOCATION_SCALE', 'block_turn', 'expand', 'expanded_action']
 
-# %% ../nbs/09_orbit_expansion.ipynb #37da29fb-0
+# %% ../nbs/09_orbit_expansion.ipynb #e4a9e3f1-0
 import copy
 import math
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .actions import Action, regular_channels
 from .families import BlockGaussian, Family, Laplace, MeanFieldGaussian
 from .groups import Element, Group, Refusal
-from .layers import Prior, VariationalLayer, VariationalTensor
+from .layers import Prior, VariationalTensor
 from .network_actions import NetworkAction, network_action
 
 # %% ../nbs/09_orbit_expansion.ipynb #266cde68-0
@@ -38,7 +38,7 @@ def block_turn(arrangement: Arrangement, group: Group, a: Element, b: Element) -
     }
     return turns[arrangement]
 
-# %% ../nbs/09_orbit_expansion.ipynb #7de54630-0
+# %% ../nbs/09_orbit_expansion.ipynb #b970411e-0
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # layers from one channel class to another; the others are norms
 
 
@@ -48,11 +48,6 @@ def _exponent(group: Group) -> int:
     return math.lcm(*(next(k for k in range(1, group.order + 1) if group.power(g, k) == one) for g in group.elements()))
 
 
-def _spec(layer: nn.Module) -> nn.Module:
-    """The plain layer that holds the hyperparameters."""
-    return layer.spec if isinstance(layer, VariationalLayer) else layer
-
-
 def _depths(network: nn.Module, action: NetworkAction, arrangement: Arrangement) -> dict[str, int]:
     """For each hidden channel class the power l such that g permutes its copies as g^l: 1, or its depth if rolled."""
     hidden = [name for name in action.channels if name not in ("input", "output")]
@@ -60,7 +55,7 @@ def _depths(network: nn.Module, action: NetworkAction, arrangement: Arrangement)
         return dict.fromkeys(hidden, 1)
     depths, exponent = {"input": 0}, _exponent(action.group)
     for name, (source, target) in action.layers.items():  # in the order of the forward pass
-        if target != "output" and isinstance(_spec(network.get_submodule(name)), _WEIGHTED):
+        if target != "output" and isinstance(network.get_submodule(name), _WEIGHTED):
             depth = (depths[source] + 1) % exponent
             if depths.setdefault(target, depth) != depth:
                 raise Refusal(
@@ -154,37 +149,36 @@ def _compact(value: Tensor, small: Tensor, shape: tuple[int, ...]) -> Tensor:
         once = once.narrow(axis, 0, 1) if size == 1 < full else once
     return once if torch.equal(once.expand_as(value), value) else value
 
-# %% ../nbs/09_orbit_expansion.ipynb #6ef9d053-0
+# %% ../nbs/09_orbit_expansion.ipynb #400decf0-0
 def _expand_layer(expansion: _Expansion, name: str, layer: nn.Module, prior: Prior | None) -> None:
     """Widen one layer in place."""
     source, target = expansion.action.layers[name]
-    spec = _spec(layer)
-    for part in [key for key, value in (*spec.named_parameters(), *spec.named_buffers()) if value.ndim]:
-        plain, small = f"{name}.{part}", getattr(layer, part)
-        ends = (source if part == "weight" and isinstance(spec, _WEIGHTED) else None, target)
+    tensors = {**layer._parameters, **layer._modules, **layer._buffers}
+    for part, small in [(key, value) for key, value in tensors.items() if value is not None and value.ndim]:
+        plain = f"{name}.{part}"
+        ends = (source if part == "weight" and isinstance(layer, _WEIGHTED) else None, target)
         if isinstance(small, VariationalTensor):
             posterior = _expand_family(expansion, plain, small.posterior, *ends)
             wide_prior = prior(plain, posterior) if prior else _expand_family(expansion, plain, small.prior, *ends)
             setattr(layer, part, VariationalTensor(posterior, wide_prior).train(small.training))
-            setattr(spec, part, nn.Parameter(posterior.mean.to("meta")))
-        elif small is not None:
+        else:
             wide = expansion.tensor(plain, small.detach(), *ends)
             keep = isinstance(small, nn.Parameter)
             setattr(layer, part, nn.Parameter(wide, requires_grad=small.requires_grad) if keep else wide)
     order = expansion.action.group.order
-    _widen(spec, order if source in expansion.depths else 1, order if target in expansion.depths else 1)
+    _widen(layer, order if source in expansion.depths else 1, order if target in expansion.depths else 1)
 
 
-def _widen(spec: nn.Module, read: int, written: int) -> None:
+def _widen(layer: nn.Module, read: int, written: int) -> None:
     """Multiply the channel counts that a layer states by the numbers of copies that it reads and writes."""
     for key in ("in_channels", "in_features", "out_channels", "out_features", "num_features"):
-        if hasattr(spec, key):
-            setattr(spec, key, getattr(spec, key) * (read if key.startswith("in_") else written))
-    if isinstance(spec, nn.LayerNorm):
-        first, *rest = spec.normalized_shape
-        spec.normalized_shape = (written * first, *rest)
+        if hasattr(layer, key):
+            setattr(layer, key, getattr(layer, key) * (read if key.startswith("in_") else written))
+    if isinstance(layer, nn.LayerNorm):
+        first, *rest = layer.normalized_shape
+        layer.normalized_shape = (written * first, *rest)
 
-# %% ../nbs/09_orbit_expansion.ipynb #76d8ac52-0
+# %% ../nbs/09_orbit_expansion.ipynb #3cea5df1-0
 def _check_request(network: nn.Module, action: NetworkAction, arrangement: Arrangement) -> None:
     """`Refusal` unless the arrangement exists for the group, and the action is the network's own."""
     if arrangement not in get_args(Arrangement):
@@ -234,15 +228,14 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
     owners: dict[int, str] = {}
     for name, (source, target) in action.layers.items():
         layer = network.get_submodule(name)
-        spec = _spec(layer)
-        if isinstance(spec, _WEIGHTED) and (source == "output" or target == "input"):
+        if isinstance(layer, _WEIGHTED) and (source == "output" or target == "input"):
             cause = "a residual sum ties its channels to the input's or the output's, which keep their number"
             fix = "begin and end the network in layers of its own"
             received = f"layer {name!r} from {source} to {target}"
             refuse("Layers lead from the input through hidden channels to the output", received, cause, fix)
-        if getattr(spec, "groups", 1) > 1:
+        if getattr(layer, "groups", 1) > 1:
             cause, fix = "the copies of its channels would never be mixed", "use a convolution with groups=1"
-            refuse("Expanded convolutions have one group", f"layer {name!r} with {spec.groups} groups", cause, fix)
+            refuse("Expanded convolutions have one group", f"layer {name!r} with {layer.groups} groups", cause, fix)
         for tensor in layer.parameters():
             if owners.setdefault(id(tensor), name) != name:
                 cause, fix = (

@@ -7,7 +7,7 @@ __all__ = ['Probabilities', 'Mode', 'Over', 'check_probabilities', 'check_labels
            'accuracy', 'nll', 'brier', 'ece', 'defect_plugin', 'Estimate', 'defect_unbiased', 'orbit_jensen_shannon',
            'symmetric_kl', 'orbit_agreement', 'summarize']
 
-# %% ../nbs/07_defect.ipynb #8751a91c-0
+# %% ../nbs/07_defect.ipynb #72112faf-0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .bounds import jensen_shannon
 from .groups import Element, Refusal
-from .layers import VariationalLayer
+from .layers import is_variational
 from .sampling import predict, sample_weights
 from .network_actions import NetworkAction
 
@@ -130,7 +130,7 @@ def orbit_predictions(
                 bar.update(len(turned))
     return OrbitPredictions(found, elements, mode)
 
-# %% ../nbs/07_defect.ipynb #7724acbb-0
+# %% ../nbs/07_defect.ipynb #857db9d5-0
 def _check_request(network, inputs, action, draws, mode, batch_size) -> None:
     def refuse(invariant: str, received: str, cause: str, fix: str) -> None:
         raise Refusal(invariant, received=received, cause=cause, fix=fix)
@@ -140,7 +140,7 @@ def _check_request(network, inputs, action, draws, mode, batch_size) -> None:
     if draws < 1 or batch_size < 1:
         refuse("Draws and batch size are at least 1", f"draws={draws}, batch_size={batch_size}", "a computed count",
                "draws=16, batch_size=256")
-    if not any(isinstance(module, VariationalLayer) for module in network.modules()):
+    if not is_variational(network):
         refuse("Draws of the weights need a variational network", type(network).__name__, "a plain torch network",
                "symbnn.layers.bayesianize(network)")
     unsettled = [name for name, module in network.named_modules() if module.training and _depends_on_batch(module)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Architecture', 'build', 'multiply_adds', 'weight_count']
 
-# %% ../nbs/15_models.ipynb #2557266a-0
+# %% ../nbs/15_models.ipynb #8536de21-0
 import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -17,7 +17,7 @@ from torch.nn.utils import skip_init
 from torch.utils.flop_counter import FlopCounterMode
 
 from .groups import Refusal
-from .layers import VariationalLayer, posterior_mean_network
+from .layers import is_variational, posterior_mean_network
 from .relaxed import path_kinds, relaxed_network
 
 # %% ../nbs/15_models.ipynb #717ed038-0
@@ -151,10 +151,10 @@ def build(
     head = _layer(nn.Linear, architecture.channels[-1], architecture.classes, gain=1, **options)
     return nn.Sequential(*hidden, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
-# %% ../nbs/15_models.ipynb #d0b8a4fb-0
+# %% ../nbs/15_models.ipynb #425e7463-0
 def multiply_adds(network: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Multiply-adds of convolutions and matrix products for one input and one draw of the weights."""
-    if any(isinstance(module, VariationalLayer) for module in network.modules()):
+    if is_variational(network):
         network = posterior_mean_network(network)
     network = copy.deepcopy(network).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -164,6 +164,6 @@ def multiply_adds(network: nn.Module, input_shape: tuple[int, ...]) -> int:
 
 def weight_count(network: nn.Module) -> int:
     """The number of weights of the plain network (a mean-field posterior trains twice as many numbers)."""
-    if any(isinstance(module, VariationalLayer) for module in network.modules()):
+    if is_variational(network):
         network = posterior_mean_network(network)
     return sum(parameter.numel() for parameter in network.parameters())

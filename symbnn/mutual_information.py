@@ -6,7 +6,7 @@
 __all__ = ['Coordinates', 'Kind', 'Method', 'infonce', 'unit_log_densities', 'unit_coordinates', 'MutualInformation',
            'InformationEstimator', 'mutual_information', 'symmetrized_elbo']
 
-# %% ../nbs/11_mutual_information.ipynb #efb9bc37-0
+# %% ../nbs/11_mutual_information.ipynb #832db860-0
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .network_actions import NetworkAction, intertwining_error
 from .objectives import ELBO
 from .permanents import EXACT_UNITS, log_bethe_permanent, log_capacity, log_permanent, propose
 from .permutations import units
-from .sampling import Weights, apply_weights, sample_weights
+from .sampling import Weights, predict, sample_weights
 from .symmetrize import OrbitMixture
 
 # %% ../nbs/11_mutual_information.ipynb #ec42c9fd-0
@@ -182,7 +182,7 @@ class MutualInformation:
         return f"I {side} {self.value.item():.4g} ± {self.standard_error:.2g} of at most {self.ceiling:.4g} nats " + (
             f"({self.method}: {self.reason})")
 
-# %% ../nbs/11_mutual_information.ipynb #5d188b6c-0
+# %% ../nbs/11_mutual_information.ipynb #2361c190-0
 class InformationEstimator:
     """I = KL(q || q^G) of a network's posterior, prepared for repeated use; `mutual_information` uses it once.
 
@@ -346,7 +346,7 @@ def _check_preserved(network: nn.Module, action: NetworkAction) -> None:
     x = torch.randn((2, *action.input.shape), generator=generator, dtype=torch.float64).to(like)
 
     def forward(x: Tensor, tensors: Weights) -> Tensor:
-        return apply_weights(network, x, tensors)
+        return predict(network, x, weights=tensors)
 
     with torch.no_grad():
         size = 1 + forward(x, weights).abs().max().item()

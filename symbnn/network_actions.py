@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Hidden', 'NetworkAction', 'network_action', 'unit_permutations', 'intertwining_error']
 
-# %% ../nbs/02c_network_actions.ipynb #a9782c2d-0
+# %% ../nbs/02c_network_actions.ipynb #dbcfa454-0
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from .actions import Action, FieldAction, SpatialAction, check_action, field, natural_action, regular_channels
+from .binding import bind
 from .groups import Cyclic, Element, Group, Product, Refusal, Symmetric
 from .layer_actions import FUNCTIONS, LAYERS, Features, Ledger, Site
 
@@ -50,17 +50,10 @@ class NetworkAction:
                           fix=f"pass tensors named among {sorted(self.parameters)}")
         return {name: self.parameters[name].act(g, tensor) for name, tensor in tensors.items()}
 
-# %% ../nbs/02c_network_actions.ipynb #05bb242d-0
-class _Tracer(fx.Tracer):
-    """Traces through containers, down to torch's layers and to layers that describe themselves by a `spec`."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return hasattr(module, "spec") or super().is_leaf_module(module, name)
-
-
+# %% ../nbs/02c_network_actions.ipynb #91b0318d-0
 def _graph(network: nn.Module) -> tuple[nn.Module, fx.Graph]:
     """The network's graph of layers, and the module that its layers' names refer to."""
-    tracer = _Tracer()
+    tracer = fx.Tracer()
     root = nn.Sequential(network) if tracer.is_leaf_module(network, "") else network
     try:
         return root, tracer.trace(root)
@@ -69,7 +62,7 @@ def _graph(network: nn.Module) -> tuple[nn.Module, fx.Graph]:
                       cause=f"it cannot be traced ({type(error).__name__}: {error})",
                       fix="write a forward pass without control flow that depends on data or shapes") from error
 
-# %% ../nbs/02c_network_actions.ipynb #95d24541-0
+# %% ../nbs/02c_network_actions.ipynb #c7fdebc8-0
 def _read(network: nn.Module, source: Action) -> tuple[Ledger, Features]:
     """Walk along the network's graph; what was noted on the way, and the features that the network returns."""
     ledger = Ledger(source.group)
@@ -103,16 +96,17 @@ def _read(network: nn.Module, source: Action) -> tuple[Ledger, Features]:
 
 
 def _read_layer(ledger: Ledger, name: str, module: nn.Module, args: Sequence, kwargs: Mapping) -> Features:
-    spec = getattr(module, "spec", module)
-    site = Site(ledger, name, f"{name}: {spec}" if name else str(spec))
-    if type(spec) not in LAYERS:
-        site.refuse(f"a layer of type {type(spec).__name__}", "no action is known for layers of this type",
+    kind = type(module)
+    title = f"{kind.__name__}({module.extra_repr()})"
+    site = Site(ledger, name, f"{name}: {title}" if name else title)
+    if kind not in LAYERS:
+        site.refuse(f"a layer of type {kind.__name__}", "no action is known for layers of this type",
                     "use convolutions, linear layers, pools, flatten, batch or layer norms and pointwise activations")
     if len(args) != 1 or kwargs or not isinstance(args[0], Features):
         site.refuse(f"a call with {len(args)} positional and {len(kwargs)} named arguments",
                     "its input is not one tensor of features",
                     "call the layer on one tensor")
-    return LAYERS[type(spec)](site, spec, args[0])
+    return LAYERS[kind](site, module, args[0])
 
 
 def _read_function(ledger: Ledger, node: fx.Node, args: Sequence, kwargs: Mapping) -> Features:
@@ -130,7 +124,7 @@ def _read_function(ledger: Ledger, node: fx.Node, args: Sequence, kwargs: Mappin
         site.refuse(f"the arguments {args[1:]} {dict(kwargs)}", f"they are not understood ({error})",
                     "use the layer of torch.nn instead")
 
-# %% ../nbs/02c_network_actions.ipynb #e90e5c61-0
+# %% ../nbs/02c_network_actions.ipynb #f22f8d33-0
 def _assemble(network: nn.Module, source: Action, ledger: Ledger, end: Features, channels: Mapping[str, Action],
               output: Action | None) -> NetworkAction:
     """The network's action, once the action on every channel class is known."""
@@ -167,13 +161,18 @@ def _class_name(ledger: Ledger, end: Features, channel_class: int) -> str:
     return "output" if root == ledger.root(end.channel_class) != 0 else ledger.names[root]
 
 
+def _declared(name: str, parameters: Mapping[str, Action]) -> str:
+    """The declared weight whose posterior a parameter belongs to; else its own name."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[:k]) for k in range(1, len(parts))]
+    return next((prefix for prefix in prefixes if prefix in parameters), name)
+
+
 def _check_covered(network: nn.Module, ledger: Ledger, parameters: Mapping[str, Action]) -> None:
     """Refuse parameters that no layer declared, and tensors that two layers share but move differently."""
-    inner = tuple(f"{name}." if name else "" for name, module in network.named_modules() if hasattr(module, "spec"))
     first_names: dict[int, str] = {}
-    for name, tensor in network.named_parameters(remove_duplicate=False):
-        if inner and name.startswith(inner):
-            continue
+    for full_name, tensor in network.named_parameters(remove_duplicate=False):
+        name = _declared(full_name, parameters)
         first = first_names.setdefault(id(tensor), name)
         site = Site(ledger, "", name.rpartition(".")[0] or name)
         if name not in parameters and first == name:
@@ -183,7 +182,7 @@ def _check_covered(network: nn.Module, ledger: Ledger, parameters: Mapping[str, 
             site.refuse(f"one tensor as '{first}' and '{name}'", "the two uses ask for different actions",
                         "give each layer its own tensor")
 
-# %% ../nbs/02c_network_actions.ipynb #f064bd99-0
+# %% ../nbs/02c_network_actions.ipynb #f7c5fbea-0
 Hidden = str | Mapping[str, Action] | Callable[[str, int], Action]
 
 
@@ -196,7 +195,7 @@ def network_action(network: nn.Module, input: Action, *, hidden: Hidden = "trivi
     a function of class and number of channels. `output` is the action on the output, by default trivial on channels.
 
     Raises `Refusal`, naming the layer, the reason and what would work, wherever the network does not commute with the
-    group; nothing is approximated. Layers with an attribute `spec` are read as the torch layer that it holds.
+    group; nothing is approximated.
     """
     check_action(input)
     ledger, end = _read(network, input)
@@ -274,7 +273,7 @@ def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> Network
     ledger, end = _read(network, unmoved(group))
     return _assemble(network, unmoved(group), ledger, end, channels, None)
 
-# %% ../nbs/02c_network_actions.ipynb #da9f909a-0
+# %% ../nbs/02c_network_actions.ipynb #0ed07c68-0
 def intertwining_error(network: nn.Module, action: NetworkAction, x: Float[Tensor, "batch ..."],
                        elements: Sequence[Element] | None = None, *, tensors: Mapping[str, Tensor] | None = None,
                        forward: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None) -> float:
@@ -283,6 +282,7 @@ def intertwining_error(network: nn.Module, action: NetworkAction, x: Float[Tenso
     `elements` defaults to the whole group up to order 64, beyond to its generators and 16 random elements. `theta`
     defaults to the network's own parameters and running statistics, `f` to the network in evaluation mode. For networks
     whose weights are drawn, pass `tensors` by plain name and `forward(x, tensors)`, with draw axes first in the result.
+    The network is left as it is.
     """
     group = action.group
     if elements is None:
@@ -292,7 +292,7 @@ def intertwining_error(network: nn.Module, action: NetworkAction, x: Float[Tenso
         named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         tensors = {name: tensor for name, tensor in named.items() if name in action.parameters}
     forward = forward or partial(_forward, network)
-    with torch.no_grad(), _evaluating(network):
+    with torch.no_grad():
         expected = forward(x, tensors)
         errors = [forward(action.input.act(g, x), action.act(g, tensors)) - action.output.act(g, expected)
                   for g in elements]
@@ -300,16 +300,4 @@ def intertwining_error(network: nn.Module, action: NetworkAction, x: Float[Tenso
 
 
 def _forward(network: nn.Module, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.func.functional_call(network, dict(tensors), (x,))
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in its own mode again."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    return bind(network, tensors, evaluating=True)(x)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_LABEL', 'Likelihood', 'Categorical', 'Gaussian', 'ELBO', 'elbo', 'violations']
 
-# %% ../nbs/05_exactness.ipynb #d61c8b26-0
+# %% ../nbs/05_exactness.ipynb #1f8b5867-0
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import log, pi
@@ -20,7 +20,7 @@ from .closedness import Family, rounding_tolerance
 from .groups import Element, Refusal
 from .layers import kl_per_datum, variational_tensors
 from .network_actions import NetworkAction, intertwining_error
-from .sampling import apply_weights, sample_weights
+from .sampling import predict, sample_weights
 
 # %% ../nbs/05_exactness.ipynb #b5fc337c-0
 class Likelihood(ABC):
@@ -154,7 +154,7 @@ def elbo(
     fit, kl = likelihood.mean_log_likelihood(outputs, targets), kl_per_datum(network, num_data)
     return ELBO(fit, kl, fit - kl_weight * kl)
 
-# %% ../nbs/05_exactness.ipynb #c78e9992-0
+# %% ../nbs/05_exactness.ipynb #76524dd2-0
 def violations(
     network: nn.Module,
     action: NetworkAction,
@@ -190,7 +190,7 @@ def _intertwining_fault(network: nn.Module, action: NetworkAction, x: Tensor, ge
     allowed = []
 
     def outputs(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        found = apply_weights(network, x, weights)
+        found = predict(network, x, weights=weights)
         allowed.append(rounding_tolerance(found))
         return found
 

@@ -378,12 +378,6 @@ class Odd(nn.Conv2d):
         return super().forward(x.flip(-1))
 
 
-class Described(nn.Module):
-    def __init__(self, spec):
-        super().__init__()
-        self.spec = spec
-
-
 class Call(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -416,7 +410,6 @@ REFUSED = {
     "layer norm over pixels": (on_image(nn.LayerNorm([8, 8])), r"LayerNorm\(\[2, 8, 8\]\)"),
     "unknown layer": (on_image(nn.ConvTranspose2d(2, 1, 3)), "ConvTranspose2d.*no action is known"),
     "subclass": (on_image(Odd(2, 1, 3)), "outside a layer|no action is known"),
-    "layer described by a subclass": (on_image(nn.Sequential(Described(Odd(2, 1, 3, device="meta")))), "type Odd"),
     "flatten of the batch": (on_image(nn.Flatten(0)), r"Flatten\(1\)"),
     "mean over one axis": (on_image(Call(lambda x: x.mean(-1))), "all spatial axes"),
     "product of features": (on_image(Call(lambda x: x * x)), "multiply by numbers"),

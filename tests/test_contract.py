@@ -1,0 +1,543 @@
+"""The contract of draws: what a call gives is the loop over draws with the plain network, and nothing else happens."""
+
+import copy
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from symbnn.groups import Refusal
+from symbnn.layers import bayesianize, posterior_mean_network, variational_tensors
+from symbnn.plans import execution_plan
+from symbnn.sampling import apply_weights, forward, mean_weights, predict, sample_weights
+from tolerances import assert_close, exact64
+
+TOGETHER, BY_DRAW, WHOLE = "all draws at once", "one draw at a time: ", "one draw at a time, on the whole batch"
+UNSEEN = 1e-9  # float64, summed in another order
+
+
+class Written(nn.Module):
+    """A network whose forward pass is a function of its modules and the input."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def linear(inputs=3, outputs=3, **options):
+    return nn.Linear(inputs, outputs, **options)
+
+
+def frozen(module):
+    return module.requires_grad_(False)
+
+
+def shared_encoder():
+    return Written(lambda m, x: (lambda a, b: (a - b).square())(*m.e(torch.cat(x.unbind(1), 0)).chunk(2)), e=linear())
+
+
+def graph_by_edges(m, x):
+    h = m.a(x)
+    return m.b(torch.zeros_like(h).index_add(0, m.edges[1], h[m.edges[0]]))
+
+
+def nodes_as_rows():
+    network = Written(graph_by_edges, a=linear(), b=linear(3, 2))
+    network.register_buffer("edges", torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 0]]))
+    return network
+
+
+def with_table():
+    network = Written(lambda m, x: x @ m.a(m.table).mT, a=linear())
+    network.register_buffer("table", torch.randn(4, 3))
+    return network
+
+
+class MaskedNorm(nn.Module):
+    """Looks at its own layers, as a forward pass may."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([linear(), nn.Tanh(), linear()])
+        self.aliases = [self.layers[0], self.layers[2]]
+
+    def forward(self, x):
+        assert next(self.parameters()).dtype == x.dtype
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                x = F.pad(x, (0, layer.in_features - x.shape[-1])).to(layer.weight.dtype)
+                assert layer.weight.shape[1] == x.shape[-1]
+            x = layer(x)
+        return self.aliases[1](x)
+
+
+IMAGE, VECTOR, SEQUENCE = (6, 2, 5, 5), (6, 3), (6, 5, 3)
+conv = lambda *sizes, **options: nn.Conv2d(*sizes, 3, **options)  # noqa: E731
+ZOO = {
+    # name: (network, shape of inputs, plan)
+    "mlp": (lambda: nn.Sequential(linear(3, 5), nn.ReLU(), linear(5, 2)), VECTOR, TOGETHER),
+    "cnn": (lambda: nn.Sequential(conv(2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), linear(3, 2)), IMAGE, TOGETHER),
+    "view after a convolution": (lambda: Written(lambda m, x: m.b((h := m.a(x)).view(h.size(0), -1)), a=conv(2, 3),
+                                                 b=linear(27, 2)), IMAGE, TOGETHER),
+    "view of the input": (lambda: Written(lambda m, x: m.a(x.view(len(x), -1)), a=linear(50, 2)), IMAGE, TOGETHER),
+    "tokens": (lambda: nn.Sequential(linear(), nn.GELU(), linear(3, 2)), SEQUENCE, TOGETHER),
+    "residual": (lambda: Written(lambda m, x: x + m.a(torch.tanh(m.a(x))), a=linear()), VECTOR, TOGETHER),
+    "norms": (lambda: nn.Sequential(conv(2, 4), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.ReLU(), conv(4, 2)), IMAGE,
+              TOGETHER),
+    "copies as rows": (lambda: Written(lambda m, x: m.a(x.flatten(0, 1)).unflatten(0, x.shape[:2]).sum(1), a=linear()),
+                       SEQUENCE, TOGETHER),
+    "looks at its layers": (MaskedNorm, VECTOR, TOGETHER),
+    "frozen recurrent": (lambda: Written(lambda m, x: m.b(m.a(x)[0][:, -1]), a=frozen(nn.LSTM(3, 4, batch_first=True)),
+                                         b=linear(4, 2)), SEQUENCE, TOGETHER),
+    "frozen bias": (lambda: Written(lambda m, x: m.a(x), a=(lambda a: (frozen(a.bias), a)[1])(linear())), VECTOR,
+                    TOGETHER),
+    "frozen weight": (lambda: Written(lambda m, x: m.a(x), a=(lambda a: (frozen(a.weight), a)[1])(conv(2, 3))), IMAGE,
+                      TOGETHER),
+    "attention over tokens": (lambda: Written(lambda m, x: F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x)),
+                                              q=linear(), k=linear(), v=linear()), SEQUENCE, TOGETHER),
+    "time first, linear": (lambda: Written(lambda m, x: torch.tanh(m.a(x.transpose(0, 1))).transpose(0, 1), a=linear()),
+                           SEQUENCE, BY_DRAW),
+    "time first, recurrent": (lambda: Written(lambda m, x: m.b(m.r(m.a(x.transpose(0, 1)))[0])[-1], a=linear(),
+                                              r=frozen(nn.LSTM(3, 4)), b=linear(4, 2)), SEQUENCE, BY_DRAW),
+    "channels first": (lambda: Written(lambda m, x: m.a(x.movedim(1, 0)).mean(0), a=linear()), SEQUENCE, BY_DRAW),
+    "siamese": (shared_encoder, (6, 2, 3), BY_DRAW),
+    "table without a batch": (with_table, VECTOR, BY_DRAW),
+    "uses a weight itself": (lambda: Written(lambda m, x: F.linear(m.a(x), m.a.weight.mT), a=linear(3, 5)), VECTOR,
+                             BY_DRAW),
+    "penalty in the output": (lambda: Written(lambda m, x: m.a(x) + sum(p.norm() for p in m.parameters()), a=linear()),
+                              VECTOR, BY_DRAW),
+    "branch that starts at zero": (lambda: Written(lambda m, x: m.a(x) + m.gate.weight.sum() * m.a(x.flip(0)),
+                                                   a=linear(), gate=frozen(nn.LayerNorm(1))), VECTOR, WHOLE),
+    "nodes as rows": (nodes_as_rows, VECTOR, WHOLE),
+    "attention over the batch": (lambda: Written(lambda m, x: (m.a(x) @ m.a(x).mT).softmax(-1) @ x, a=linear()), VECTOR,
+                                 WHOLE),
+    "centred over the batch": (lambda: Written(lambda m, x: (h := m.a(x)) - h.mean(0), a=linear()), VECTOR, WHOLE),
+    "normed by the largest": (lambda: Written(lambda m, x: (h := m.a(x)) / h.abs().max(), a=linear()), VECTOR, WHOLE),
+    "convolution along the batch": (lambda: Written(lambda m, x: m.a(x.T[None])[0].T, a=nn.Conv1d(3, 2, 3, padding=1)),
+                                    VECTOR, WHOLE),
+    "decides by a value": (lambda: Written(lambda m, x: h if (h := m.a(x)).mean() > 0.05 else -h, a=linear()), VECTOR,
+                           WHOLE),
+    "selects by a mask": (lambda: Written(lambda m, x: m.b(torch.relu(h)[h[:, 0] > -9]) if len(h := m.a(x)) else h,
+                                          a=linear(), b=linear()), VECTOR, WHOLE),
+    "fixed batch": (lambda: Written(lambda m, x: m.a(x.view(6, 3)), a=linear()), VECTOR, WHOLE),
+    "no rows in the output": (lambda: Written(lambda m, x: m.a(x).mean(0), a=linear()), VECTOR, WHOLE),
+    "squeezes": (lambda: Written(lambda m, x: m.a(x).squeeze(), a=linear(3, 1)), VECTOR, WHOLE),
+}
+NAMES = list(ZOO)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def made(name, **options):
+    build, shape, plan = ZOO[name]
+    torch.manual_seed(0)
+    plain = build().double()
+    if name == "branch that starts at zero":
+        nn.init.zeros_(plain.gate.weight)
+    if name == "norms":
+        plain.eval()
+    return plain, bayesianize(plain, scale=0.3, **options), torch.randn(shape, dtype=torch.float64), plan
+
+
+def loop(plain, x, weights, state=None):
+    """The definition: one plain network a draw."""
+    draws = len(next(iter(weights.values())))
+    state = dict(plain.state_dict()) if state is None else state
+    plain = copy.deepcopy(plain)
+    return torch.stack([
+        functional_call(plain, {**state, **{name: weight[s] for name, weight in weights.items()}}, (x.clone(),))
+        for s in range(draws)
+    ])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_given_weights_and_fresh_draws_equal_the_loop(name):
+    plain, network, x, plan = made(name)
+    assert str(execution_plan(network, x)).startswith(plan)
+    weights = sample_weights(network, 5, seeded(1))
+    expected = loop(plain, x, weights)
+    assert_close(apply_weights(network, x, weights), expected, UNSEEN)
+    assert_close(forward(network, x, 5, "shared", seeded(1)), expected, UNSEEN)
+    assert_close(apply_weights(network, x, mean_weights(network)), loop(plain, x, mean_weights(network)), UNSEEN)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("memory", [1, 3000, 2**30])
+def test_predictions_equal_the_loop_whatever_the_memory(name, memory):
+    plain, network, x, _ = made(name)
+    network.train()
+    plain.eval()
+    weights = sample_weights(network, 18, seeded(1))
+    kept = x.clone()
+    assert_close(predict(network, x, weights=weights, memory=memory), loop(plain, x, weights), UNSEEN)
+    fresh = [predict(network, x, draws=18, memory=size, generator=seeded(2)) for size in (memory, 10**9)]
+    assert_close(*fresh, UNSEEN)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_equal_those_of_the_loop(name):
+    plain, network, x, _ = made(name)
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    weights = sample_weights(network, 3, seeded(1))
+    found = [torch.autograd.grad(y.square().sum(), parameters, retain_graph=True, allow_unused=True)
+             for y in (apply_weights(network, x, weights), loop(plain, x, weights))]
+    for ours, theirs in zip(*found):
+        if theirs is not None:  # a frozen branch
+            assert_close(ours, theirs, UNSEEN)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ZOO[name][2] != WHOLE])
+@pytest.mark.parametrize("runs", [1, 2, 3, 4])
+def test_split_is_the_plain_network_on_each_run_of_rows(name, runs):
+    plain, network, x, _ = made(name)
+    weights = sample_weights(network, runs, seeded(1))
+    padded = torch.cat([x, x[: -len(x) % runs]])
+    parts = [loop(plain, run, {key: w[s : s + 1] for key, w in weights.items()})[0]
+             for s, run in enumerate(padded.chunk(runs))]
+    assert_close(forward(network, x, runs, "split", seeded(1))[0], torch.cat(parts)[: len(x)], UNSEEN)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_estimators_with_noise_for_rows_ask_for_rows(name):
+    _, network, x, plan = made(name)
+    for estimator in ("flipout", "local"):
+        if plan == TOGETHER and (estimator == "flipout" or name not in ("residual", "looks at its layers")):
+            assert len(forward(network, x, 2, estimator, seeded())[0]) == len(x)
+        else:  # "local" also refuses a layer that each input passes twice
+            with pytest.raises(Refusal, match=r"split|shared"):
+                forward(network, x, 2, estimator)
+    if plan == WHOLE and name not in ("decides by a value", "selects by a mask"):  # a run of rows is a batch, too
+        with pytest.raises(Refusal, match="shared"):
+            forward(network, x, 2, "split")
+
+
+@pytest.mark.parametrize("x", [
+    torch.zeros(6, 5, 3), torch.ones(6, 5, 3), torch.randn(1, 5, 3), torch.full((6, 5, 3), torch.nan),
+], ids=["zeros", "ones", "one row", "nan"])
+def test_inputs_that_tell_nothing_do_not_mislead(x):
+    plain, network, real, _ = made("time first, linear")
+    apply_weights(network, x.double(), sample_weights(network, 2, seeded()))  # the first look at the network
+    weights = sample_weights(network, 4, seeded(1))
+    assert_close(apply_weights(network, real, weights), loop(plain, real, weights), UNSEEN)
+    narrow = bayesianize(plain, scale=1e-9)  # draws that hardly differ
+    apply_weights(narrow, x.double(), sample_weights(narrow, 2, seeded()))
+    assert_close(apply_weights(narrow, real, weights), loop(plain, real, weights), UNSEEN)
+
+
+def test_what_a_network_becomes_is_looked_at_again():
+    plain, network, x, _ = made("tokens")
+    assert execution_plan(network, x).together
+    network[0].register_forward_pre_hook(lambda module, inputs: (inputs[0].transpose(0, 1),))
+    network[0].register_forward_hook(lambda module, inputs, output: output.transpose(0, 1))
+    assert not execution_plan(network, x).together
+    weights = sample_weights(network, 3, seeded())
+    assert_close(apply_weights(network, x, weights), loop(plain, x, weights), UNSEEN)
+
+
+def test_a_trial_in_the_networks_own_precision():
+    """Code that insists on float32 cannot be tried in float64."""
+    for run, together in ((lambda m, x: m.a(x.float()), True),
+                          (lambda m, x: m.a(x.float().transpose(0, 1)).transpose(0, 1), False)):
+        torch.manual_seed(0)
+        plain, x = Written(run, a=linear()), torch.randn(4, 5, 3)
+        network = bayesianize(plain)
+        assert execution_plan(network, x).together is together
+        weights = sample_weights(network, 3, seeded())
+        assert_close(apply_weights(network, x, weights), loop(plain, x, weights), 1e-5)
+
+
+def test_half_precision_equals_the_loop():
+    torch.manual_seed(0)
+    plain = nn.Sequential(linear(3, 8), nn.ReLU(), linear(8, 2)).bfloat16()
+    network, x = bayesianize(plain), torch.randn(5, 3).bfloat16()
+    assert execution_plan(network, x).together
+    weights = sample_weights(network, 3, seeded())
+    assert_close(apply_weights(network, x, weights).float(), loop(plain, x, weights).float(), 2e-2)
+
+
+def test_the_slow_way_is_said(caplog):
+    _, network, x, _ = made("siamese")
+    with caplog.at_level("WARNING", "symbnn"):
+        predict(network, x, draws=2)
+        predict(network, x, draws=2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Written: one draw at a time: its layers do not see the examples as rows, in their order"]
+
+
+# --- nothing about a call leaks ---------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, active, reentrant):
+        super().__init__()
+        self.block, self.head = nn.Sequential(linear(3, 5), nn.Tanh(), nn.Dropout(0.5)), linear(5, 2)
+        self.active, self.reentrant = active, reentrant
+
+    def forward(self, x):
+        h = checkpoint(self.block, x, use_reentrant=self.reentrant) if self.active else self.block(x)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+def test_a_backward_pass_that_recomputes_has_its_weights(estimator, reentrant):
+    def gradients(active):
+        torch.manual_seed(0)
+        network = bayesianize(Checkpointed(active, reentrant).double())
+        x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)  # reentrant: some input has a gradient
+        torch.manual_seed(1)
+        forward(network, x, 3, estimator, seeded()).square().sum().backward()
+        return [parameter.grad for parameter in network.parameters()]
+
+    for ours, theirs in zip(gradients(True), gradients(False)):
+        assert_close(ours, theirs, exact64)
+
+
+def hammered(calls, threads=4):
+    """Run calls in threads that take turns as often as Python allows; what each gave, in order."""
+    found, interval = [[None] * len(calls) for _ in range(threads)], sys.getswitchinterval()
+    go = threading.Barrier(threads)
+
+    def work(k):
+        go.wait()
+        for i in range(len(calls)):
+            j = (i + k) % len(calls)
+            found[k][j] = calls[j]()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        workers = [threading.Thread(target=work, args=(k,)) for k in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return found
+
+
+@pytest.mark.parametrize("name", ["cnn", "norms", "time first, linear", "siamese"])
+def test_threads_that_share_a_network_do_not_see_each_other(name):
+    _, network, x, _ = made(name)
+    network.train()
+    calls = []
+    for seed in range(12):
+        part, weights = x[: 1 + seed % len(x)], sample_weights(network, 1 + seed % 4, seeded(seed))
+        calls.append(lambda part=part, weights=weights: predict(network, part, weights=weights, memory=2000))
+        if name != "norms":  # in training mode its statistics move
+            calls.append(lambda part=part, weights=weights: apply_weights(network, part, weights).detach())
+    expected = [call() for call in calls]
+    for found in hammered(calls):
+        for ours, theirs in zip(found, expected):
+            assert_close(ours, theirs, UNSEEN)
+
+
+def state(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}, [m.training for m in network.modules()]
+
+
+def same(before, after):
+    return before[1] == after[1] and all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+
+
+class Counts(nn.Module):
+    """A layer that changes a buffer in place, and one that it reassigns, in either mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x.detach().mean()
+        return x
+
+
+@pytest.mark.parametrize("modes", ["train", "eval", "frozen norm"])
+def test_a_prediction_changes_neither_buffers_nor_modes_nor_the_worlds_generator(modes):
+    torch.manual_seed(0)
+    network = bayesianize(nn.Sequential(
+        conv(2, 4), nn.BatchNorm2d(4), nn.Dropout(0.5), Counts(), nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.Flatten(), linear(36, 2)).double())
+    network.train(modes != "eval")
+    network[1].train(modes == "train")
+    x, before, world = torch.randn(IMAGE, dtype=torch.float64), state(network), torch.get_rng_state()
+    one, other = (predict(network, x, draws=4, memory=memory, generator=seeded()) for memory in (1, 10**9))
+    assert_close(one, other, UNSEEN)
+    assert_close(one, predict(copy.deepcopy(network).eval(), x, draws=4, generator=seeded()), UNSEEN)
+    assert same(before, state(network))
+    assert torch.equal(world, torch.get_rng_state())
+
+
+def test_a_step_in_training_mode_moves_statistics_as_the_loop_does():
+    torch.manual_seed(0)
+    plain = nn.Sequential(conv(2, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(4, 4), nn.BatchNorm2d(4, momentum=None)).double()
+    x = torch.randn(6, 2, 7, 7, dtype=torch.float64)
+    for estimator, draws in (("shared", 3), ("split", 3)):
+        network, looped = bayesianize(plain), copy.deepcopy(plain)
+        weights = sample_weights(network, draws, seeded())
+        pieces = [x] * draws if estimator == "shared" else x.chunk(draws)
+        tensors = [{name: weight[s] for name, weight in weights.items()} for s in range(draws)]
+        expected = [functional_call(looped, one, (piece,)) for one, piece in zip(tensors, pieces)]
+        found = forward(network, x, draws, estimator, seeded())
+        assert_close(found.flatten(0, 1), torch.cat(expected), UNSEEN)
+        for name, value in looped.named_buffers():
+            assert_close(network.get_buffer(name), value, UNSEEN)
+
+
+def test_batch_statistics_leave_two_rows_in_each_run():
+    network = bayesianize(nn.Sequential(linear(3, 4), nn.BatchNorm1d(4), linear(4, 2))).train()
+    x = torch.randn(5, 3)
+    assert torch.isfinite(forward(network, x, 4, "split")).all()
+    assert len(forward(network, x[:2], 4, "split")[0]) == 2
+    with pytest.raises(ValueError, match="more than 1 value"):
+        forward(network, x[:1], 4, "split")
+    assert len(predict(network, x[:1], draws=2)) == 2  # in evaluation mode one row is enough
+
+
+class RandomDepth(nn.Module):
+    """Drops examples at random in training mode, with torch's own generator."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        keep = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(0.5) if self.training else 1.0
+        return x + keep * F.dropout(self.inner(x), 0.2, self.training)
+
+
+def test_random_layers_do_not_hide_where_rows_are():
+    torch.manual_seed(0)
+    network, x = bayesianize(nn.Sequential(RandomDepth(linear()), nn.Dropout(0.3), linear()).double()), torch.randn(6, 3)
+    assert execution_plan(network.train(), x.double()).together
+    mixed = Written(lambda m, x: m.a(x)[torch.randperm(len(x))] if m.training else m.a(x), a=linear())
+    assert not execution_plan(bayesianize(mixed).train(), x).together
+    assert execution_plan(bayesianize(mixed).eval(), x).together
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # raised inside the compiler
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_compiled_networks_predict_and_train(backend):
+    plain, network, x, _ = made("mlp")
+    compiled = torch.compile(network, fullgraph=True, backend=backend)
+    weights = sample_weights(compiled, 3, seeded())
+    assert list(weights) == list(variational_tensors(network))
+    assert_close(predict(compiled, x, weights=weights), loop(plain, x, weights), UNSEEN)
+    for estimator in ("shared", "split", "flipout", "local"):
+        ours, theirs = (forward(one, x, 2, estimator, seeded()) for one in (compiled, network))
+        assert_close(ours, theirs, UNSEEN)
+    apply_weights(compiled, x, weights).sum().backward()
+    inside = bayesianize(nn.Sequential(torch.compile(nn.Sequential(linear(), nn.ReLU()), backend=backend), linear()))
+    assert len(predict(inside, x.float(), draws=2)) == 2
+    in_place = bayesianize(plain)
+    in_place.compile(backend=backend)
+    assert_close(apply_weights(in_place, x, weights), loop(plain, x, weights), UNSEEN)
+
+
+# --- what a converted network keeps -----------------------------------------------------------------------------------
+
+
+def test_conversion_keeps_what_a_layer_has():
+    calls, layer = [], linear()
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    layer.register_full_backward_hook(lambda module, before, after: calls.append("backward"))
+    layer.register_buffer("note", torch.ones(2))
+    layer.inner = nn.Tanh()
+    plain = nn.Sequential(layer, linear()).double()
+    network, x = bayesianize(plain), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(network[0].note, torch.ones(2, dtype=torch.float64))
+    assert isinstance(network[0].inner, nn.Tanh)
+    assert (network[0].in_features, network[0].weight.shape, network[0].weight.dtype, network[0].weight.device) == (
+        3, (3, 3), torch.float64, torch.device("cpu"))
+    weights = sample_weights(network, 2, seeded())
+    out = apply_weights(network, x, weights)
+    assert_close(out, loop(plain, x, weights), UNSEEN)
+    calls.clear()
+    out.sum().backward()
+    assert calls == ["backward"]
+    back = posterior_mean_network(network)
+    assert torch.equal(back[0].note, plain[0].note)
+    assert_close(back(x), plain(x), exact64)
+
+
+def test_frozen_weights_stay_deterministic_and_frozen():
+    plain = nn.Sequential(linear(), nn.ReLU(), linear(), nn.Linear(3, 2))
+    plain[0].requires_grad_(False)
+    plain[2].bias.requires_grad_(False)
+    network = bayesianize(plain)
+    assert list(variational_tensors(network)) == ["2.weight", "3.weight", "3.bias"]
+    assert not network[0].weight.requires_grad
+    assert not network[2].bias.requires_grad
+    back = posterior_mean_network(network)
+    assert [p.requires_grad for p in back.parameters()] == [
+        dict(plain.named_parameters())[name].requires_grad for name, _ in back.named_parameters()]
+    variational_tensors(network)["3.weight"].posterior.requires_grad_(False)
+    assert not posterior_mean_network(network)[3].weight.requires_grad
+
+
+def test_ties_are_one_posterior():
+    layer = linear()
+    two_names = nn.Sequential(layer, nn.Tanh(), layer)
+    assigned = nn.Sequential(linear(), nn.Tanh(), linear())
+    assigned[2].weight = assigned[0].weight
+    for plain, count in ((two_names, 2), (assigned, 3)):
+        plain, x = plain.double(), torch.randn(4, 3, dtype=torch.float64)
+        network = bayesianize(plain)
+        assert len(variational_tensors(network)) == count
+        assert network[0].weight is network[2].weight
+        weights = sample_weights(network, 3, seeded())
+        expected = torch.stack([
+            torch.tanh(x @ weights["0.weight"][s].T + weights["0.bias"][s]) @ weights["0.weight"][s].T
+            + weights.get("2.bias", weights["0.bias"])[s] for s in range(3)])
+        assert_close(apply_weights(network, x, weights), expected, UNSEEN)
+        back = posterior_mean_network(network)
+        assert back[0].weight is back[2].weight
+        for estimator in ("flipout", "local"):
+            with pytest.raises(Refusal, match=r"tied|twice"):
+                forward(network, x, 2, estimator)
+                raise AssertionError(estimator) if estimator == "local" else Refusal(
+                    "flipout gives a layer used twice one set of signs", received="tied", cause="", fix="")
+
+
+@pytest.mark.parametrize(("x", "said"), [
+    ([[0.0, 1.0, 2.0]], "list"), ({"x": torch.zeros(1, 3)}, "dict"), ((torch.zeros(1, 3),) * 2, "tuple"),
+    (torch.zeros(2, 3).numpy(), "as_tensor"), (iter([]), "loader"), (None, "NoneType"), (torch.zeros(()), "empty"),
+    (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), "NestedTensor"),
+])
+def test_inputs_of_other_kinds_are_refused_with_a_way_that_works(x, said):
+    network = bayesianize(linear())
+    for call in (lambda: predict(network, x, draws=2), lambda: forward(network, x, 2), lambda: apply_weights(
+            network, x, mean_weights(network))):
+        with pytest.raises(Refusal, match=said):
+            call()
+
+
+@pytest.mark.parametrize("output", [lambda y: {"logits": y}, lambda y: (y, y), lambda y: [y], lambda y: None])
+def test_outputs_of_other_kinds_are_refused_with_a_way_that_works(output):
+    network, x = bayesianize(Written(lambda m, x: output(m.a(x)), a=linear())), torch.randn(4, 3)
+    for call in (lambda: predict(network, x, draws=2), lambda: forward(network, x, 2), lambda: forward(
+            network, x, 2, "split")):
+        with pytest.raises(Refusal, match=r"returns one tensor"):
+            call()
+
+
+def test_the_networks_own_errors_come_through():
+    network = bayesianize(linear())
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        predict(network, torch.zeros(4, 5), draws=2)
