@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Change', 'Placeholder', 'modules_outside', 'plain_network', 'eager', 'no_change', 'copy_tree', 'layer_with',
-           'own_buffers', 'bind']
+           'seeded_world', 'own_buffers', 'bind']
 
-# %% ../nbs/01b_binding.ipynb #8963a27d-0
+# %% ../nbs/01b_binding.ipynb #da8dbf94-0
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from types import MethodType
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from .groups import require
 
-# %% ../nbs/01b_binding.ipynb #df530a9c-0
+# %% ../nbs/01b_binding.ipynb #0875ae55-0
 class Placeholder(nn.Module):
     """A module that stands where a tensor stood (`layer.weight`) and is exchanged for one before anything is computed."""
 
@@ -131,6 +132,24 @@ def layer_with(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     copy = _copy(layer, {}, False)
     copy._parameters.update(tensors)
     return copy
+
+
+@contextmanager
+def seeded_world(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's own generators (of the CPU and of `device`) seeded inside the block, and afterwards as they were."""
+    module = getattr(torch, device.type) if device.type in ("cuda", "mps") else None
+    chosen = (device,) if device.type == "cuda" else ()
+    kept = torch.get_rng_state(), module and module.get_rng_state(*chosen)
+    try:
+        torch.default_generator.manual_seed(seed)
+        if module is not None:
+            with torch.cuda.device(device) if chosen else nullcontext():
+                module.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(kept[0])
+        if module is not None:
+            module.set_rng_state(kept[1], *chosen)
 
 
 def own_buffers(network: nn.Module) -> dict[int, Tensor]:

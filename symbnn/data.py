@@ -6,7 +6,7 @@
 __all__ = ['IDX_TYPES', 'PARTS', 'SOURCES', 'DATASETS', 'AUGMENTATIONS', 'TABLE_LIMIT', 'Split', 'Dataset', 'stratified_order',
            'split_training', 'read_idx', 'Source', 'load', 'epoch_generator', 'Batches', 'batches']
 
-# %% ../nbs/14_data.ipynb #e137baed-0
+# %% ../nbs/14_data.ipynb #41243c2a-0
 import gzip
 import hashlib
 import math
@@ -14,6 +14,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -396,7 +397,7 @@ def load(
     train, validation = split_training(training, validation_size=validation_size, train_size=train_size, seed=seed)
     return Dataset(name, train, validation, test, classes)
 
-# %% ../nbs/14_data.ipynb #091c0997-0
+# %% ../nbs/14_data.ipynb #684f8b30-0
 AUGMENTATIONS = ("full", "random", "none")
 TABLE_LIMIT = 2**25  # entries of the table of maps (300 MB); beyond it they are made batch by batch
 
@@ -424,11 +425,24 @@ class Batches:
         return len(self.rows)
 
     def __len__(self) -> int:
-        return -(-self.num_examples // self.batch_size)
+        return len(self._sizes())
+
+    def _sizes(self) -> list[int]:
+        """The sizes of the batches; a single example that is left over joins the last whole batch."""
+        whole, rest = divmod(self.num_examples, self.batch_size)
+        sizes = [self.batch_size] * whole
+        if rest == 1 and whole:
+            return [*sizes[:-1], sizes[-1] + 1]
+        return sizes + [rest] * (rest > 0)
+
+    @property
+    def smallest(self) -> int:
+        """The size of the smallest batch."""
+        return min(self._sizes())
 
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "B *shape"], Int64[Tensor, "B"]]]:
-        for start in range(0, self.num_examples, self.batch_size):
-            chosen = slice(start, start + self.batch_size)
+        for start, size in zip(accumulate(self._sizes(), initial=0), self._sizes()):
+            chosen = slice(start, start + size)
             rows = self.rows[chosen]
             inputs = self.split.inputs[rows]
             if self.maps is not None:
@@ -465,7 +479,8 @@ def batches(
     generator: torch.Generator | None = None,
     shuffle: bool = True,
 ) -> Batches:
-    """The batches of one epoch, on the device of the split; the last one may be smaller.
+    """The batches of one epoch, on the device of the split. The last one may be smaller, but is never of one example,
+    which norms that take statistics from the batch could do nothing with: that one joins the batch before it.
 
     "full": every pair (g·x_i, y_i) once; "random": every x_i once, turned by its own uniform g; "none": every x_i once.
     Without shuffling, images come in order, and with full augmentation each with its whole orbit before the next.
@@ -510,7 +525,9 @@ def _check(split: Split, batch_size: int, augmentation: str, action: Action | No
             f"Augmentation needs an action on one input, of shape {split.shape}",
             received="no action" if action is None else f"an action on shape {action.shape}",
             cause="no action was given, or it was made for another data set",
-            fix=f"an action on the inputs, such as field(rotations(), {split.shape}) of symbnn.actions",
+            fix='augmentation="none" for data without a symmetry'
+            + (f", or action=field(rotations(), {split.shape}) for images" if len(split.shape) == 3 else
+               f", or an Action on the shape {split.shape}, such as Action.trivial(Cyclic(1), {split.shape})"),
         )
     if output is not None and any(
         output(g) != SignedPermutation.identity(math.prod(output.shape)) for g in output.group.generators()

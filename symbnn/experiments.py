@@ -315,7 +315,7 @@ def path_reports(
         found = laplace(network, data.inputs.to(parameter.dtype), data.labels, seed=seed)
     return learned_equivariance(network, found), found
 
-# %% ../nbs/17_experiments.ipynb #5f7d94c2-0
+# %% ../nbs/17_experiments.ipynb #9f9e531e-0
 def evaluate(
     network: nn.Module,
     task: Task,
@@ -339,7 +339,7 @@ def evaluate(
                       cause="the size of another data set", fix=f"{len(chosen)} or fewer, or all of them")
     parameter = next(network.parameters())
     predictions = orbit_predictions(
-        network.eval(), chosen.inputs[:images].to(parameter.dtype), task.symmetry(network), draws, mode,
+        network, chosen.inputs[:images].to(parameter.dtype), task.symmetry(network), draws, mode,
         generator=torch.Generator(parameter.device).manual_seed(seed), progress=progress and sys.stderr.isatty(),
     )
     predictions = averaged(method or Method(), predictions)

@@ -152,7 +152,7 @@ def fixed_means(means: dict[str, Tensor], deviation: float = 1.0) -> Prior:
 
     return build
 
-# %% ../nbs/04_layers.ipynb #5c1b17e1-0
+# %% ../nbs/04_layers.ipynb #b296cbad-0
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these types; a subclass may do something else with its weights
 DETERMINISTIC = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
@@ -265,7 +265,7 @@ def variational_tensors(network: nn.Module) -> dict[str, VariationalTensor]:
     found = {name: module for name, module in named if isinstance(module, VariationalTensor)}
     if not found:
         raise Refusal(
-            "Some weight of the network has a posterior",
+            "The network has variational layers, whose weights have posteriors",
             received=f"a {type(network).__name__} without any",
             cause="a plain torch network",
             fix="convert it with `bayesianize`",

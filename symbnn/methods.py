@@ -183,7 +183,7 @@ def check_method(
         with guard(method, *change(method, network, action, prior)):
             pass
 
-# %% ../nbs/16b_methods.ipynb #c5ebdc60-0
+# %% ../nbs/16b_methods.ipynb #73c220d0-0
 class Trained(NamedTuple):
     """A run of a method."""
 
@@ -197,7 +197,7 @@ def training_accuracy(network: nn.Module, data: Split, generator: torch.Generato
     """Share of the training images, as they are, whose predictive mean is largest at the label."""
     parameter = next(network.parameters())
     training = network.training
-    outputs = predict(network.eval(), data.inputs.to(parameter), draws=draws, generator=generator)
+    outputs = predict(network, data.inputs.to(parameter), draws=draws, generator=generator)
     network.train(training)
     return (outputs.softmax(-1).mean(0).argmax(-1).cpu() == data.labels.cpu()).double().mean().item()
 

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Stacked', 'Posteriors', 'Rule', 'ROWS_TRIED', 'check_runs', 'apply_draws', 'bind_together', 'one_tensor',
-           'uses_batch_statistics', 'fold', 'Plan', 'execution_plan']
+           'uses_batch_statistics', 'fold', 'Plan', 'without_hooks', 'execution_plan', 'run_draw_by_draw', 'has_hooks',
+           'watch_hooks']
 
-# %% ../nbs/04a_plans.ipynb #e6b7c558-0
+# %% ../nbs/04a_plans.ipynb #74b5ed45-0
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import prod
 from weakref import WeakKeyDictionary
@@ -21,8 +22,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from .binding import Change, copy_tree, layer_with, modules_outside, no_change, own_buffers, plain_network
+from symbnn.binding import (
+    Change,
+    copy_tree,
+    layer_with,
+    modules_outside,
+    no_change,
+    own_buffers,
+    plain_network,
+    seeded_world,
+)
 from .groups import Refusal
 from .layers import VariationalTensor, variational_tensors
 
@@ -143,7 +154,7 @@ def fold(x: Float[Tensor, "B ..."], draws: int, channels_last: bool = False) -> 
     folded.unflatten(0, (draws, len(x))).copy_(x)
     return folded
 
-# %% ../nbs/04a_plans.ipynb #249eba5d-0
+# %% ../nbs/04a_plans.ipynb #fdb3a6dc-0
 ROWS_TRIED = 8
 _LOG = logging.getLogger("symbnn")
 
@@ -240,8 +251,15 @@ def _two_draws(mean: Float[Tensor, "*shape"], generator: torch.Generator, dtype:
     return mean + 0.5 * torch.where(scale > 0, scale, prod(mean.shape[1:]) ** -0.5) * noise
 
 
+def without_hooks(copy: nn.Module, module: nn.Module) -> None:
+    """The copy of a module without its forward hooks, which may write down what they see."""
+    for key in ("_forward_hooks", "_forward_pre_hooks"):
+        copy.__dict__[key] = type(copy.__dict__[key])()
+
+
 def _settle(copy: nn.Module, module: nn.Module) -> None:
-    """Torch's own layers, and those derived from its norms and dropouts, in evaluation mode."""
+    """Torch's own layers, and those derived from its norms and dropouts, in evaluation mode; no forward hooks."""
+    without_hooks(copy, module)
     norms_and_dropouts = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
     if type(module).__module__.startswith("torch.nn") or isinstance(module, norms_and_dropouts):
         copy.__dict__["training"] = False
@@ -340,11 +358,9 @@ def _try(trial: "_Trial") -> Plan:
 @contextmanager
 def _world_as_it_was(device: torch.device) -> Iterator[None]:
     """Torch's global generators, grad mode and autocast are as before once the block is left."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False), (
+    with seeded_world(device, 0), torch.no_grad(), torch.autocast(device.type, enabled=False), (
             warnings.catch_warnings()):
         warnings.simplefilter("ignore")  # the call itself will give them
-        torch.manual_seed(0)
         yield
 
 
@@ -363,7 +379,8 @@ def _find_plan(network: nn.Module, x: Tensor, evaluating: bool) -> Plan:
                 except Exception as error:
                     found = f"{type(error).__name__}: {error}".split("\n")[0]
         weights = {id(tensor): tensor.posterior.mean for tensor in variational_tensors(network).values()}
-        bound = copy_tree(network, {**own_buffers(network), **weights}, evaluating=True, compiled=False)
+        bound = copy_tree(network, {**own_buffers(network), **weights}, evaluating=True, compiled=False,
+                          change=without_hooks)
         one_tensor(bound(x.detach().clone()))
     return Plan(False, False, False, True, f"it cannot be tried on a part of the batch ({found})")
 
@@ -390,11 +407,48 @@ def execution_plan(network: nn.Module, x: Float[Tensor, "B ..."], evaluating: bo
     remembered afterwards; a network whose draws run one at a time is named in a line of the log "symbnn". Raises
     `Refusal` for a plain network, and the network's own error where it does not take the inputs.
     """
-    inner = plain_network(network)
-    signature = (x.shape[1:], min(len(x), ROWS_TRIED), x.dtype, x.device, evaluating, _state(inner, evaluating))
+    inner, signature = plain_network(network), _signature(network, x, evaluating)
     known = _PLANS.setdefault(inner, {})
     if signature not in known:
-        known[signature] = plan = _find_plan(inner, x, evaluating)
-        if not plan.together:
-            _LOG.warning("%s: %s", type(inner).__name__, plan)
+        _remember(network, signature, _find_plan(inner, x, evaluating))
     return known[signature]
+
+
+def _signature(network: nn.Module, x: Tensor, evaluating: bool) -> tuple:
+    state = _state(plain_network(network), evaluating)
+    return x.shape[1:], min(len(x), ROWS_TRIED), x.dtype, x.device, evaluating, state
+
+
+def _remember(network: nn.Module, signature: tuple, plan: Plan) -> None:
+    _PLANS.setdefault(plain_network(network), {})[signature] = plan
+    if not plan.together:
+        _LOG.warning("%s: %s", type(plain_network(network)).__name__, plan)
+
+
+def run_draw_by_draw(network: nn.Module, x: Tensor, evaluating: bool, reason: str) -> Plan:
+    """Remember that draws of the network must not run together, for a reason that only a call could show."""
+    plan = replace(execution_plan(network, x, evaluating), together=False, reads_values=True, reason=reason)
+    _remember(network, _signature(network, x, evaluating), plan)
+    return plan
+
+
+def has_hooks(network: nn.Module) -> bool:
+    """Whether some module has a forward hook."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+def watch_hooks(copy: nn.Module, altered: list[str]) -> None:
+    """Let a copy's forward hooks note in `altered` when they change inputs or outputs."""
+    for key in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = copy.__dict__[key]
+        if hooks:
+            copy.__dict__[key] = type(hooks)((number, partial(_watched, altered, hook)) for number, hook in hooks.items())
+
+
+def _watched(altered: list[str], hook: Callable, module: nn.Module, *values, **named):
+    tensors = [value for value in tree_leaves((values, named)) if isinstance(value, Tensor) and not value.is_inference()]
+    versions = [tensor._version for tensor in tensors]
+    result = hook(module, *values, **named)
+    if result is not None or versions != [tensor._version for tensor in tensors]:
+        altered.append(type(module).__name__)
+    return result

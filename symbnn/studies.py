@@ -133,7 +133,7 @@ def identity(spec: Spec, checksum: int) -> str:
     text = json.dumps({"spec": chosen, "data_crc32": checksum}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-# %% ../nbs/17d_studies.ipynb #3e90a8b5-0
+# %% ../nbs/17d_studies.ipynb #39ebf406-0
 def _sweep(network: nn.Module, task: Task, evaluation: Evaluation, seed: int) -> list[dict]:
     """The defect from the first T draws, for each T and repeat."""
     rows, chosen = [], getattr(task.data, evaluation.split)
@@ -141,7 +141,7 @@ def _sweep(network: nn.Module, task: Task, evaluation: Evaluation, seed: int) ->
     network.to(parameter.device)
     for repeat in range(evaluation.repeats):
         generator = torch.Generator(parameter.device).manual_seed(1_000_003 * (seed + 1) + repeat)
-        found = orbit_predictions(network.eval(), chosen.inputs[: evaluation.images].to(parameter.dtype), action,
+        found = orbit_predictions(network, chosen.inputs[: evaluation.images].to(parameter.dtype), action,
                                   max(evaluation.sweep), evaluation.mode, generator=generator).probabilities
         for draws in evaluation.sweep:
             row = {"draws": draws, "repeat": repeat, "defect_plugin": defect_plugin(found[:draws])}
@@ -152,7 +152,7 @@ def _sweep(network: nn.Module, task: Task, evaluation: Evaluation, seed: int) ->
 def _fit(network: nn.Module, task: Task, generator: torch.Generator) -> float:
     """The expected log-likelihood on the training images as they are, nats a datum."""
     data = task.data.train.to(generator.device)
-    outputs = predict(network.eval(), data.inputs, draws=16, generator=generator)
+    outputs = predict(network, data.inputs, draws=16, generator=generator)
     return Categorical().log_prob(outputs, data.labels).mean().item()
 
 

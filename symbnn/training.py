@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Optimizer', 'Schedule', 'Precision', 'Select', 'Objective', 'Callback', 'CHECK_EVERY', 'TrainingConfig',
-           'rate_factor', 'warm_up_factor', 'make_optimizer', 'choose_device', 'check_task', 'EpochRecord',
-           'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
+           'rate_factor', 'warm_up_factor', 'make_optimizer', 'choose_device', 'check_split', 'training_modes',
+           'check_task', 'EpochRecord', 'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
-# %% ../nbs/16_training.ipynb #846ececc-0
+# %% ../nbs/16_training.ipynb #122ed6d1-0
 import json
 import math
 import signal
@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .actions import Action, check_action
+from .binding import seeded_world
 from symbnn.checkpoints import (
     Checkpoint,
     check_continued,
@@ -42,11 +43,11 @@ from symbnn.checkpoints import (
 from .data import AUGMENTATIONS, Batches, Split, batches, epoch_generator
 from .groups import Refusal, require
 from .layers import variational_tensors
-from .sampling import Estimator, forward, predict, sample_weights
+from .sampling import Estimator, forward, predict, sample_weights, try_step
 from .models import Architecture
 from .mutual_information import InformationEstimator, Method, symmetrized_elbo
 from .network_actions import NetworkAction, unit_permutations
-from .objectives import Categorical, elbo
+from .objectives import ELBO, Categorical, elbo
 
 # %% ../nbs/16_training.ipynb #c643948c-0
 Optimizer = Literal["adamw", "sgd"]
@@ -145,7 +146,7 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
-# %% ../nbs/16_training.ipynb #82aa48b7-0
+# %% ../nbs/16_training.ipynb #301ae0ba-0
 def _is_there(device: str) -> bool:
     try:
         return torch.empty(0, device=device).device.type in ("cpu", "cuda", "mps")
@@ -168,20 +169,66 @@ def choose_device(config: TrainingConfig) -> torch.device:
     return torch.device(name)
 
 
-def check_task(network: nn.Module, data: Split, validation: Split | None, config: TrainingConfig) -> None:
+def check_split(data: object, name: str) -> None:
+    """Refuse what is no `Split`, with a line that makes one of it."""
+    if isinstance(data, Split):
+        return
+    fixes = {
+        "a pair": "Split(torch.as_tensor(X), torch.as_tensor(y)), with integer labels y that count from 0",
+        "splits": f"pass its part: {name}.train, {name}.validation or {name}.test",
+        "batches": "Split(*map(torch.cat, zip(*loader))) for a loader of (input, label) batches that fits into memory",
+        "": "Split(inputs, labels) of two tensors",
+    }
+    kind = ("splits" if isinstance(getattr(data, "train", None), Split) else
+            "a pair" if isinstance(data, (tuple, list)) and len(data) == 2 else
+            "batches" if hasattr(data, "__iter__") or hasattr(data, "__getitem__") else "")
+    raise Refusal(f"{name} is a Split: inputs (N, ...) and integer labels (N,), as tensors in memory",
+                  received=f"a {type(data).__name__}", cause="data in another container", fix=fixes[kind])
+
+
+@contextmanager
+def training_modes(network: nn.Module) -> Iterator[None]:
+    """Modes for training inside the block; afterwards every module is in its own mode again.
+
+    A network in training mode keeps the modes of its modules, so that a norm that was put in evaluation mode keeps its
+    statistics. A network in evaluation mode is put in training mode, but for norms in evaluation mode whose parameters
+    are frozen.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    if not network.training:
+        norms = [module for module, _ in modes if isinstance(module, nn.modules.batchnorm._NormBase)]
+        network.train()
+        for norm in norms:
+            own = list(norm.parameters())
+            norm.training = not own or any(parameter.requires_grad for parameter in own)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_task(
+    network: nn.Module, data: Split, validation: Split | None, config: TrainingConfig, rows: int = 2
+) -> None:
     """Refuse images that the network does not take, labels that it has no output for, and estimators that do not apply.
 
-    Passes two images through the network with the configured estimator.
+    Passes `rows` images through the network with the configured estimator, in the modes of training; nothing of the
+    network changes.
     """
-    generator = torch.Generator(data.inputs.device).manual_seed(0)
     try:
-        with torch.no_grad():
-            outputs = forward(network.eval(), data.inputs[:2], 1, config.estimator, generator)
-    except RuntimeError as error:
-        raise Refusal("The network takes the images", received=f"images {data.shape}: {error}".split("\n")[0],
-                      cause="a network built for another shape", fix="build it with this input_shape") from error
-    finally:
-        network.train()
+        with training_modes(network):
+            outputs = try_step(network, data.inputs[:rows], min(config.draws, rows), config.estimator)
+    except Refusal:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        few = "more than 1 value per channel" in str(error)
+        raise Refusal(
+            "The network takes the images, in batches of this size",
+            received=f"inputs {data.shape} in a batch of {rows}: {type(error).__name__}: {error}".split("\n")[0],
+            cause="a norm that takes statistics from the batch" if few else "a network built for another shape or type",
+            fix="batch_size=2 or more" if few else "build it with this input_shape, or reshape the inputs",
+        ) from error
     for split in (data,) if validation is None else (data, validation):
         top = int(split.labels.max())
         require(outputs.ndim == 3 and top < outputs.shape[-1] and split.shape == data.shape,
@@ -190,7 +237,7 @@ def check_task(network: nn.Module, data: Split, validation: Split | None, config
                  "labels that count from one, a network with too few outputs, or another data set",
                  "build the network with as many classes as there are labels")
 
-# %% ../nbs/16_training.ipynb #8994a9d1-0
+# %% ../nbs/16_training.ipynb #42bb411e-0
 class EpochRecord(NamedTuple):
     """One epoch: means over its rows, in nats per datum."""
 
@@ -218,8 +265,7 @@ CHECK_EVERY = 16  # steps between looking at the numbers, which on a GPU means w
 
 def predictive_nll(network: nn.Module, split: Split, draws: int, generator: torch.Generator) -> float:
     """-log mean_s p(label | image, theta_s), averaged over the images, in nats per image."""
-    outputs = predict(network.eval(), split.inputs, draws=draws, generator=generator)
-    network.train()
+    outputs = predict(network, split.inputs, draws=draws, generator=generator)
     return -(Categorical().log_prob(outputs, split.labels).logsumexp(0) - math.log(draws)).mean().item()
 
 
@@ -275,6 +321,21 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * group["factor"] * factor
         noise = self.seed_noise(self.epoch, f"noise/{self.step}")
+        seed = epoch_generator(config.seed, self.epoch, f"layers/{self.step}").initial_seed()
+        with seeded_world(self.device, seed):  # dropout draws from torch's own generators
+            parts = self.objective(images, labels, noise)
+            self.optimizer.zero_grad(set_to_none=True)
+            (-parts.elbo).backward()
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
+        self.optimizer.step()
+        fit, kl = parts.expected_log_likelihood.detach(), parts.kl.detach()
+        self.sums += len(images) * torch.stack([fit, kl, torch.ones_like(fit)])
+        self.step += 1
+
+    def objective(self, images: Tensor, labels: Tensor, noise: torch.Generator) -> ELBO:
+        """What this step maximises, and its parts."""
+        config = self.config
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             outputs = forward(self.network, images, config.draws, config.estimator, noise)
         warm_up = warm_up_factor(self.epoch * self.steps + self.step, config.kl_warm_up * self.steps)
@@ -283,14 +344,7 @@ class _Run:
         if self.information is not None:
             weights = sample_weights(self.network, config.information_draws, noise)
             parts = symmetrized_elbo(parts, self.information, weights, self.num_data, beta, noise)
-        self.optimizer.zero_grad(set_to_none=True)
-        (-parts.elbo).backward()
-        if config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
-        self.optimizer.step()
-        fit, kl = parts.expected_log_likelihood.detach(), parts.kl.detach()
-        self.sums += len(images) * torch.stack([fit, kl, torch.ones_like(fit)])
-        self.step += 1
+        return parts
 
     def means(self) -> tuple[float, float, float]:
         """ELBO, expected log-likelihood and KL of the epoch so far. Raises `Refusal` when they are not finite."""
@@ -318,7 +372,7 @@ class _Run:
 
     def replace(self, network: nn.Module) -> None:
         """Train another network from the next step on, with a new optimiser. Raises `Refusal` for a plain network."""
-        self.network = network.to(self.device, self.data.inputs.dtype).train()
+        self.network = network.to(self.device, self.data.inputs.dtype)
         self.optimizer = make_optimizer(self.network, self.config)
         self.best, self.begun = {}, self.epoch
         self.information = gain_estimator(self.network, self.config, self.data.shape, self.symmetry)
@@ -381,7 +435,7 @@ def _check_same_run(stored: dict, wanted: dict) -> None:
     parts = ("data", "architecture", "family", "action", "symmetry")
     check_continued(theirs | {name: stored.get(name) for name in parts}, ours | {name: wanted[name] for name in parts})
 
-# %% ../nbs/16_training.ipynb #cbd47bf3-0
+# %% ../nbs/16_training.ipynb #ac77af78-0
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
@@ -425,6 +479,9 @@ def _moved(split: Split | None, device: torch.device, dtype: torch.dtype) -> Spl
 
 def _prepare(network, data, config, action, validation, folder, resume, architecture, notes, symmetry):
     """All checks; then the run, and the validation data on its device."""
+    for name, split in (("data", data), ("validation", validation)):
+        if split is not None or name == "data":
+            check_split(split, name)
     device = choose_device(config)
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     variational_tensors(network)  # refuses a plain network
@@ -439,8 +496,11 @@ def _prepare(network, data, config, action, validation, folder, resume, architec
     symmetry = symmetry if config.objective == "symmetrised" else None
     description = _described(network, architecture, config, data, action, symmetry, notes)
     data, validation = _moved(data, device, dtype), _moved(validation, device, dtype)
-    check_task(network.to(device, dtype), data, validation, config)
-    run = _Run(network, data, config, action, description, symmetry)
+    trained = any(parameter.requires_grad for parameter in network.parameters())
+    require(trained, "Some parameter is trained", f"a {type(network).__name__} whose parameters are all frozen",
+            "requires_grad_(False), or frozen posteriors", "network.requires_grad_(True)")
+    run = _Run(network.to(device, dtype), data, config, action, description, symmetry)
+    check_task(network, data, validation, config, run.batches().smallest)
     require(config.batch_size <= run.num_data, "A batch is not larger than the training set",
              f"batch_size={config.batch_size} for {run.num_data} examples", "a small data set", "a smaller batch_size")
     if folder is not None:
@@ -484,7 +544,8 @@ def train(
 ) -> TrainingResult:
     """Maximise the ELBO of a Bayesian classifier; `network` itself is trained, and moved to the device.
 
-    Seeded by `config.seed` alone. On the CPU a run that was interrupted and resumed equals one that was not, bit by
+    Modes during training are those of `training_modes`; afterwards every module is in the mode that it was in. Seeded
+    by `config.seed` alone, dropout included; torch's own generators are left as they were. On the CPU a run that was interrupted and resumed equals one that was not, bit by
     bit, given the same number of threads. Ctrl-C ends the step, saves and returns with status "interrupted". Raises
     `Refusal` before any work for settings or data that cannot be meant, and later when the ELBO is no longer finite or
     the disk is full; the last checkpoint is kept then.
@@ -493,7 +554,8 @@ def train(
     run, validation = _prepare(network, data, config, action, validation, folder, resume, architecture, notes, symmetry)
     bar = tqdm(total=config.epochs * run.steps, initial=run.epoch * run.steps + run.step, unit="step",
                disable=None if progress else True)
-    with bar, _interruptible() as interrupted:
+    with bar, ExitStack() as modes, _interruptible() as interrupted:
+        modes.enter_context(training_modes(run.network))
         while run.epoch < config.epochs and not interrupted():
             _train_epoch(run, bar, interrupted)
             if run.step == run.steps:
@@ -503,6 +565,7 @@ def train(
                              "a callback that returned another network", "a change of the network in mid-run",
                              "train without a folder, or call train once for each network")
                     run.replace(other)
+                    modes.enter_context(training_modes(run.network))
                 run.close_epoch(validation)
             if folder is not None:
                 run.save(folder)

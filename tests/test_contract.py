@@ -240,11 +240,33 @@ def test_inputs_that_tell_nothing_do_not_mislead(x):
 def test_what_a_network_becomes_is_looked_at_again():
     plain, network, x, _ = made("tokens")
     assert execution_plan(network, x).together
-    network[0].register_forward_pre_hook(lambda module, inputs: (inputs[0].transpose(0, 1),))
-    network[0].register_forward_hook(lambda module, inputs, output: output.transpose(0, 1))
-    assert not execution_plan(network, x).together
+    for module in (network[0], plain[0]):
+        module.register_forward_pre_hook(lambda module, inputs: (inputs[0].transpose(0, 1),))
+        module.register_forward_hook(lambda module, inputs, output: output.transpose(0, 1))
     weights = sample_weights(network, 3, seeded())
     assert_close(apply_weights(network, x, weights), loop(plain, x, weights), UNSEEN)
+    assert not execution_plan(network, x).together
+    twice = [predict(network, x, draws=3, memory=memory, generator=seeded(3)) for memory in (1, 10**9)]
+    assert_close(*twice, UNSEEN)
+    assert_close(twice[0], loop(plain, x, sample_weights(network, 3, seeded(3))), UNSEEN)
+
+
+def flips_rows(y):
+    y.copy_(y.flip(0).clone())
+
+
+@pytest.mark.parametrize("change", [flips_rows, lambda y: None])
+def test_hooks_that_change_what_they_see_are_run_draw_by_draw(change):
+    plain, network, x, _ = made("mlp")
+    seen = []
+    for module in (network[1], plain[1]):
+        module.register_forward_hook(lambda module, inputs, output: (seen.append(len(output)), change(output))[1])
+    weights = sample_weights(network, 3, seeded())
+    expected, before = loop(plain, x, weights), len(seen)
+    assert_close(apply_weights(network, x, weights), expected, UNSEEN)
+    calls = seen[before:]
+    assert calls[-1] == (3 * len(x) if execution_plan(network, x).together else len(x))
+    assert execution_plan(network, x).together == (calls == [3 * len(x)])  # a hook that looks is called once
 
 
 def test_a_trial_in_the_networks_own_precision():
@@ -470,7 +492,7 @@ def test_conversion_keeps_what_a_layer_has():
     assert_close(out, loop(plain, x, weights), UNSEEN)
     calls.clear()
     out.sum().backward()
-    assert calls == ["backward"]
+    assert calls == ["backward"] * 2  # the forward hook changes what it sees, so there is a call for each draw
     back = posterior_mean_network(network)
     assert torch.equal(back[0].note, plain[0].note)
     assert_close(back(x), plain(x), exact64)
