@@ -346,7 +346,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
             "needs no curvature")
     return needed
 
-# %% ../nbs/13_evidence.ipynb #d08de0d9-0
+# %% ../nbs/13_evidence.ipynb #ade89a13-0
 @dataclass(frozen=True)
 class KroneckerCurvature:
     """Eigenvalues of Kronecker factors, float64: for each tensor the pairs (of A, of B) of its independent blocks."""
@@ -382,25 +382,22 @@ def _uses(plain: nn.Module, layer: str, x: Tensor) -> int:
     return 1 if tied or isinstance(plain.get_submodule(layer), nn.Conv2d) else x.numel() // x.shape[-1]
 
 
-def _are_separate(plain: nn.Module, layer: str, x: Float[Tensor, "1 ..."], uses: int) -> bool:
-    """Whether no output depends on more than one of a layer's `uses` for one datum: behind the layer one after the
-    other is made NaN, and what it reaches is NaN too."""
-    seen, spoilt = 0, -1
+def _reached(plain: nn.Module, layer: str, x: Float[Tensor, "1 ..."], use: int) -> Float[Tensor, "1 C"]:
+    """1 for every output that depends on this use of a layer, else 0: what is NaN after it was made NaN."""
+    seen = 0
 
     def spoil(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
         nonlocal seen
         here = _uses(plain, layer, args[0])
-        place, seen = spoilt - seen, seen + here
+        place, seen = use - seen, seen + here
         if not 0 <= place < here:
             return y
         return y.reshape(here, -1).index_fill(0, torch.tensor([place], device=y.device), math.nan).view(y.shape)
 
-    hook, reached = plain.get_submodule(layer).register_forward_hook(spoil), 0
-    for spoilt in range(uses):
-        seen = 0
-        reached = reached + plain(x).isnan().int()
+    hook = plain.get_submodule(layer).register_forward_hook(spoil)
+    found = plain(x).isnan().double()
     hook.remove()
-    return bool((reached <= 1).all())
+    return found
 
 
 @torch.no_grad()
@@ -421,7 +418,8 @@ def _check_sharing(plain: nn.Module, layers: list[str], x: Float[Tensor, "1 ..."
             "a layer that the network does not call", "remove it")
     meeting = [] if sharing else [  # the curvature of labels joins all outputs
         layer for layer, count in uses.items() if count > 1 and not (
-            isinstance(likelihood, Gaussian) and count <= outputs and _are_separate(plain, layer, x, count))]
+            isinstance(likelihood, Gaussian) and count <= outputs
+            and bool((sum(_reached(plain, layer, x, use) for use in range(count)) <= 1).all()))]
     require(not meeting, "Kronecker factors take the inputs of a layer for independent data",
             ", ".join(f"{layer!r} with {uses[layer]} inputs for one datum" for layer in meeting),
             "a linear layer on the elements of a set, on nodes, tokens or pixels, or a layer that is used several "

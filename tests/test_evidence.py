@@ -562,9 +562,9 @@ def test_data_that_are_not_finite_are_named(curvature, bad):
     network, x, y = bayesianize(plain, PointMass), normal(9, 4), normal(9, 3)
     broken, missing = x.clone(), y.clone()
     broken[0, 2] = broken[7, 1] = missing[8, 0] = bad
-    with pytest.raises(Refusal, match="Inputs are finite.*2 of 9 inputs"):
+    with pytest.raises(Refusal, match=r"Inputs are finite.*2 of 9 inputs"):
         E.laplace(network, broken, labels(9), curvature=curvature)
-    with pytest.raises(Refusal, match="one finite target for each input.*1 numbers not finite"):
+    with pytest.raises(Refusal, match=r"one finite target for each input.*1 numbers not finite"):
         E.laplace(network, x, missing, likelihood=Gaussian(NOISE), curvature=curvature)
     for wrong in (labels(8), labels(300)):
         with pytest.raises(Refusal, match="one finite target for each input"):
@@ -572,7 +572,7 @@ def test_data_that_are_not_finite_are_named(curvature, bad):
     with pytest.raises(Refusal, match="some data"):
         E.laplace(network, x[:0], labels(0), curvature=curvature)
     network.weight.posterior.loc.data[0, 0] = bad
-    with pytest.raises(Refusal, match="Outputs of a network.*diverged"):
+    with pytest.raises(Refusal, match=r"Outputs of a network.*diverged"):
         E.laplace(network, x, labels(9), curvature=curvature)
 
 
@@ -674,7 +674,7 @@ def test_weights_that_meet_in_one_datum_have_to_be_asked_for(name, likelihood):
     network, x = bayesianize(started(made()), PointMass), normal(9, *shape)
     y = labels(9) if isinstance(likelihood, Categorical) else normal(9, 3)
     for curvature in ("exact", "sampled"):
-        with pytest.raises(Refusal, match='inputs for one datum.*curvature="full"; or sharing="expand"'):
+        with pytest.raises(Refusal, match=r'inputs for one datum.*curvature="full"; or sharing="expand"'):
             E.laplace(network, x, y, likelihood=likelihood, curvature=curvature)
         E.laplace(network, x, y, likelihood=likelihood, curvature=curvature, sharing="expand")
     E.laplace(network, x, y, likelihood=likelihood, curvature="full")

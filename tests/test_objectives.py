@@ -166,7 +166,7 @@ def test_a_learnt_noise_reaches_the_maximum_of_likelihood(shape):
     ((1,), (3, 5)), ((3, 1, 1), (3, 5, 2)), ((5, 2), (3, 5, 2)), ((2,), (3, 5, 1)), ((3,), (3, 5, 2)),
 ], ids=str)
 def test_noise_that_does_not_belong_to_the_coordinates_of_a_target_is_refused(noise, outputs):
-    with pytest.raises(Refusal, match="one for each coordinate.*Fix: noise of shape"):
+    with pytest.raises(Refusal, match=r"one for each coordinate.*Fix: noise of shape"):
         Gaussian(torch.ones(noise)).log_prob(torch.zeros(outputs), torch.zeros(outputs[1:]))
 
 
