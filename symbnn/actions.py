@@ -34,7 +34,7 @@ def _check_tables(index: Tensor, sign: Tensor) -> None:
                       cause="an index is repeated or out of range, or a sign is neither -1 nor +1",
                       fix="list for each coordinate of the result the one coordinate that it is read from")
 
-# %% ../nbs/02_actions.ipynb #5ebc35ff-0
+# %% ../nbs/02_actions.ipynb #bb44870c-0
 @dataclass(frozen=True, eq=False)
 class SignedPermutation:
     """A signed permutation of `n` coordinates: `(P x)[i] = sign[i] * x[index[i]]`.
@@ -128,7 +128,8 @@ class SignedPermutation:
     def __call__(self, x: Shaped[Tensor, "..."], dims: int | Sequence[int] = -1) -> Shaped[Tensor, "..."]:
         """Apply to `x` along `dims`: one axis, or several that are flattened jointly in the order given.
 
-        Differentiable, on the device and in the dtype of `x`. Raises `Refusal` when the axes have another size.
+        Differentiable, on the device and in the dtype of `x`. Raises `Refusal` when the axes have another size,
+        and for a type without signs where signs change.
         """
         axes = (dims,) if isinstance(dims, int) else tuple(dims)
         block = tuple(x.shape[axis] for axis in axes)
@@ -141,6 +142,9 @@ class SignedPermutation:
         index, sign = self._tables(x.device)
         y = x.movedim(axes, last).flatten(-len(axes)).index_select(-1, index)
         if not self.is_unsigned:
+            if x.dtype in (torch.bool, torch.uint8):
+                raise Refusal("a number whose sign may change has a type with signs", received=f"{x.dtype}",
+                              cause="pixels as they are stored, or a mask", fix="x.to(torch.float32)")
             y = y * sign.to(x.dtype)
         return y.unflatten(-1, block).movedim(last, axes)
 

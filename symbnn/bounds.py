@@ -165,16 +165,29 @@ def through_information(information: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]
     mutual information"; vacuous from I = 1/2 on."""
     return (2 * information).sqrt()
 
-# %% ../nbs/06_error_bounds.ipynb #0ff629fd-0
+# %% ../nbs/06_error_bounds.ipynb #c6912274-0
+def _check_orbits(means: Float[Tensor, "*n G C"]) -> None:
+    """Raise `Refusal` for predictions that agree whatever they are."""
+    if means.ndim < 2 or min(means.shape[-2:]) < 2 or means.numel() == 0:
+        raise Refusal("Orbits of predictions are compared over at least two group elements and two classes",
+                      received=f"shape {tuple(means.shape)}, read as (..., group elements, classes)",
+                      cause="one logit for two classes, predictions without their turns, or no predictions",
+                      fix="two logits, or torch.cat([torch.zeros_like(z), z], -1) of the one logit z; a group of at "
+                          "least two elements")
+
+
 def jensen_shannon(means: Float[Tensor, "*n G C"]) -> Float[Tensor, "*n"]:
     """Jensen-Shannon divergence of the G distributions of each orbit, with equal weights, in nats:
-    `@eq-jensen-shannon`, between 0 and min(log G, log C)."""
+    `@eq-jensen-shannon`, between 0 and min(log G, log C). `Refusal` for G = 1, C = 1 and for no predictions."""
+    _check_orbits(means)
     entropies = torch.special.entr(means).sum(-1).mean(-1)
     return (torch.special.entr(means.mean(-2)).sum(-1) - entropies).clamp_min(0)  # rounding may fall below zero
 
 
 def orbit_error(means: Float[Tensor, "*n G C"]) -> Float[Tensor, "*n"]:
-    """Mean total variation of two different members of an orbit of turned-back predictions, 0 to 1."""
+    """Mean total variation of two different members of an orbit of turned-back predictions, 0 to 1.
+    `Refusal` for G = 1, C = 1 and for no predictions."""
+    _check_orbits(means)
     turns = means.shape[-2]
     pairs = total_variation(means.unsqueeze(-2), means.unsqueeze(-3))
     return pairs.sum((-1, -2)) / (turns * (turns - 1))

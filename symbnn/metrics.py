@@ -24,8 +24,9 @@ from .layers import is_variational
 from .sampling import predict, sample_weights
 from .network_actions import NetworkAction
 
-# %% ../nbs/07_defect.ipynb #943b0fac-0
+# %% ../nbs/07_defect.ipynb #3c1369c0-0
 Probabilities = Float[Tensor, "S N G C"]
+_TWO_LOGITS = "use two logits, or torch.cat([torch.zeros_like(z), z], -1) of the one logit z"
 
 
 def check_probabilities(probabilities: Probabilities, turns: int = 1) -> None:
@@ -40,6 +41,9 @@ def check_probabilities(probabilities: Probabilities, turns: int = 1) -> None:
     shape = tuple(probabilities.shape)
     if len(shape) != 4 or 0 in shape:
         refuse(f"shape {shape}", "an axis that was dropped or is empty")
+    if shape[3] < 2:
+        refuse(f"shape {shape}, a single class, of which every prediction is right", "one logit, or one probability, "
+               "for two classes", f"{_TWO_LOGITS}; of one probability p: torch.cat([1 - p, p], -1)")
     if shape[2] < turns:
         refuse(f"{shape[2]} group element(s)", "predictions without their turns, which say nothing about equivariance",
                "predict over a group of at least two elements")
@@ -69,7 +73,7 @@ def check_labels(probabilities: Probabilities, labels: Int[Tensor, "N"]) -> Int6
         refuse(f"labels from {labels.min()} to {labels.max()}", "labels that count from 1, or other classes")
     return labels.to(probabilities.device, torch.int64)
 
-# %% ../nbs/07_defect.ipynb #4bce5819-0
+# %% ../nbs/07_defect.ipynb #1c139b86-0
 Mode = Literal["common", "shared", "fresh"]
 
 
@@ -100,7 +104,8 @@ def orbit_predictions(
     "common" the turns of a batch are predicted together. `memory` limits the result, in bytes.
     Raises `Refusal` for a network that is not variational or has batch statistics or dropout switched on, an unknown
     mode, inputs that are empty, not finite or of another shape or type than the action or the network, a result
-    beyond `memory`, an output action that is not a permutation of classes, and outputs that are not (N, C).
+    beyond `memory`, an output action that is not a permutation of at least two classes, and outputs that are not
+    (N, C).
     """
     _check_request(network, inputs, action, draws, mode, batch_size)
     elements, classes = action.group.elements(), math.prod(action.output.shape)
@@ -130,13 +135,17 @@ def orbit_predictions(
                 bar.update(len(turned))
     return OrbitPredictions(found, elements, mode)
 
-# %% ../nbs/07_defect.ipynb #857db9d5-0
+# %% ../nbs/07_defect.ipynb #5c5a28af-0
 def _check_request(network, inputs, action, draws, mode, batch_size) -> None:
     def refuse(invariant: str, received: str, cause: str, fix: str) -> None:
         raise Refusal(invariant, received=received, cause=cause, fix=fix)
 
     if mode not in get_args(Mode):
         refuse(f"The draw mode is one of {', '.join(get_args(Mode))}", repr(mode), "a typing error", "mode='common'")
+    if not isinstance(action, NetworkAction):
+        refuse("The action is one on a network's inputs and outputs, a NetworkAction", f"{type(action).__name__} "
+               f"{action!r}", "the action on inputs alone", "network_action(network, action) from "
+               "symbnn.network_actions, with the network before `bayesianize`")
     if draws < 1 or batch_size < 1:
         refuse("Draws and batch size are at least 1", f"draws={draws}, batch_size={batch_size}", "a computed count",
                "draws=16, batch_size=256")
@@ -158,6 +167,14 @@ def _check_request(network, inputs, action, draws, mode, batch_size) -> None:
     if not inputs.isfinite().all():
         refuse("Inputs are finite", "NaN or infinite values", "damaged data, or a division by a zero deviation",
                "look for constant columns in the normalisation")
+    output = tuple(action.output.shape)
+    if len(output) != 1:
+        refuse("A classifier's output is one vector of logits for each input", f"an action on outputs {output} of one "
+               "input", "a network with outputs for pixels or steps", "end the network in nn.Flatten() and a linear "
+               "layer with an output for each class, and derive the action with network_action from that network")
+    if output[0] < 2:
+        refuse("A classifier has at least two classes", "one logit, whose softmax is 1 whatever the input",
+               "one logit for two classes", _TWO_LOGITS)
     if not action.output.is_unsigned():
         refuse("On probabilities a group acts by permuting classes", "an output action with signs",
                "an action meant for regression", "derive the network action with output=None, or permute classes")
@@ -170,7 +187,7 @@ def _depends_on_batch(module: nn.Module) -> bool:
 
 def _check_outputs(logits: Tensor, draws: int, rows: int, action: NetworkAction) -> None:
     expected = (draws, rows, *action.output.shape)
-    if len(action.output.shape) != 1 or tuple(logits.shape) != expected:
+    if tuple(logits.shape) != expected:
         raise Refusal(
             "A classifier's output is one vector of logits an input, and the group acts on that vector",
             received=f"outputs {tuple(logits.shape)} where the action expects {expected}",

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NO_LABEL', 'Likelihood', 'Categorical', 'Gaussian', 'ELBO', 'elbo', 'violations']
 
-# %% ../nbs/05_exactness.ipynb #1f8b5867-0
+# %% ../nbs/05_exactness.ipynb #3555cc28-0
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import log, pi
+from math import inf, log, pi
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from .layers import kl_per_datum, variational_tensors
 from .network_actions import NetworkAction, intertwining_error
 from .sampling import predict, sample_weights
 
-# %% ../nbs/05_exactness.ipynb #b5fc337c-0
+# %% ../nbs/05_exactness.ipynb #b9145b02-0
 class Likelihood(ABC):
     """How outputs explain targets; log-probabilities in nats."""
 
@@ -62,6 +63,13 @@ class Categorical(Likelihood):
     def log_prob(self, outputs: Float[Tensor, "S B classes"], targets: Int[Tensor, " B"]) -> Float[Tensor, "S B"]:
         """Minus the cross-entropy of the logits. Raises `Refusal` for targets that are not (B,) integers, and on the
         CPU for labels out of range (on a GPU, where looking would mean waiting, CUDA stops the program)."""
+        if outputs.ndim != 3 or outputs.shape[-1] < 2:
+            raise Refusal(
+                "Outputs are logits of at least two classes, one vector for each draw and datum",
+                received=f"outputs {tuple(outputs.shape)}",
+                cause="one logit for two classes, of which softmax makes the probability 1, or outputs for pixels",
+                fix="two logits, or torch.cat([torch.zeros_like(z), z], -1) of the one logit z",
+            )
         if targets.shape != outputs.shape[1:2] or targets.is_floating_point():
             received = f"{targets.dtype} of shape {tuple(targets.shape)}"
             raise _labels_refused(outputs, received, "one-hot or real targets")
@@ -87,23 +95,58 @@ class Categorical(Likelihood):
         return action(g).inverse().index.to(targets.device)[targets.long()]
 
 
+def _check_noise(noise: Real | Tensor) -> None:
+    """Raise `Refusal` unless these are one or several standard deviations, positive and finite."""
+    real = isinstance(noise, Real) or (isinstance(noise, Tensor) and not noise.is_complex() and noise.numel() > 0)
+    if not real or not bool(torch.all((0 < noise) & (noise < inf)) if isinstance(noise, Tensor) else 0 < noise < inf):
+        raise Refusal(
+            "The noise of a Gaussian likelihood is a positive standard deviation",
+            received=f"noise={noise}",
+            cause="a logarithm, a list or an array, a value that was rounded to zero, or a step that went past zero",
+            fix="a number or a tensor of standard deviations in units of the target; for one that is learnt "
+            "Gaussian(log_noise.exp()), made anew in each step",
+        )
+
+
 @dataclass(frozen=True)
 class Gaussian(Likelihood):
-    """Real targets (B, ...) around the outputs (S, B, ...) with known noise, summed over the target's coordinates."""
+    """Real targets (B, ...) around the outputs (S, B, ...) with Gaussian noise, summed over the target's coordinates.
 
-    noise: float  # standard deviation, in units of the target
+    A tensor of noise may be trained: gradients flow into it, also through its normalising constant. Two likelihoods
+    are equal with equal numbers or with one and the same tensor. Raises `Refusal` for noise that is not positive.
+    """
+
+    # Standard deviation in units of the target: a number, or a tensor of shape () or one that broadcasts to the shape
+    # of one target, such as (m,) with an entry for each of m outputs
+    noise: float | Tensor
 
     def __post_init__(self):
-        if not self.noise > 0:
-            raise Refusal(
-                "The noise of a Gaussian likelihood is a positive standard deviation",
-                received=f"noise={self.noise}",
-                cause="a logarithm, or a value that was rounded to zero",
-                fix="pass the standard deviation in units of the target",
-            )
+        _check_noise(self.noise)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        tensors = isinstance(self.noise, Tensor) or isinstance(other.noise, Tensor)
+        return self.noise is other.noise if tensors else self.noise == other.noise
+
+    def scale(self, like: Tensor, shape: torch.Size) -> Tensor:
+        """The standard deviations as a tensor that broadcasts to one target's `shape`, in the type and on the device
+        of `like`. Raises `Refusal` for another shape, and for a tensor that is no longer positive and finite."""
+        if isinstance(self.noise, Tensor):
+            _check_noise(self.noise)
+            if self.noise.ndim > len(shape) or any(
+                    n not in (1, m) for n, m in zip(reversed(self.noise.shape), reversed(shape))):
+                raise Refusal(
+                    "Noise is one standard deviation, or one for each coordinate of a target",
+                    received=f"noise of shape {tuple(self.noise.shape)} for targets of shape {tuple(shape)} each",
+                    cause="a noise for each datum or draw, or for another number of outputs",
+                    fix=f"noise of shape () or {tuple(shape)}",
+                )
+        return torch.as_tensor(self.noise, dtype=like.dtype, device=like.device)
 
     def log_prob(self, outputs: Float[Tensor, "S B ..."], targets: Float[Tensor, "B ..."]) -> Float[Tensor, "S B"]:
-        """log N(target; output, noise^2), summed over coordinates. Raises `Refusal` rather than broadcast targets."""
+        """log N(target; output, noise^2), summed over coordinates. Raises `Refusal` rather than broadcast targets or
+        noise, and for a tensor of noise that is no longer positive."""
         if outputs.shape[1:] != targets.shape:
             raise Refusal(
                 "Targets have the shape of the outputs of one draw",
@@ -111,7 +154,9 @@ class Gaussian(Likelihood):
                 cause="targets without the axis of one output, which would be compared with every other datum's",
                 fix="targets[:, None] for a network with one output",
             )
-        squares = ((targets - outputs) / self.noise).square() + log(2 * pi * self.noise**2)
+        residuals = targets - outputs
+        noise = self.scale(residuals, targets.shape[1:])
+        squares = (residuals / noise).square() + (log(2 * pi) + 2 * noise.log())
         return -0.5 * squares.flatten(2).sum(-1) if squares.ndim > 2 else -0.5 * squares
 
 # %% ../nbs/05_exactness.ipynb #652912f6-0
@@ -154,7 +199,7 @@ def elbo(
     fit, kl = likelihood.mean_log_likelihood(outputs, targets), kl_per_datum(network, num_data)
     return ELBO(fit, kl, fit - kl_weight * kl)
 
-# %% ../nbs/05_exactness.ipynb #76524dd2-0
+# %% ../nbs/05_exactness.ipynb #ae52e1dd-0
 def violations(
     network: nn.Module,
     action: NetworkAction,
@@ -203,14 +248,16 @@ def _intertwining_fault(network: nn.Module, action: NetworkAction, x: Tensor, ge
 def _likelihood_fault(
     likelihood: Likelihood, action: NetworkAction, inputs: Tensor, targets: Tensor, generator: torch.Generator
 ) -> str:
-    shape = (1, len(inputs), *action.output.shape)
-    outputs = torch.randn(shape, generator=generator, dtype=inputs.dtype, device=inputs.device)
+    shape, dtype = (1, len(inputs), *action.output.shape), torch.promote_types(inputs.dtype, torch.float32)
+    outputs = torch.randn(shape, generator=generator, dtype=dtype, device=inputs.device)
     expected = likelihood.log_prob(outputs, targets)
+    several = isinstance(likelihood, Gaussian) and isinstance(likelihood.noise, Tensor) and likelihood.noise.numel() > 1
+    cause = "; the noise has to be the same along each orbit of output coordinates" if several else ""
     for g in action.group.generators():
         moved = likelihood.log_prob(action.output.act(g, outputs), likelihood.move(action.output, g, targets))
         error = (moved - expected).abs().max().item()
         if not error <= rounding_tolerance(expected):
-            return f"log p(gy | gf) differs from log p(y | f) by {error:.2g} nats for g = {g}"
+            return f"log p(gy | gf) differs from log p(y | f) by {error:.2g} nats for g = {g}{cause}"
     return ""
 
 

@@ -245,3 +245,13 @@ def test_refusals(name):
     refused, words = REFUSED[name]
     with pytest.raises(Refusal, match=words):
         refused()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool])
+def test_signs_of_types_without_signs_are_refused(dtype):
+    """-3 would be 253 among bytes, and no sign at all among truth values."""
+    x, swap = torch.ones(2, dtype=dtype), SignedPermutation(torch.tensor([1, 0]), torch.tensor([1, -1]))
+    with pytest.raises(Refusal, match=r"type with signs.*x\.to\(torch\.float32\)"):
+        swap(x)
+    assert torch.equal(swap(x.to(torch.int64)), torch.tensor([1, -1]))
+    assert torch.equal(swap.absolute()(x), x)

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from symbnn import evidence as E
 from symbnn import precisions as R
+from symbnn.actions import rotations
 from symbnn.data import Split
 from symbnn.families import BlockGaussian, FullGaussian, Laplace, LogNormal, MeanFieldGaussian, PointMass
 from symbnn.groups import Refusal
 from symbnn.layers import bayesianize, isotropic, kl_sum, per_tensor, random_means, variational_tensors
 from symbnn.objectives import Categorical, Gaussian, elbo
-from symbnn.relaxed import pathways, relaxed_network
+from symbnn.relaxed import TiedPath, pathways, relaxed_network
 from symbnn.sampling import forward
 from symbnn.training import TrainingConfig, train
 from tolerances import assert_close, within_standard_errors
@@ -473,6 +474,269 @@ def test_on_cuda(require_cuda):
             raised = R.raise_evidence(fitted, E.log_precisions(moved))
             values.append(fitted.log_evidence(raised).item())
     assert_close(torch.tensor(values[2:]), torch.tensor(values[:2]), 1e-8)  # twenty steps of Adam
+
+
+# Inputs of every number type
+
+
+class Converted(nn.Module):
+    """Divides pixels by 255 in float64 and ends in a plain network."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, x):
+        return self.plain(x.to(torch.float64) / 255)
+
+
+class OneHot(nn.Module):
+    """Token ids to a flat one-hot code."""
+
+    def forward(self, x):
+        return torch.eye(7).double()[x.long()].flatten(1)
+
+
+def pixels() -> tuple[nn.Module, torch.Tensor]:
+    return Converted(convolutional()), torch.randint(256, (12, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+
+
+def tokens() -> tuple[nn.Module, torch.Tensor]:
+    plain = started(nn.Sequential(OneHot(), nn.Linear(35, 4), nn.Tanh(), nn.Linear(4, 3)))
+    return plain, torch.randint(7, (12, 5), generator=torch.Generator().manual_seed(1))
+
+
+@with_factors
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(NOISE)], ids=str)
+@pytest.mark.parametrize("curvature", ["exact", "sampled", "full", "full from the data"])
+@pytest.mark.parametrize("made", [pixels, tokens])
+def test_evidence_does_not_depend_on_the_type_of_inputs(made, curvature, likelihood):
+    plain, x = made()
+    network = with_precisions(plain)
+    y = labels(12) if isinstance(likelihood, Categorical) else normal(12, 3)
+    x = x[:4] if curvature == "full from the data" else x.repeat(20, *[1] * (x.ndim - 1))
+    y = y[:4] if curvature == "full from the data" else y.repeat(20, *[1] * (y.ndim - 1))
+    types = torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64
+    fitted = [E.laplace(network, x.to(dtype), y, likelihood=likelihood, curvature=curvature.split()[0])
+              for dtype in types]
+    kind = {"exact": E.KroneckerCurvature, "sampled": E.KroneckerCurvature, "full": E.FullCurvature}
+    assert all(type(each.curvature) is kind.get(curvature, E.KernelCurvature) for each in fitted)
+    d = E.log_precisions(network)
+    values = torch.stack([each.log_evidence(d) for each in fitted])
+    assert fitted[-1].curvature.log_det(d) > 1
+    assert_close(values, values[-1].expand(len(types)))
+
+
+class Table(nn.Module):
+    """Token ids to the rows of a fixed table."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rows", normal(7, 3, seed=3))
+
+    def forward(self, x):
+        return F.embedding(x, self.rows) if not x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("count", [4, 40])
+def test_token_ids_have_the_curvature_of_their_embedding(count):
+    plain = started(nn.Sequential(Table(), nn.Flatten(), nn.Linear(15, 3)))
+    network, x = with_precisions(plain), torch.randint(7, (count, 5), generator=torch.Generator().manual_seed(1))
+    found, expected = (E.full_curvature(network, each) for each in (x, plain[0](x)))
+    d = E.log_precisions(network)
+    assert found.log_det(d) > 1
+    assert_close(found.log_det(d), expected.log_det(d))
+
+
+# Data that are no data
+
+
+NAN = [math.nan, math.inf]
+
+
+@with_factors
+@pytest.mark.parametrize("bad", NAN)
+@pytest.mark.parametrize("curvature", ["exact", "sampled", "full"])
+def test_data_that_are_not_finite_are_named(curvature, bad):
+    plain = started(nn.Linear(4, 3))
+    network, x, y = bayesianize(plain, PointMass), normal(9, 4), normal(9, 3)
+    broken, missing = x.clone(), y.clone()
+    broken[0, 2] = broken[7, 1] = missing[8, 0] = bad
+    with pytest.raises(Refusal, match=r"Inputs are finite.*2 of 9 inputs"):
+        E.laplace(network, broken, labels(9), curvature=curvature)
+    with pytest.raises(Refusal, match=r"one finite target for each input.*1 numbers not finite"):
+        E.laplace(network, x, missing, likelihood=Gaussian(NOISE), curvature=curvature)
+    for wrong in (labels(8), labels(300)):
+        with pytest.raises(Refusal, match="one finite target for each input"):
+            E.laplace(network, x, wrong, curvature=curvature)
+    with pytest.raises(Refusal, match="some data"):
+        E.laplace(network, x[:0], labels(0), curvature=curvature)
+    network.weight.posterior.loc.data[0, 0] = bad
+    with pytest.raises(Refusal, match=r"Outputs of a network.*diverged"):
+        E.laplace(network, x, labels(9), curvature=curvature)
+
+
+@with_factors
+@pytest.mark.parametrize("fit", [E.full_curvature, E.kronecker_curvature])
+def test_one_logit_has_no_evidence(fit):
+    with pytest.raises(Refusal, match=r"two classes.*torch\.cat"):
+        fit(bayesianize(started(nn.Linear(4, 1)), PointMass), normal(9, 4))
+
+
+class LateRoot(nn.Module):
+    """Finite outputs without a finite slope at 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3, bias=False)
+
+    def forward(self, x):
+        return self.linear(x).abs().sqrt()
+
+
+@with_factors
+@pytest.mark.parametrize("fit", [E.full_curvature, E.kronecker_curvature])
+def test_gradients_that_are_not_finite_are_named(fit):
+    x = normal(9, 4)
+    x[8] = 0
+    with pytest.raises(Refusal, match="without a slope"):
+        fit(bayesianize(started(LateRoot()), PointMass), x)
+
+
+# One noise for each output
+
+
+@with_factors
+@pytest.mark.parametrize("curvature", ["exact", "full"])
+@pytest.mark.parametrize("shape", [(), (1,), (2,)], ids=str)
+def test_evidence_with_a_tensor_of_noise(curvature, shape):
+    """Outputs and targets in units of the noise have noise 1, up to the change of the targets' volume."""
+    noise = (0.4 + torch.rand(shape, generator=torch.Generator().manual_seed(4))).double().requires_grad_()
+    plain, x, y = started(nn.Linear(4, 2, bias=False)), normal(9, 4), normal(9, 2)
+    scaled = started(nn.Linear(4, 2, bias=False))
+    scales = noise.detach().expand(2)
+    found = E.laplace(with_precisions(plain), x, y, likelihood=Gaussian(noise), curvature=curvature)
+    standard = E.laplace(with_precisions(scaled), x, (y - plain(x).detach()) / scales + scaled(x).detach(),
+                         likelihood=Gaussian(1.0), curvature="full").log_likelihood
+    assert_close(found.log_likelihood, standard - 9 * scales.log().sum())
+    d = {"weight": torch.tensor(0.3).double()}
+    expected = sum(torch.linalg.slogdet(torch.eye(4).double() + x.T @ x / s**2 / d["weight"].exp()).logabsdet
+                   for s in scales)
+    assert_close(found.curvature.log_det(d), expected, 1e-10)
+    assert not found.curvature.log_det(d).requires_grad
+
+
+# Weights that meet in one datum
+
+
+class Pooled(nn.Module):
+    """One linear layer for all elements of a set, nodes or tokens, then a sum and a second layer."""
+
+    def __init__(self, layout: str):
+        super().__init__()
+        self.first, self.last, self.layout = nn.Linear(4, 3), nn.Linear(3, 3), layout
+
+    def forward(self, x):
+        if self.layout == "rows":
+            h = self.first(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        else:
+            h = self.first(x)
+        if self.layout == "attention":
+            h = (h @ h.mT).softmax(-1) @ h
+        return self.last(h.flatten(1, -2).tanh().sum(1))
+
+
+class Again(nn.Module):
+    """A layer that is called twice, a linear one or a convolution."""
+
+    def __init__(self, layer, count: int):
+        super().__init__()
+        self.layer, self.last = layer, nn.Linear(count, 3)
+
+    def forward(self, x):
+        return self.last((self.layer(x) + self.layer(2 * x).tanh()).flatten(1))
+
+
+MEETING = {
+    "set": (lambda: Pooled("set"), (5, 4)), "grid": (lambda: Pooled("set"), (2, 3, 4)),
+    "rows": (lambda: Pooled("rows"), (5, 4)), "attention": (lambda: Pooled("attention"), (5, 4)),
+    "flattened": (lambda: nn.Sequential(nn.Linear(4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)), (5, 4)),
+    "linear twice": (lambda: Again(nn.Linear(4, 4), 4), (4,)),
+    "convolution twice": (lambda: Again(nn.Conv2d(1, 2, 2), 18), (1, 4, 4)),
+}
+
+
+@with_factors
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(NOISE)], ids=str)
+@pytest.mark.parametrize("name", MEETING)
+def test_weights_that_meet_in_one_datum_have_to_be_asked_for(name, likelihood):
+    made, shape = MEETING[name]
+    network, x = bayesianize(started(made()), PointMass), normal(9, *shape)
+    y = labels(9) if isinstance(likelihood, Categorical) else normal(9, 3)
+    for curvature in ("exact", "sampled"):
+        with pytest.raises(Refusal, match=r'inputs for one datum.*curvature="full"; or sharing="expand"'):
+            E.laplace(network, x, y, likelihood=likelihood, curvature=curvature)
+        E.laplace(network, x, y, likelihood=likelihood, curvature=curvature, sharing="expand")
+    E.laplace(network, x, y, likelihood=likelihood, curvature="full")
+    with pytest.raises(Refusal, match="sharing is None or one of expand"):
+        E.kronecker_curvature(network, x, likelihood, sharing="reduce")
+
+
+class Silent(nn.Module):
+    """All elements but the first are switched off by a ReLU, at these inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+
+    def forward(self, x):
+        offsets = torch.tensor([100.0, *[-100.0] * (x.shape[1] - 1)], dtype=x.dtype)[:, None]
+        return (self.first(x) + offsets).relu().sum(1)
+
+
+@with_factors
+def test_a_dead_unit_does_not_separate():
+    with pytest.raises(Refusal, match="5 inputs for one datum"):
+        E.kronecker_curvature(bayesianize(started(Silent()), PointMass), normal(9, 5, 4), Gaussian(NOISE))
+
+
+@with_factors
+def test_positions_of_convolutions_and_groups_are_no_sharing():
+    pooled = started(nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                   nn.Linear(3, 3)))
+    on_pixels = rotations().on(4, 4)
+    tied = started(nn.Sequential(TiedPath(1, 2, on_pixels, on_pixels), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3)))
+    for plain, x in ((pooled, normal(9, 1, 8, 8)), (relaxed("C4-CONV+F-FC"), normal(9, 1, 8, 8)),
+                     (tied, normal(9, 1, 4, 4))):
+        network = bayesianize(plain, PointMass)
+        one, two = (spectra(E.kronecker_curvature(network, x, sharing=how)) for how in (None, "expand"))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+class TokensFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.first(x.transpose(0, 1)).mean(0)
+
+
+class TwoSizes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 3, 3)
+
+    def forward(self, x):
+        return self.first(x).mean((2, 3)) + self.first(x[..., :4, :4]).mean((2, 3))
+
+
+@with_factors
+def test_the_mean_over_positions_needs_one_number_of_them():
+    for plain, shape in ((TokensFirst(), (5, 4)), (TwoSizes(), (1, 6, 6))):
+        network, x = bayesianize(started(plain), PointMass), normal(9, *shape)
+        with pytest.raises(Refusal, match="same number of positions"):
+            E.kronecker_curvature(network, x, sharing="expand", batch_size=4)
 
 
 # What is refused

@@ -564,8 +564,8 @@ def test_an_action_that_does_not_intertwine():
 
 def test_refusals():
     _, action, x, labels = complete()
-    plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
-    signed, zeros = network_action(plain, PLANE, output=MIRRORED), torch.zeros(4, dtype=torch.int64)
+    plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    signed, zeros = network_action(plain, PLANE, output=PLANE), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(Refusal, match="permuting classes"):
         violations(bayesianize(plain), signed, randn(4, 2), zeros)
     with pytest.raises(Refusal, match="own shape"):

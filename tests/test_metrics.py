@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from symbnn.actions import field, regular_channels, rotations
+from symbnn.bounds import jensen_shannon, orbit_error, through_jensen_shannon
 from symbnn.groups import Cyclic, Refusal
 from symbnn.layers import bayesianize
 from symbnn.metrics import (
@@ -501,6 +502,47 @@ def test_signs_on_the_output_and_other_outputs_are_refused(setting):
     smaller[4] = nn.Linear(16, 5).double()
     with pytest.raises(Refusal, match="logits"):
         orbit_predictions(bayesianize(smaller), x, action, 2)
+
+
+TWO_LOGITS = r"torch\.cat\(\[torch\.zeros_like\(z\), z\], -1\)"
+
+
+@pytest.mark.parametrize("metric", [*SCORES, *EQUIVARIANCE, defect_unbiased, summarize], ids=lambda m: m.__name__)
+def test_one_class_is_no_classification(metric):
+    sure, zeros = torch.ones(4, 6, 4, 1, dtype=torch.float64), torch.zeros(6, dtype=torch.int64)
+    arguments = [OrbitPredictions(sure, (0, 1, 2, 3), "common"), zeros] if metric is summarize else [sure]
+    with pytest.raises(Refusal, match=f"single class.*{TWO_LOGITS}"):
+        metric(*arguments, *[zeros] * (metric in SCORES))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 1), (3, 1, 4), (0, 4, 4), (0, 4), (4,)], ids=str)
+@pytest.mark.parametrize("bound", [jensen_shannon, orbit_error, through_jensen_shannon], ids=lambda b: b.__name__)
+def test_orbits_that_agree_whatever_they_are(bound, shape):
+    with pytest.raises(Refusal, match="two group elements and two classes"):
+        bound(torch.ones(shape) / max(1, shape[-1]))
+
+
+def test_one_logit_is_refused_before_the_first_prediction():
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh(), nn.Linear(3, 1))
+    action, x = network_action(plain, field(rotations(), (1, 4, 4))), torch.full((5, 1, 4, 4), 0.5)
+    network = bayesianize(plain)
+    network.register_forward_pre_hook(lambda *_: pytest.fail("predicted"))
+    with pytest.raises(Refusal, match=f"two classes.*one logit.*{TWO_LOGITS}"):
+        orbit_predictions(network, x, action, 2)
+
+
+def test_an_action_on_inputs_alone_is_no_action_of_a_network(setting):
+    _, network, action, x = setting
+    for wrong in (action.input, action.group, None):
+        with pytest.raises(Refusal, match=r"NetworkAction.*network_action\(network, action\)"):
+            orbit_predictions(network, x, wrong, 2)
+
+
+def test_outputs_for_pixels_are_called_that():
+    plain = nn.Conv2d(1, 3, 3, padding=1)
+    maps, x = network_action(plain, field(rotations(), (1, 6, 6))), torch.zeros(16, 1, 6, 6)
+    with pytest.raises(Refusal, match=r"one vector of logits.*\(3, 6, 6\) of one input.*pixels.*nn\.Flatten"):
+        orbit_predictions(bayesianize(plain), x, maps, 4)
 
 
 def test_cuda(require_cuda, setting):
