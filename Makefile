@@ -27,8 +27,10 @@ demo: ready
 test: ready
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=4 --dist=worksteal
 
+# Jupyter refuses to start for root, who is the only user of most containers.
+USER_ID := $(shell id -u)
 lab: ready
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(USER_ID)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 book: ready
 	$(BIN)/python tools/book.py all

@@ -1,4 +1,5 @@
 """Packaging. Everything that can change is read from settings.ini, the one place for it; nothing is repeated here."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -6,23 +7,37 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
-settings.read(HERE / "settings.ini", encoding="utf-8")
+with open(HERE / "settings.ini", encoding="utf-8") as file:
+    settings.read_file(file)
 settings = settings["DEFAULT"]
 
 STATUS = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
+SPDX = {"apache2": "Apache-2.0"}  # of the names that nbdev gives to licences
 PYTHONS = [f"3.{minor}" for minor in range(int(settings["min_python"].split(".")[1]), 14)]
-readme = HERE / "README.md"
+
+
+def outside_a_checkout(readme: str) -> str:
+    """README.md as a page on its own: links to files of the checkout lead to the repository; code is left alone."""
+
+    def absolute(found: re.Match) -> str:
+        kind = "raw" if found[0].startswith("!") else "blob"  # a picture is shown, a page is opened
+        return f"{found[1]}{settings['git_url']}/{kind}/{settings['branch']}/" if found[1] else found[0]
+
+    code = r"^```.*?^```$|`[^`\n]*`"
+    return re.sub(rf"{code}|(!?\[[^\]]*\]\()(?!\w+:|#|/)", absolute, readme, flags=re.M | re.S)
+
 
 setup(
     name=settings["lib_name"],
     version=settings["version"],
     description=settings["description"],
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description=outside_a_checkout((HERE / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     author=settings["author"],
     author_email=settings["author_email"],
-    license="Apache-2.0",
+    license_expression=SPDX[settings["license"]],
     license_files=["LICENSE"],
+    project_urls={"Source": settings["git_url"], "Issues": f"{settings['git_url']}/issues"},
     keywords=[word.strip() for word in settings["keywords"].split(",")],
     classifiers=[
         f"Development Status :: {STATUS[settings['status']]}",

@@ -334,7 +334,7 @@ def evaluate(
         made_by = {"command": _command(), "symbnn": __version__, "torch": torch.__version__}
         write_file(json_file, json.dumps(made_by | settings | found, indent=1).encode())
 
-# %% ../nbs/18_cli.ipynb #b9f480b3-0
+# %% ../nbs/18_cli.ipynb #91d61906-0
 DEFAULT = Comparison()
 METHODS, SEEDS = ",".join(DEFAULT.methods), ",".join(map(str, DEFAULT.seeds))
 
@@ -381,8 +381,6 @@ def compare(
     Console().print(table(results))
     typer.echo("\n".join(conclusions(results)))
     typer.echo(f"Written to {output}: {', '.join(file.name for file in files)}, and a folder for each run")
-
-
 
 # %% ../nbs/18_cli.ipynb #ea54caaa-0
 def _studies_table() -> Table:

@@ -241,7 +241,7 @@ def _plain(network: nn.Module, inputs: Tensor, likelihood: Likelihood) -> nn.Mod
             "sub-sampling or normalisation that looks at the whole batch", "choose and normalise for each input")
     return plain
 
-# %% ../nbs/13_evidence.ipynb #c0b78d67-0
+# %% ../nbs/13_evidence.ipynb #e6351e12-0
 def _kfac() -> type:
     """The linear operator of Curvlinops, which computes Kronecker factors."""
     try:
@@ -251,8 +251,8 @@ def _kfac() -> type:
     except ImportError as error:
         raise Refusal("Kronecker factors are computed by Curvlinops", received=f"{type(error).__name__}: {error}",
                       cause="an optional package that is not installed",
-                      fix="pip install 'symbnn[evidence]' and then "
-                      "pip install --no-deps curvlinops-for-pytorch==3.0.1") from error
+                      fix="pip install 'symbnn[evidence]' && "
+                      "pip install --no-deps curvlinops-for-pytorch==3.0.1 (with the pip of this Python)") from error
     return KFACLinearOperator
 
 

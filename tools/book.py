@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+from jupytext.config import load_jupytext_configuration_file
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -28,6 +29,7 @@ BOOK = ROOT / "nbs"
 LIBRARY = ROOT / "symbnn"
 INDEX = BOOK / "index.ipynb"
 README = ROOT / "README.md"
+PAIRING = load_jupytext_configuration_file(str(ROOT / "jupytext.toml"))
 METADATA = {  # of every notebook: what `nbdev_clean` and jupytext leave of it
     "jupytext": {"default_lexer": "ipython3"},
     "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
@@ -58,11 +60,16 @@ def read_twin(twin: Path) -> nbformat.NotebookNode:
     notebook.metadata = nbformat.from_dict(METADATA)
     seen: dict[str, int] = {}
     for cell in notebook.cells:
-        cell.metadata = {}
+        cell.metadata, cell.source = {}, cell.source.strip("\n")
         digest = hashlib.sha256(f"{cell.cell_type}\0{cell.source}".encode()).hexdigest()[:8]
         seen[digest] = seen.get(digest, -1) + 1
         cell.id = f"{digest}-{seen[digest]}"
     return notebook
+
+
+def as_twin(notebook: nbformat.NotebookNode) -> str:
+    """The Markdown twin of a notebook, to the byte as JupyterLab saves it through Jupytext."""
+    return jupytext.writes(notebook, fmt="md:myst", config=PAIRING)
 
 
 def run(notebook: nbformat.NotebookNode, folder: Path = BOOK) -> None:
@@ -131,8 +138,12 @@ def export_book(project: Path) -> None:
 
 
 def build(twin: Path, execute: bool) -> None:
-    """Twin -> notebook and module. The module is written before the run, since the chapter's later cells may use it."""
+    """Twin -> notebook and module. The module is written before the run, since the chapter's later cells may use it.
+
+    The twin itself is laid out as JupyterLab would save it: in a twin that was saved there, nothing changes.
+    """
     notebook, path = read_twin(twin), twin.with_suffix(".ipynb")
+    twin.write_text(as_twin(notebook), encoding="utf-8")
     keep_outputs(notebook, path)
     if execute:
         nbformat.write(notebook, path)
@@ -212,7 +223,7 @@ def is_hidden(cell: nbformat.NotebookNode) -> bool:
 
 
 def twin_problems(path: Path) -> list[str]:
-    """Where the cells of a notebook differ from those of its twin."""
+    """Where a notebook differs from its twin: in a cell, or in the layout in which JupyterLab would save the twin."""
     twin = path.with_suffix(".md")
     if not twin.exists():
         return [f"{path.name} has no twin {twin.name}: run `jupytext --sync {path.relative_to(ROOT)}`"]
@@ -224,6 +235,9 @@ def twin_problems(path: Path) -> list[str]:
             return ["\n".join([f"{path.name} and {twin.name} differ at cell {number}:", *lines])]
     if len(ours) != len(theirs):
         return [f"{path.name} has {len(ours)} cells and {twin.name} has {len(theirs)}"]
+    if twin.read_text(encoding="utf-8") != as_twin(sides[1]):
+        name = twin.relative_to(ROOT)
+        return [f"{twin.name} is laid out by hand: run `python tools/book.py build --no-run {name}`"]
     return []
 
 
