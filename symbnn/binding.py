@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from .groups import require
 
-# %% ../nbs/01b_binding.ipynb #0875ae55-0
+# %% ../nbs/01b_binding.ipynb #e1b0b4d7-0
 class Placeholder(nn.Module):
-    """A module that stands where a tensor stood (`layer.weight`) and is exchanged for one before anything is computed."""
+    """A module that stands where a tensor stood (`layer.weight`), and makes way for one when something is computed."""
 
 
 def modules_outside(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of a network's own modules, placeholders and their parts left out; a module once for each of its names."""
+    """(name, module) of a network's own modules, placeholders left out; a module once for each of its names."""
     yield prefix, network
     for key, child in network._modules.items():
         if child is not None and not isinstance(child, Placeholder):
@@ -103,7 +103,7 @@ def _adapt(copy: nn.Module, copies: Mapping[int, nn.Module], tensors: Mapping[in
     for name, parameter in copy._parameters.items():
         copy._parameters[name] = tensors.get(id(parameter), parameter)
     if any(id(buffer) in tensors for buffer in copy._buffers.values()):
-        copy.__dict__["_buffers"] = {name: tensors.get(id(buffer), buffer) for name, buffer in copy._buffers.items()}
+        copy.__dict__["_buffers"] = {name: tensors.get(id(value), value) for name, value in copy._buffers.items()}
     for name, value in list(copy.__dict__.items()):
         if name not in ("_modules", "_parameters", "_buffers"):
             copy.__dict__[name] = _led_over(value, known)
@@ -159,18 +159,19 @@ def own_buffers(network: nn.Module) -> dict[int, Tensor]:
 
 
 def bind(network: nn.Module, tensors: Mapping[str, Tensor], *, evaluating: bool = False) -> nn.Module:
-    """The plain network with these tensors as weights, parameters or buffers, by name: a copy that holds them for good.
+    """The plain network with these tensors as weights, parameters or buffers, by name, in a copy of its modules.
 
     Every placeholder needs a tensor, other parameters and buffers may have one. Nothing is
     copied but the tree of modules; buffers that are not given are shared with the network. With `evaluating` the copy
-    is in evaluation mode. Raises `Refusal` for names that the network does not have, and for placeholders without a tensor.
+    is in evaluation mode. Raises `Refusal` for names that the network does not have, and for placeholders left over.
     """
     plain = plain_network(network)
     waiting = {name: module for name, module in plain.named_modules() if isinstance(module, Placeholder)}
     others = dict(plain.named_parameters(remove_duplicate=False)) | dict(plain.named_buffers(remove_duplicate=False))
     slots = {**others, **waiting}
     unknown, missing = sorted(tensors.keys() - slots.keys()), sorted(waiting.keys() - tensors.keys())
-    require(not unknown and not missing, "Tensors are given by names of the network, and for every weight that has no value of its own",
+    require(not unknown and not missing,
+            "Tensors are given by names of the network, and for every weight that has no value of its own",
             f"unknown names {unknown}, weights without a tensor {missing}", "tensors of another network",
             "take one draw of sample_weights(network, draws), {name: weight[s]}")
     return copy_tree(network, {id(slots[name]): tensor for name, tensor in tensors.items()}, evaluating=evaluating)

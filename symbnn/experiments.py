@@ -236,7 +236,7 @@ def check_training(task: Task, config: TrainingConfig) -> None:
         raise Refusal("A batch is not larger than the training set", received=f"{config.batch_size} of {images}",
                       cause="a small training set", fix="a smaller batch size")
 
-# %% ../nbs/17_experiments.ipynb #66e3affd-0
+# %% ../nbs/17_experiments.ipynb #b7fa021c-0
 WORK = 10**8  # multiply-adds in a step's forward pass that are worth a thread
 
 
@@ -295,7 +295,8 @@ def learning(method: Method) -> dict[str, str | int]:
 
 def _check_noted(checkpoint: Checkpoint, wanted: dict[str, dict]) -> None:
     """Refuse to go on with a run whose setup, or whose way to learn precisions, was another."""
-    notes, defaults = checkpoint.description.get("notes", {}), {"setup": asdict(Setup()), "precisions": learning(Method())}
+    notes = checkpoint.description.get("notes", {})
+    defaults = {"setup": asdict(Setup()), "precisions": learning(Method())}
     for part, its in json.loads(json.dumps(wanted)).items():
         stored = notes.get(part, its if part == "setup" else {})
         check_continued(json.loads(json.dumps(defaults[part])) | stored, its)

@@ -152,7 +152,7 @@ def fixed_means(means: dict[str, Tensor], deviation: float = 1.0) -> Prior:
 
     return build
 
-# %% ../nbs/04_layers.ipynb #b296cbad-0
+# %% ../nbs/04_layers.ipynb #3e89092b-0
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these types; a subclass may do something else with its weights
 DETERMINISTIC = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
@@ -181,8 +181,8 @@ def _refuse_unconvertible(network: nn.Module) -> None:
                 received=f"layer {title!r} of type {type(module).__name__}, with {what}",
                 cause="a layer type that has no variational counterpart, a subclass, a forward pass of its own, or a "
                 "parametrisation such as weight_norm",
-                fix="rewrite it with nn.Linear, nn.Conv1d or nn.Conv2d, or freeze it with .requires_grad_(False), which "
-                "keeps it deterministic",
+                fix="rewrite it with nn.Linear, nn.Conv1d or nn.Conv2d, or keep it deterministic: "
+                "layer.requires_grad_(False)",
             )
         require(not parameter.is_complex(), "Families of distributions here are over real weights",
                 f"{name!r} of type {parameter.dtype}", "a network with complex weights",

@@ -154,7 +154,7 @@ def fold(x: Float[Tensor, "B ..."], draws: int, channels_last: bool = False) -> 
     folded.unflatten(0, (draws, len(x))).copy_(x)
     return folded
 
-# %% ../nbs/04a_plans.ipynb #fdb3a6dc-0
+# %% ../nbs/04a_plans.ipynb #f6f5f7f3-0
 ROWS_TRIED = 8
 _LOG = logging.getLogger("symbnn")
 
@@ -389,7 +389,7 @@ _PLANS: WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = WeakKeyDictionary()
 
 
 def _state(network: nn.Module, evaluating: bool) -> tuple:
-    """What the way of a network's rows may depend on: types, modes, hooks, and settings of modules that are not torch's."""
+    """What the way of rows may depend on: types, modes, hooks, and settings of modules that are not torch's own."""
     found = []
     for _, module in modules_outside(network):
         kind, attributes = type(module), module.__dict__
@@ -442,11 +442,12 @@ def watch_hooks(copy: nn.Module, altered: list[str]) -> None:
     for key in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = copy.__dict__[key]
         if hooks:
-            copy.__dict__[key] = type(hooks)((number, partial(_watched, altered, hook)) for number, hook in hooks.items())
+            copy.__dict__[key] = type(hooks)((key, partial(_watched, altered, hook)) for key, hook in hooks.items())
 
 
 def _watched(altered: list[str], hook: Callable, module: nn.Module, *values, **named):
-    tensors = [value for value in tree_leaves((values, named)) if isinstance(value, Tensor) and not value.is_inference()]
+    leaves = [value for value in tree_leaves((values, named)) if isinstance(value, Tensor)]
+    tensors = [value for value in leaves if not value.is_inference()]
     versions = [tensor._version for tensor in tensors]
     result = hook(module, *values, **named)
     if result is not None or versions != [tensor._version for tensor in tensors]:

@@ -171,7 +171,7 @@ def apply_weights(network: nn.Module, x: Float[Tensor, "B ..."], weights: Weight
     _check_weights(network, weights)
     return _with_hooks(lambda: _Bound(network, x).every_draw(x, weights), network, x, False, None)
 
-# %% ../nbs/04b_sampling.ipynb #064f4d68-0
+# %% ../nbs/04b_sampling.ipynb #89cdabd2-0
 class _OwnNoise:
     """A rule for estimators that give noise to single examples: every weight belongs to one layer."""
 
@@ -197,7 +197,9 @@ class _Flipout(_OwnNoise):
         deviation = apply_draws(fixed, {key: stacked[key] - mean[key] for key in stacked})
         return partial(self.flip, layer, apply_draws(layer, mean), deviation, {})
 
-    def flip(self, layer: nn.Module, mean: Callable, deviation: Callable, signs: dict[str, Tensor], x: Tensor) -> Tensor:
+    def flip(
+        self, layer: nn.Module, mean: Callable, deviation: Callable, signs: dict[str, Tensor], x: Tensor
+    ) -> Tensor:
         """The mean's output plus the deviation's, with one set of signs an example on either side."""
         flipped = deviation(x * self.signs(layer, signs, "input", x))
         return mean(x) + flipped * self.signs(layer, signs, "output", flipped)
@@ -256,8 +258,8 @@ def _check_estimator(network: nn.Module, bound: _Bound, estimator: Estimator) ->
                 'use estimator="split", or "shared"')
     if estimator == "flipout":
         for name, tensor in variational_tensors(network).items():
-            require(tensor.posterior.symmetric, "Flipout changes signs of single coordinates of the noise, so their law "
-                    "must not depend on them", f"a {type(tensor.posterior).__name__} posterior of {name!r}",
+            require(tensor.posterior.symmetric, "Flipout changes signs of single coordinates of the noise, so their "
+                    "law must not depend on them", f"a {type(tensor.posterior).__name__} posterior of {name!r}",
                     "a skewed or correlated family", 'use estimator="split"')
 
 

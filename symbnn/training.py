@@ -146,7 +146,7 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
-# %% ../nbs/16_training.ipynb #301ae0ba-0
+# %% ../nbs/16_training.ipynb #d4df6946-0
 def _is_there(device: str) -> bool:
     try:
         return torch.empty(0, device=device).device.type in ("cpu", "cuda", "mps")
@@ -176,7 +176,7 @@ def check_split(data: object, name: str) -> None:
     fixes = {
         "a pair": "Split(torch.as_tensor(X), torch.as_tensor(y)), with integer labels y that count from 0",
         "splits": f"pass its part: {name}.train, {name}.validation or {name}.test",
-        "batches": "Split(*map(torch.cat, zip(*loader))) for a loader of (input, label) batches that fits into memory",
+        "batches": "Split(*map(torch.cat, zip(*loader))), for a loader of (input, label) batches",
         "": "Split(inputs, labels) of two tensors",
     }
     kind = ("splits" if isinstance(getattr(data, "train", None), Split) else
@@ -435,7 +435,7 @@ def _check_same_run(stored: dict, wanted: dict) -> None:
     parts = ("data", "architecture", "family", "action", "symmetry")
     check_continued(theirs | {name: stored.get(name) for name in parts}, ours | {name: wanted[name] for name in parts})
 
-# %% ../nbs/16_training.ipynb #ac77af78-0
+# %% ../nbs/16_training.ipynb #b9fd5e9c-0
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
@@ -545,10 +545,10 @@ def train(
     """Maximise the ELBO of a Bayesian classifier; `network` itself is trained, and moved to the device.
 
     Modes during training are those of `training_modes`; afterwards every module is in the mode that it was in. Seeded
-    by `config.seed` alone, dropout included; torch's own generators are left as they were. On the CPU a run that was interrupted and resumed equals one that was not, bit by
-    bit, given the same number of threads. Ctrl-C ends the step, saves and returns with status "interrupted". Raises
-    `Refusal` before any work for settings or data that cannot be meant, and later when the ELBO is no longer finite or
-    the disk is full; the last checkpoint is kept then.
+    by `config.seed` alone, dropout included; torch's own generators are left as they were. On the CPU a run that was
+    interrupted and resumed equals one that was not, bit by bit, given the same number of threads. Ctrl-C ends the step,
+    saves and returns with status "interrupted". Raises `Refusal` before any work for settings or data that cannot be
+    meant, and later when the ELBO is no longer finite or the disk is full; the last checkpoint is kept then.
     """
     config, folder = config or TrainingConfig(), None if folder is None else Path(folder)
     run, validation = _prepare(network, data, config, action, validation, folder, resume, architecture, notes, symmetry)
