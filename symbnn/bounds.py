@@ -184,7 +184,7 @@ def through_jensen_shannon(means: Float[Tensor, "*n G C"]) -> Float[Tensor, "*n"
     """Upper bound sqrt(2 JS) of `orbit_error`, `@eq-js-bounds`."""
     return (2 * jensen_shannon(means)).sqrt()
 
-# %% ../nbs/06_error_bounds.ipynb #cae3515e-0
+# %% ../nbs/06_error_bounds.ipynb #ff7b08e0-0
 _ENTRYWISE = (nn.ReLU, nn.Tanh, nn.Identity)  # exact types: Lipschitz 1, and 0 at 0
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
 
@@ -241,8 +241,8 @@ def through_lipschitz(
     """Upper bound of d_g(x) at every input and element by `@eq-lipschitz`: moments in place of Lipschitz constants.
 
     For `nn.Sequential` classifiers of distinct linear and convolutional layers (zero or circular padding), ReLU, tanh,
-    leaky ReLU of a slope up to 1, pools in disjoint windows and flatten, whose last layer is linear. Raises `Refusal` for others, naming the layer,
-    and where `push_forward_divergences` does.
+    leaky ReLU of a slope up to 1, pools in disjoint windows and flatten, whose last layer is linear. Raises `Refusal`
+    for others, naming the layer, and where `push_forward_divergences` does.
     """
     elements = action.group.elements()
     layers = list(network) if isinstance(network, nn.Sequential) else []

@@ -476,7 +476,7 @@ def unit_taps(layer, shape):
 def test_kappa_is_the_root_of_the_largest_number_of_reads_and_covers_the_norm():
     """Against the map written out as a matrix: reads counted tap by tap, and the spectral norm of random weights."""
     draw, around, tight = random.Random(1), 0, 0.0
-    for trial in range(400):
+    for _ in range(400):
         layer, shape = each_convolution(draw)
         try:
             kappa = B._stretch(layer, (1, *shape))
