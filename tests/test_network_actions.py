@@ -565,7 +565,7 @@ def plain_actions(shape, seed):
     return [*small, powers(grid.flatten(), shape, signs), powers(grid.flip(0).flatten(), shape, signs * signs.flip(0))]
 
 
-@pytest.mark.filterwarnings("ignore:dropout2d: Received")  # it says how it reads other shapes
+@pytest.mark.filterwarnings("ignore:dropout2d. Received")  # it says how it reads other shapes
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (3, 2), (2, 3, 4)])
 def test_whatever_is_accepted_on_plain_actions_commutes(shape):
     """Sums over one axis, softmaxes and whatever else treats an axis apart, under actions that mix axes."""
