@@ -9,10 +9,10 @@ __all__ = ['total_variation', 'pinsker', 'bretagnolle_huber', 'hellinger', 'log_
            'inputs_radius', 'defect_interval', 'normal_interval', 'draws_needed', 'inputs_needed', 'Bound',
            'ErrorLedger', 'ledger']
 
-# %% ../nbs/06_error_bounds.ipynb #8aafdfe6-0
+# %% ../nbs/06_error_bounds.ipynb #2ab1e6ed-0
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from .closedness import Family
 from .families import FullGaussian, Laplace, LogNormal, MeanFieldGaussian
 from .groups import Refusal
 from .binding import layer_with
+from .layer_actions import Window, convolution_windows
 from .layers import VariationalTensor, variational_tensors
 from .network_actions import NetworkAction
 
@@ -197,18 +198,49 @@ def through_jensen_shannon(means: Float[Tensor, "*n G C"]) -> Float[Tensor, "*n"
     """Upper bound sqrt(2 JS) of `orbit_error`, `@eq-js-bounds`."""
     return (2 * jensen_shannon(means)).sqrt()
 
-# %% ../nbs/06_error_bounds.ipynb #0019db69-0
-_CONTRACTIONS = (nn.ReLU, nn.Tanh, nn.LeakyReLU, nn.Identity, nn.Flatten, nn.Dropout)  # Lipschitz 1, and 0 at 0
+# %% ../nbs/06_error_bounds.ipynb #82518967-0
+_ENTRYWISE = (nn.ReLU, nn.Tanh, nn.Identity)  # exact types: Lipschitz 1, and 0 at 0
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
 
 
 def _is_contraction(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.MaxPool2d | nn.AvgPool2d):
-        sides = [(size, size) if isinstance(size, int) else size for size in (layer.kernel_size, layer.stride)]
-        disjoint = all(stride >= kernel for kernel, stride in zip(*sides, strict=True))
-        return disjoint and getattr(layer, "dilation", 1) == 1
-    if isinstance(layer, nn.LeakyReLU):
+    """Whether the layer stretches no distance and maps 0 to 0; a subclass may do anything, and is not known to."""
+    kind = type(layer)
+    if kind is nn.LeakyReLU:
         return abs(layer.negative_slope) <= 1
-    return isinstance(layer, _CONTRACTIONS) and not (isinstance(layer, nn.Dropout) and layer.training)
+    if kind is nn.Dropout:
+        return not layer.training
+    if kind is nn.Flatten:
+        return layer.start_dim >= 1  # examples stay apart
+    return kind in _ENTRYWISE or (kind in _POOLS and _pools_apart(layer))
+
+
+def _pools_apart(pool: nn.Module) -> bool:
+    """Whether a pool's windows are disjoint, and a mean's divisor no smaller than the root of the window's pixels."""
+    ndim = int(type(pool).__name__[-2])
+    kernel, stride, dilation = (numbers * ndim if len(numbers) == 1 else numbers for numbers in (
+        (value,) if isinstance(value, int) else tuple(value)
+        for value in (pool.kernel_size, pool.stride, getattr(pool, "dilation", 1))))
+    disjoint = all(s >= k for k, s in zip(kernel, stride, strict=True)) and all(d == 1 for d in dilation)
+    divisor = getattr(pool, "divisor_override", None)
+    wide = divisor is None or divisor**2 >= math.prod(kernel)
+    return disjoint and wide and not getattr(pool, "return_indices", False)
+
+
+def _most_reads(window: Window, size: int, wraps: bool) -> int:
+    """How often a window that slides along an axis of `size` pixels reads one of them at most; `wraps`: circularly."""
+    first = torch.arange(window.outputs(size))[:, None] * window.stride - window.before
+    reads = first + torch.arange(window.kernel) * window.dilation
+    reads = reads % size if wraps else reads[(reads >= 0) & (reads < size)]
+    return int(reads.flatten().bincount(minlength=1).max())
+
+
+def _stretch(spec: nn.Module, shape: Sequence[int]) -> float:
+    """kappa of `@eq-lipschitz` on inputs of this shape: the root of how often a layer reads one number at most."""
+    if isinstance(spec, nn.Linear):
+        return 1.0
+    windows, wraps = convolution_windows(spec), spec.padding_mode == "circular"
+    return math.sqrt(math.prod(_most_reads(w, n, wraps) for w, n in zip(windows, shape[-len(windows):], strict=True)))
 
 
 def _has_posterior(layer: nn.Module) -> bool:
@@ -227,8 +259,8 @@ def through_lipschitz(
     """Upper bound of d_g(x) at every input and element by `@eq-lipschitz`: moments in place of Lipschitz constants.
 
     For `nn.Sequential` classifiers of distinct linear and convolutional layers (zero or circular padding), ReLU, tanh,
-    pools in disjoint windows and flatten, whose last layer is linear. Raises `Refusal` for others, naming the layer,
-    and where `push_forward_divergences` does.
+    leaky ReLU of a slope up to 1, pools in disjoint windows and flatten, whose last layer is linear. Raises `Refusal`
+    for others, naming the layer, and where `push_forward_divergences` does.
     """
     elements = action.group.elements()
     layers = list(network) if isinstance(network, nn.Sequential) else []
@@ -242,8 +274,8 @@ def through_lipschitz(
             not isinstance(layers[-1], nn.Linear)):
         refuse(type(network).__name__, "no nn.Sequential, a layer used twice, or a last layer that is not linear")
     for layer in layers:
-        known = _has_posterior(layer) and getattr(layer, "padding_mode", "zeros") in (
-            "zeros", "circular")
+        random = _has_posterior(layer) and all(value is None for value in layer._parameters.values())
+        known = random and getattr(layer, "padding_mode", "zeros") in ("zeros", "circular")
         if not known and not _is_contraction(layer):
             refuse(str(layer), "a layer that may stretch distances or does not map 0 to 0")
     moves = (divergences or push_forward_divergences(network, action)).wasserstein2_squared
@@ -251,15 +283,15 @@ def through_lipschitz(
     reach = inputs.double().flatten(1).norm(dim=1)
     gap = reach.new_zeros(len(inputs), len(elements))
     probe = torch.zeros_like(inputs[:1])
-    for name, layer in network.named_children():
+    for name, layer in network._modules.items():  # named_children() leaves out the second use of a layer
         if not _has_posterior(layer):
             probe = layer(probe)
             continue
-        weight = layer.weight.posterior
+        weight, kappa = layer.weight.posterior, _stretch(layer, probe.shape)
         means = {key: tensor.posterior.mean for key, tensor in layer._modules.items()}
         probe = layer_with(layer, means).forward(probe)
         places = probe.numel() / weight.shape[0]
-        kappa, r = math.sqrt(math.prod(weight.shape[2:])), _root_second_moment(tensors[f"{name}.weight"])
+        r = _root_second_moment(tensors[f"{name}.weight"])
         gap = kappa * (r * gap + reach[:, None] * moves[f"{name}.weight"].sqrt())
         reach = kappa * r * reach
         if layer.bias is not None:

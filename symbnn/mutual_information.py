@@ -151,7 +151,7 @@ def _sizes(classes: Mapping[str, Coordinates]) -> list[int]:
 def _log_order(classes: Mapping[str, Coordinates]) -> float:
     return sum(math.lgamma(n + 1) for n in _sizes(classes))
 
-# %% ../nbs/11_mutual_information.ipynb #b0346ebf-0
+# %% ../nbs/11_mutual_information.ipynb #45e14499-0
 Kind = Literal["exact", "lower", "upper", "estimate"]
 Method = Literal[
     "auto", "enumeration", "permanent", "bethe", "marginal", "capacity", "infonce", "importance", "importance_upper"
@@ -161,7 +161,7 @@ _SIDES: dict[str, Kind] = {
     "infonce": "lower", "importance": "lower", "importance_upper": "upper",
 }
 _LISTED = 1000  # the largest group that method="auto" lists
-_TOLERANCE = 1e-3  # of the marginals' column sums; the error of a Bethe value is of second order in it
+_TOLERANCE = 1e-3  # of column sums, for values, whose error is of second order in it; gradients iterate further
 _WIDE = 256  # units beyond which the iterations run in float32, on differences taken in float64
 
 

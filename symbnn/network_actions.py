@@ -62,14 +62,14 @@ def _graph(network: nn.Module) -> tuple[nn.Module, fx.Graph]:
                       cause=f"it cannot be traced ({type(error).__name__}: {error})",
                       fix="write a forward pass without control flow that depends on data or shapes") from error
 
-# %% ../nbs/02c_network_actions.ipynb #c7fdebc8-0
+# %% ../nbs/02c_network_actions.ipynb #c6e8cae7-0
 def _read(network: nn.Module, source: Action) -> tuple[Ledger, Features]:
     """Walk along the network's graph; what was noted on the way, and the features that the network returns."""
     ledger = Ledger(source.group)
     channels = source.channels.numel if isinstance(source, FieldAction) else source.numel
     ledger.new_class("input", channels)
     entry = Features(0, channels, source.space, source.size, flat=False) if isinstance(source, FieldAction) else (
-        Features(0, channels, flat=len(source.shape) == 1))
+        Features(0, channels) if len(source.shape) == 1 else Features(0, channels, flat=False, axes=source.shape))
     root, graph = _graph(network)
     inputs = [node.target for node in graph.nodes if node.op == "placeholder" and not node.args]
     if len(inputs) != 1:
@@ -124,7 +124,7 @@ def _read_function(ledger: Ledger, node: fx.Node, args: Sequence, kwargs: Mappin
         site.refuse(f"the arguments {args[1:]} {dict(kwargs)}", f"they are not understood ({error})",
                     "use the layer of torch.nn instead")
 
-# %% ../nbs/02c_network_actions.ipynb #f22f8d33-0
+# %% ../nbs/02c_network_actions.ipynb #4627a98e-0
 def _assemble(network: nn.Module, source: Action, ledger: Ledger, end: Features, channels: Mapping[str, Action],
               output: Action | None) -> NetworkAction:
     """The network's action, once the action on every channel class is known."""
@@ -140,6 +140,8 @@ def _assemble(network: nn.Module, source: Action, ledger: Ledger, end: Features,
         if not channels[name].is_unsigned():
             site.refuse(f"channels '{name}' under '{channels[name].name}', which changes signs", reason,
                         "use odd activations such as Tanh and average pools, or an action without signs")
+    for site, x, sets in ledger.together:
+        site.check_together(action_on(x), sets)
     parameters: dict[str, Action] = {}
     for site, name, rule in ledger.parameters:
         action = rule(action_on)

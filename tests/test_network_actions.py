@@ -1,5 +1,7 @@
 """The intertwining equation for whole networks, and the networks that have no action."""
+import operator
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from symbnn.actions import (
     time_reversal,
 )
 from symbnn.groups import Cyclic, Dihedral, Product, Refusal, Symmetric
+from symbnn.layer_actions import FUNCTIONS, LAYERS
 from symbnn.network_actions import NetworkAction, intertwining_error, network_action, unit_permutations
 from tolerances import exact32, exact64
 
@@ -480,3 +483,142 @@ def test_regular_channels_of_a_dihedral_group_by_hand():
     for g in elements:
         assert (torch.func.functional_call(network, weights, (action.input.act(g, x),)) - y).abs().max() < exact64
     assert (network(action.input.act((1, 0), x)) - network(x)).abs().max() > 1e-3
+
+
+# Every rule of the tables on actions that may mix all axes of a plain shape
+
+LAYER_SETTINGS = {
+    nn.Softmax: [(dim,) for dim in range(-3, 4)], nn.LogSoftmax: [(dim,) for dim in range(-3, 4)],
+    nn.Linear: [(n, 3) for n in (2, 3, 4, 6, 12, 24)], nn.LayerNorm: [(6,), (4,), (3,), ((2, 3),), ((2, 3, 4),)],
+    nn.BatchNorm1d: [(2,), (3,), (6,), (12,)], nn.BatchNorm2d: [(2,), (3,)], nn.Conv1d: [(2, 3, 1), (3, 2, 3, 1, 1)],
+    nn.Conv2d: [(2, 3, 1), (1, 1, 1)], nn.Flatten: [(1, end) for end in (-1, 1, 2, 3)] + [(2,), (0,)],
+    **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.MaxPool2d, nn.AvgPool2d), ((1,), (2,))),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), ((1,),)),
+}
+FUNCTION_SETTINGS = {
+    **dict.fromkeys((F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax"),
+                    tuple({"dim": dim} for dim in range(-3, 4))),
+    **dict.fromkeys((torch.flatten, "flatten"),
+                    tuple({"start_dim": first, "end_dim": last} for first in (0, 1, 2) for last in (-1, 1, 2, 3))),
+    **dict.fromkeys((torch.mean, "mean", torch.sum, "sum", torch.amax, "amax"),
+                    ({}, *({"dim": dim, "keepdim": keep} for dim in (0, 1, 2, -1, (1, 2), (1, 2, 3), ())
+                           for keep in (False, True)))),
+    F.dropout: [{"training": False}],
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, torch.sub, "sub",
+                     operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div"), ((0.7,), "itself")),
+    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d), ({"kernel_size": 1}, {"kernel_size": 2})),
+    **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d),
+                    ({"output_size": 1},)),
+}
+
+
+def calls():
+    """Every layer and function of the tables, with settings, as networks."""
+    for kind in LAYERS:
+        for arguments in LAYER_SETTINGS.get(kind, [()]):
+            yield f"{kind.__name__}{arguments}", kind(*arguments)
+    for function in FUNCTIONS:
+        for given in FUNCTION_SETTINGS.get(function, [{}]):
+            args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
+            title = function if isinstance(function, str) else f"{function.__module__}.{function.__name__}"
+            yield f"{title}{given}", Call(partial(call, function, args, kwargs))
+
+
+def call(function, args, kwargs, x):
+    args = (torch.tanh(x),) if args == "itself" else args
+    x = x * 1.0  # what works in place works on a copy
+    return getattr(x, function)(*args, **kwargs) if isinstance(function, str) else function(x, *args, **kwargs)
+
+
+def powers(permutation, shape, signs=None):
+    """The cyclic group that one signed permutation of the flattened shape generates, as a plain action."""
+    move = SignedPermutation(permutation, torch.ones(len(permutation)) if signs is None else signs)
+    elements, power = [SignedPermutation.identity(len(permutation))], move
+    while power != elements[0]:
+        elements, power = [*elements, power], power @ move
+    return Action(Cyclic(len(elements)), shape, elements.__getitem__, "powers of one permutation")
+
+
+def plain_actions(shape, seed):
+    """Permutations that mix all axes, that respect lines along one axis, or all axes, and one with signs."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.arange(torch.Size(shape).numel()).view(shape)
+
+    def shuffle(n):
+        return torch.randperm(n, generator=generator)
+
+    found = [powers(shuffle(grid.numel()), shape)]
+    for axis in range(len(shape)):  # the lines along this axis are shuffled, and each is in its own way
+        rows = grid.movedim(axis, -1).reshape(-1, shape[axis])
+        rows = torch.stack([row[shuffle(len(row))] for row in rows[shuffle(len(rows))]])
+        found.append(powers(rows.view(grid.movedim(axis, -1).shape).movedim(-1, axis).flatten(), shape))
+        found.append(powers(grid.index_select(axis, shuffle(shape[axis])).flatten(), shape))
+    signs = 1 - 2 * torch.randint(2, (grid.numel(),), generator=generator)
+    small = [action for action in found if action.group.order <= 60] + [powers(grid.flatten(), shape)]
+    return [*small, powers(grid.flatten(), shape, signs), powers(grid.flip(0).flatten(), shape, signs * signs.flip(0))]
+
+
+@pytest.mark.filterwarnings("ignore:dropout2d. Received")  # it says how it reads other shapes
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (3, 2), (2, 3, 4)])
+def test_whatever_is_accepted_on_plain_actions_commutes(shape):
+    """Sums over one axis, softmaxes and whatever else treats an axis apart, under actions that mix axes."""
+    x, applied, softmaxes = batch(shape), set(), 0
+    actions = [action for seed in range(4 - len(shape)) for action in plain_actions(shape, seed)]
+    for name, network in calls():
+        network = randomised(network.eval())
+        for source in actions:
+            try:
+                action = network_action(network, source)
+            except Refusal:
+                continue
+            try:
+                network(x)
+            except (RuntimeError, IndexError, ValueError):
+                continue  # torch does not take the shape
+            applied.add(name)
+            softmaxes += "oftmax" in name
+            assert intertwining_error(network, action, x) < exact64, (name, source)
+    assert len(applied) > 50 and softmaxes > 20 * len(shape)
+
+
+@pytest.mark.parametrize("axis, dim", [(0, 1), (1, 2), (1, -1), (0, -2)])
+def test_a_softmax_is_accepted_exactly_where_lines_stay_lines(axis, dim):
+    shape, accepted = (3, 4), []
+    for action in plain_actions(shape, 5):
+        lines = torch.arange(12).view(shape).movedim(axis, -1).reshape(-1, shape[axis])
+        kept = all(any(set(action(1).index[line].tolist()) == set(other.tolist()) for other in lines)
+                   for line in lines) and action.is_unsigned() if action.group.order > 1 else True
+        try:
+            network_action(nn.Softmax(dim), action)
+        except Refusal:
+            accepted.append(False)
+        else:
+            accepted.append(True)
+        assert accepted[-1] == kept, action
+    assert True in accepted and False in accepted
+
+
+def test_softmaxes_on_fields_and_flat_features():
+    """Channels of a field always; rows of pixels where the group carries rows to rows; flattened features."""
+    channels = regular_channels(Cyclic(2), 1)
+    for space, dim, allowed in ((flips, 1, True), (flips, -1, True), (flips, 2, True), (half_turns, 3, True),
+                                (flips, -3, True), (flips, 0, False), (flips, 4, False), (flips, -4, False)):
+        network, source = nn.Softmax(dim), field(space(), (2, 4, 4), channels)
+        if allowed:
+            assert intertwining_error(network, network_action(network, source), batch((2, 4, 4))) < exact64
+        else:
+            with pytest.raises(Refusal, match="not one of their axes"):
+                network_action(network, source)
+    for dim in (1, -3):
+        network = nn.Sequential(nn.Softmax(dim), nn.Flatten(), nn.LogSoftmax(-1))
+        source = field(rotations(), (2, 4, 4))
+        assert intertwining_error(network, network_action(network, source), batch((2, 4, 4))) < exact64
+    for dim in (2, 3):
+        with pytest.raises(Refusal, match=r"Softmax.*tears apart .*dim=1"):
+            network_action(nn.Softmax(dim), field(rotations(), (2, 4, 4)))
+    mixed = Action(Cyclic(4), (4, 4), rotations().on(4, 4), "turns of a plain table")
+    for layer in (nn.Softmax(1), nn.LogSoftmax(2), nn.Dropout1d()):
+        with pytest.raises(Refusal, match="tears apart"):
+            network_action(layer, mixed)
+    action = network_action(nn.Tanh(), mixed)
+    assert action.output.shape == (4, 4) and intertwining_error(nn.Tanh(), action, batch((4, 4))) < exact64

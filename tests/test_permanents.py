@@ -133,14 +133,56 @@ def test_an_assignment_that_is_found_late():
 def test_gradients_equal_finite_differences(method):
     options = {} if method is log_permanent else {"tolerance": 1e-13, "iterations": 5000}
     log_a = draw(5, 5, seed=7)
-    gradient = torch.autograd.grad(method(log_a.requires_grad_(), **options).value, log_a)[0]
+    found = method(log_a.requires_grad_(), **options)
+    gradient = torch.autograd.grad(found.value, log_a)[0]
     step, log_a = 1e-5, log_a.detach()
     for j, k in itertools.product(range(5), repeat=2):
         shift = torch.zeros(5, 5, dtype=torch.float64)
         shift[j, k] = step
         slope = (method(log_a + shift, **options).value - method(log_a - shift, **options).value) / (2 * step)
         assert abs(slope - gradient[j, k]) <= 1e-5 * abs(gradient[j, k]) + 1e-9
-    assert_close(gradient, method(log_a, **options).marginals)
+    assert_close(gradient, found.marginals)
+
+
+def far_units(separation, n, draws, seed=0):
+    """Matrices of n units with six weights each, of deviation 1 around means of deviation `separation`."""
+    means = draw(n, 6, seed=seed, spread=separation)
+    return -(means + draw(draws, n, 6, seed=seed + 1) - means[:, None, None]).square().sum(-1).movedim(0, -1) / 2
+
+
+@pytest.mark.parametrize("tolerance", (1e-1, 1e-3))
+@pytest.mark.parametrize("method", (log_bethe_permanent, log_capacity))
+@pytest.mark.parametrize("n", (3, 5, 8, 20))
+def test_gradients_are_those_of_the_limit_at_every_tolerance(method, n, tolerance):
+    """Against differences of converged values; a gradient taken where only the value is known is off by 1e-3."""
+    for seed, separation in enumerate((0.0, 0.1, 0.3, 1.0, 2.0, 4.0)):
+        log_a = far_units(separation, n, 4, seed).requires_grad_()
+        direction, step = draw(4, n, n, seed=seed + 30), 1e-5
+        (gradient,) = torch.autograd.grad(method(log_a, tolerance).value.sum(), log_a)
+        most = 20_000 if method is log_bethe_permanent else 100  # scaling, after which Newton's steps converge
+        above, below = (method(log_a + side * step * direction, 1e-13, most).value.detach() for side in (1, -1))
+        slope = (above - below) / (2 * step)
+        assert_close((gradient * direction).sum((-2, -1)), slope, 3e-7)
+
+
+@pytest.mark.parametrize("method", (log_bethe_permanent, log_capacity))
+def test_gradients_are_exact_where_the_sides_are(method):
+    """Far units, and rows that all but one column excludes: both sides are the permanent, and so is their gradient."""
+    for log_a in (far_units(12.0, 8, 3), torch.where(torch.eye(6).flip(0) > 0, draw(6, 6, seed=40), -80.0)):
+        log_a.requires_grad_()
+        found, exact = (torch.autograd.grad(f(log_a).value.sum(), log_a)[0] for f in (method, log_permanent))
+        assert_close(found, exact, 1e-7)
+
+
+def test_a_gradient_costs_no_bound():
+    """Newton's steps lower the capacity's bound and leave it one, also where its infimum is at infinity."""
+    for log_a in (far_units(0.5, 7, 5), far_units(3.0, 7, 5), MATRICES["triangle"], MATRICES["spread"]):
+        plain, fine = log_capacity(log_a, 1e-2), log_capacity(log_a.clone().requires_grad_(), 1e-2)
+        assert (fine.value <= plain.value + 1e-12 * plain.value.abs().clamp(min=1)).all()
+        assert (fine.value >= log_permanent(log_a).value - 1e-9 * plain.value.abs().clamp(min=1)).all()
+        assert fine.residual.max() < 1e-6 < plain.residual.max()
+    with torch.no_grad():  # nothing is recorded, nothing is refined
+        assert torch.equal(log_capacity(log_a.clone().requires_grad_(), 1e-2).value, plain.value)
 
 
 @pytest.mark.parametrize("method", METHODS)
