@@ -630,6 +630,18 @@ def test_ledger_standard_error(setting):
     assert abs(typical / spread - 1) < standard_errors / math.sqrt(2 * 59)
 
 
+@pytest.mark.parametrize("draws", [2, 7, 32])
+def test_ledger_standard_error_where_the_error_is_linear(draws):
+    """Turns that raise one class in every draw: the error is a mean of draws, the jackknife its standard error."""
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double()
+    network, action = bayesianize(plain), network_action(plain, field(flips(), (1, 2, 2)))
+    raised = torch.rand(draws, 3, generator=seeded(3), dtype=torch.float64) / 2
+    first = torch.stack([torch.full_like(raised, 0.3), 0.3 + raised], -1)
+    book = B.ledger(network, action, torch.stack([first, 1 - first], -1))
+    assert_close(book.error, raised.mean())
+    assert_close(book.standard_error, raised.mean(1).std() / math.sqrt(draws))
+
+
 def test_ledger_of_an_invariant_posterior_is_zero(setting):
     plain, action, x = setting
     network = bayesianize(plain, scale=0.3)

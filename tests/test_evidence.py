@@ -684,6 +684,8 @@ def test_an_unneeded_path_is_pruned_and_a_needed_one_is_not():
 
 def test_report_by_widths():
     network = small(MeanFieldGaussian, prior=per_tensor(1.4))
+    for tensor in variational_tensors(network).values():  # biases too: norms of several tensors
+        nn.init.normal_(tensor.posterior.loc, generator=torch.Generator().manual_seed(3))
     E.set_log_precisions(network, R.elbo_precisions(network))
     rows = R.learned_equivariance(network)
     gamma, precisions = R.posterior_dimensions(network), E.log_precisions(network)
