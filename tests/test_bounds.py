@@ -562,6 +562,18 @@ def test_inputs_interval_covers_the_distribution_behind_the_inputs():
     assert sum(low <= 0.5 <= high for low, high in intervals) / repeats >= 0.9
 
 
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_draws_and_inputs_share_the_error_probability(confidence):
+    """Half of it for each: log(4 / (1 - confidence)) in both half-widths, for two turns and a draw mode by hand."""
+    plugin, draws, inputs = 0.3, 4000, 50_000
+    share, logarithm = 1 / 2, math.log(4 / (1 - confidence))
+    t = math.sqrt(8 * share / draws * logarithm / 2)
+    wider = 2 * share * math.sqrt(logarithm / (2 * inputs))
+    found = B.defect_interval(plugin, draws, 2, "common", confidence, inputs)
+    assert_close(found.low, (math.sqrt(plugin) - t - math.sqrt(2 * share / draws)) ** 2 - wider)
+    assert_close(found.high, (math.sqrt(plugin) + t) ** 2 + wider)
+
+
 def test_normal_interval_covers_what_it_says():
     generator, repeats = seeded(5), 2000
     samples = torch.randn(repeats, 200, generator=generator, dtype=torch.float64)
