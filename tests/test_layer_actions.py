@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from late import ORDERS, reordered
 from symbnn.actions import (
     Action,
+    SignedPermutation,
     SpatialAction,
     field,
     flips,
@@ -262,3 +263,16 @@ def test_groups_of_a_convolution_that_one_generator_tears(order):
     source = field(SpatialAction.trivial(channels.group, 2), (4, 3, 3), channels)
     with pytest.raises(Refusal, match="tears the convolution's groups apart"):
         network_action(nn.Conv2d(4, 4, 1, groups=2), source, output=field(source.space, (4, 3, 3), channels))
+
+
+@pytest.mark.parametrize("signs", [[1, 1, -1, -1], [1, -1, 1, 1], [1, -1, -1, 1]])
+@pytest.mark.parametrize("index", [[0, 1, 2, 3], [2, 3, 0, 1], [3, 2, 1, 0]])
+def test_signs_that_differ_between_the_groups_of_a_convolution(index, signs):
+    step = SignedPermutation(index, signs)
+    powers = [SignedPermutation.identity(4), step, step @ step, step @ step @ step]
+    channels = Action(Cyclic(4), (4,), powers.__getitem__)
+    source = field(SpatialAction.trivial(channels.group, 2), (4, 3, 3), channels)
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(4, 4, 2, groups=2).double(), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    action = network_action(layer, source, output=field(source.space, (4, 2, 2), channels))
+    assert intertwining_error(layer, action, x) < exact64

@@ -513,6 +513,14 @@ def test_auto_chooses_by_size_and_says_so(units, method, kind):
     assert_close(found.ceiling, math.lgamma(units + 1), 1e-10)
 
 
+def test_how_far_the_sides_can_be():
+    """Bethe by n log(2) / 2, the capacity by log(n^n / n!), summed over the layers."""
+    network = two_layers(units=7)
+    bethe, capacity = (InformationEstimator(network, permuted(network), method) for method in ("bethe", "capacity"))
+    assert_close(bethe.within, 7 * math.log(2) / 2)
+    assert_close(capacity.within, math.log(7**7 / math.factorial(7)))
+
+
 def test_auto_elsewhere():
     alone = two_layers(units=1)
     assert mutual_information(alone, permuted(alone), draws=2).value == 0
