@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from late import ORDERS, reordered
 from symbnn.actions import (
     Action,
     FieldAction,
@@ -255,3 +256,56 @@ def test_signs_of_types_without_signs_are_refused(dtype):
         swap(x)
     assert torch.equal(swap(x.to(torch.int64)), torch.tensor([1, -1]))
     assert torch.equal(swap.absolute()(x), x)
+
+
+# --- conditions over all generators, one of which alone breaks them
+
+
+def powers(step, of=lambda g: g):
+    """The rule g -> step^of(g)."""
+    def rule(g):
+        result = SignedPermutation.identity(step.size)
+        for _ in range(of(g)):
+            result = step @ result
+        return result
+    return rule
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("one", [0, 1])
+def test_every_generator_is_asked(one, order):
+    """Of two generators, only the one in place `one` moves, negates or breaks anything."""
+    two = Product(Cyclic(2), Cyclic(2))
+    still = reordered(Action.trivial(two, (2,)), order)
+    swap, signs = SignedPermutation([1, 0], [1, 1]), SignedPermutation([0, 1], [1, -1])
+    moved, negated = (reordered(Action(two, (2,), powers(step, lambda g: g[one])), order) for step in (swap, signs))
+    assert not still.agrees_with(moved) and not moved.agrees_with(still) and moved.agrees_with(moved)
+    assert not negated.is_unsigned() and moved.is_unsigned()
+    mixed = Product(Cyclic(2), Cyclic(3)) if one else Product(Cyclic(3), Cyclic(2))
+    with pytest.raises(Refusal, match="respects products"):  # an exchange has order 2, not 3
+        check_action(reordered(Action(mixed, (2,), powers(swap, lambda g: g[one])), order))
+
+
+def test_every_element_is_asked():
+    """The exchange of two coordinates by element 1 alone: wrong at the last element of C4."""
+    swap = SignedPermutation([1, 0], [1, 1])
+    with pytest.raises(Refusal, match="respects products"):
+        check_action(Action(Cyclic(4), (2,), lambda g: swap if g == 1 else SignedPermutation.identity(2)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_generator_moves_a_grid(order):
+    with pytest.raises(Refusal, match="equal length"):  # the flip would do
+        reordered(rotations_and_flips(), order).on(4, 6)
+    with pytest.raises(Refusal, match="equal length"):
+        reordered(rotations_and_flips(), order).kernel(1, 3)
+    by_axis = reordered(translations(4, 3), order)
+    for size in ((4, 5), (3, 3)):  # shifts that close up along one axis alone
+        with pytest.raises(Refusal, match="come back to the start"):
+            by_axis.on(*size)
+    still = SignedPermutation.identity(2)
+    rows = SpatialAction(Product(Cyclic(4), Cyclic(3)), 2, lambda g: still, lambda g: (2 * g[0], 0), "rows")
+    with pytest.raises(Refusal, match="come back to the start"):
+        reordered(rows, order).on(6, 6)
+    coarser = reordered(rows, order).resampled((8, 8), (4, 4))
+    assert [coarser.shift(g) for g in ((1, 0), (0, 1), (3, 2))] == [(1, 0), (0, 0), (3, 0)]

@@ -695,6 +695,18 @@ def test_inputs_interval_covers_the_distribution_behind_the_inputs():
     assert sum(low <= 0.5 <= high for low, high in intervals) / repeats >= 0.9
 
 
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_draws_and_inputs_share_the_error_probability(confidence):
+    """Half of it for each: log(4 / (1 - confidence)) in both half-widths, for two turns and a draw mode by hand."""
+    plugin, draws, inputs = 0.3, 4000, 50_000
+    share, logarithm = 1 / 2, math.log(4 / (1 - confidence))
+    t = math.sqrt(8 * share / draws * logarithm / 2)
+    wider = 2 * share * math.sqrt(logarithm / (2 * inputs))
+    found = B.defect_interval(plugin, draws, 2, "common", confidence, inputs)
+    assert_close(found.low, (math.sqrt(plugin) - t - math.sqrt(2 * share / draws)) ** 2 - wider)
+    assert_close(found.high, (math.sqrt(plugin) + t) ** 2 + wider)
+
+
 def test_normal_interval_covers_what_it_says():
     generator, repeats = seeded(5), 2000
     samples = torch.randn(repeats, 200, generator=generator, dtype=torch.float64)
@@ -761,6 +773,18 @@ def test_ledger_standard_error(setting):
     spread = torch.tensor([book.error for book in books]).double().std().item()
     typical = math.sqrt(sum(book.standard_error**2 for book in books) / 60)
     assert abs(typical / spread - 1) < standard_errors / math.sqrt(2 * 59)
+
+
+@pytest.mark.parametrize("draws", [2, 7, 32])
+def test_ledger_standard_error_where_the_error_is_linear(draws):
+    """Turns that raise one class in every draw: the error is a mean of draws, the jackknife its standard error."""
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double()
+    network, action = bayesianize(plain), network_action(plain, field(flips(), (1, 2, 2)))
+    raised = torch.rand(draws, 3, generator=seeded(3), dtype=torch.float64) / 2
+    first = torch.stack([torch.full_like(raised, 0.3), 0.3 + raised], -1)
+    book = B.ledger(network, action, torch.stack([first, 1 - first], -1))
+    assert_close(book.error, raised.mean())
+    assert_close(book.standard_error, raised.mean(1).std() / math.sqrt(draws))
 
 
 def test_ledger_of_an_invariant_posterior_is_zero(setting):

@@ -1,14 +1,24 @@
 """What full augmentation implies for predictors, gradients, optimisers and the law of training; conditions broken."""
 
 import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from symbnn.actions import Action, SignedPermutation, field, regular_channels, rotations, rotations_and_flips
+from late import ORDERS, reordered
+from symbnn.actions import (
+    Action,
+    SignedPermutation,
+    field,
+    natural_action,
+    regular_channels,
+    rotations,
+    rotations_and_flips,
+)
 from symbnn.families import BlockGaussian, FullGaussian, Laplace, LogNormal, MeanFieldGaussian
-from symbnn.groups import Cyclic, Refusal
+from symbnn.groups import Cyclic, Refusal, Symmetric
 from symbnn.layers import bayesianize, isotropic, random_means, variational_tensors
 from symbnn.network_actions import network_action, unit_permutations
 from symbnn.objectives import Categorical, Gaussian, elbo, violations
@@ -551,6 +561,39 @@ class Shaded(nn.ReLU):
 
     def forward(self, x):
         return super().forward(x - 1e-6 * torch.arange(x.shape[-1], dtype=x.dtype))
+
+
+class Weighted(Gaussian):
+    """A Gaussian that knows the last output better than the others."""
+
+    def log_prob(self, outputs, targets):
+        return super().log_prob(outputs * torch.tensor([1, 1, 2]), targets * torch.tensor([1, 1, 2]))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_generator_is_asked_for_violations(order):
+    """S3 on three inputs and three outputs; what the exchange of two leaves in place and the cycle does not."""
+    acting = reordered(natural_action(Symmetric(3)), order)
+    network = bayesianize(nn.Linear(3, 3).double(), prior=isotropic(1.0))
+    action = network_action(network, acting, output=acting)
+    x = torch.stack([acting.act(g, torch.tensor([1.0, 2.0, 4.0]).double()) for g in acting.group.elements()])
+    assert violations(network, action, x, x, likelihood=Gaussian(1.0)) == {}
+
+    assert set(violations(network, action, x, x, likelihood=Weighted(1.0))) == {"likelihood"}
+    two = torch.tensor([[1.0, 2.0, 4.0], [2.0, 1.0, 4.0]]).double()
+    assert set(violations(network, action, two, two, likelihood=Gaussian(1.0))) == {"augmentation"}
+    assert set(violations(network, action, x, x * torch.tensor([1, 1, 2]), likelihood=Gaussian(1.0))) == {
+        "augmentation"}
+
+    bias = variational_tensors(network)["bias"]
+    uneven = torch.tensor([0.0, 0.0, 1.0]).double()
+    bias.prior = MeanFieldGaussian(uneven, torch.zeros(3).double(), trainable=False)
+    (reason,) = violations(network, action, x, x, likelihood=Gaussian(1.0)).values()
+    assert float(re.search(r"is ([\d.]+) nats", reason)[1]) == 1.0  # (1 + 1) / 2 after the cycle, 0 after the exchange
+    bias.prior = isotropic(1.0)("bias", bias.posterior)
+    bias.posterior = LogNormal(uneven, uneven, torch.tensor([1, 1, -1]))
+    bias.prior = isotropic(1.0)("bias", bias.posterior)
+    assert {"family"} <= set(violations(network, action, x, x, likelihood=Gaussian(1.0))) <= {"family", "prior"}
 
 
 def test_an_action_that_does_not_intertwine():

@@ -1,6 +1,7 @@
 """Orbit expansion: invariance of networks and posteriors, blocks against their formula, scales, priors, refusals."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from late import ORDERS, reordered
 from symbnn.actions import (
     Action,
     field,
@@ -18,6 +20,7 @@ from symbnn.actions import (
     rotations,
     rotations_and_flips,
     shifts,
+    translations,
 )
 from symbnn.expansion import block_turn, expand, expanded_action
 from symbnn.families import BlockGaussian, FullGaussian, Laplace, LogNormal, MeanFieldGaussian
@@ -211,6 +214,44 @@ def test_row_rolled_before_a_flattened_head(depth):
     assert pickle.loads(pickle.dumps(acting)).parameters["0.weight"](1) == acting.parameters["0.weight"](1)
 
 
+def circular_network(space, size, depth):
+    """`depth` circular convolutions and a flattened head."""
+    torch.manual_seed(0)
+    convolution = {1: nn.Conv1d, 2: nn.Conv2d}[len(size)]
+    around = dict(padding=1, padding_mode="circular")
+    layers = [layer for k in range(depth) for layer in (convolution(2 if k else 1, 2, 3, **around), nn.Tanh())]
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2 * math.prod(size), 2)).double()
+    return network, network_action(network, field(space, (1, *size)))
+
+
+@pytest.mark.parametrize("n, depth", [(5, 2), (5, 3), (7, 2), (7, 4)])
+def test_row_rolled_takes_roots_of_elements(n, depth):
+    """At depth l the copies move by g^l, and l^-1 differs from l modulo 5 or 7."""
+    network, action = circular_network(shifts(n, ndim=1), (n,), depth)
+    wide, x = expand(network, action, "row_rolled"), random_inputs(action)
+    outputs = orbit(wide, action, x)
+    assert_close(outputs, outputs[:1].expand_as(outputs))
+    acting = expanded_action(wide, action, "row_rolled")
+    assert intertwining_error(wide, acting, x) < exact64
+    for name, tensor in wide.named_parameters():
+        assert_close(acting.parameters[name].act(1, tensor), tensor)
+    assert (orbit(network, action, x) - network(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_row_rolled_knows_the_exponent_of_a_product(depth, order):
+    """C2 x C3 has exponent 6, whichever factor comes first: no roots at depths 2 and 3."""
+    space = reordered(translations(2, 3), order)
+    network, action = circular_network(space, (2, 3), depth)
+    if math.gcd(depth, 6) > 1:
+        with pytest.raises(Refusal, match="exponent 6"):
+            expand(network, action, "row_rolled")
+        return
+    outputs = orbit(expand(network, action, "row_rolled"), action, random_inputs(action))
+    assert_close(outputs, outputs[:1].expand_as(outputs))
+
+
 def test_row_rolled_in_a_residual_network_of_flips():
     network = residual()
     del network.skip
@@ -314,6 +355,21 @@ def test_scales_of_every_layer(family, arrangement):
     if family is BlockGaussian:
         assert tensors["3.weight"].posterior.log_scale.numel() < tensors["3.weight"].posterior.numel
         assert all(tensor.posterior.blocks is not None for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("case, name", [("residual D4", "skip.weight"), ("mlp S4 to S4", "4.bias"),
+                                        ("cnn flattened D4", "7.bias")])
+@pytest.mark.parametrize("family", [MeanFieldGaussian, Laplace])
+def test_variances_of_what_no_copy_meets_are_means_over_the_group(case, name, family):
+    network, action = CASES[case]()
+    bayesian = bayesianize(network, family=family)
+    for tensor in variational_tensors(bayesian).values():
+        nn.init.normal_(tensor.posterior.log_scale, -1.0, generator=seeded(3))
+    wide, acting = expand(bayesian, action), action.parameters[name].absolute()
+    small = variational_tensors(bayesian)[name].posterior
+    turned = torch.stack([acting.act(g, small.variance.detach()) for g in action.group.elements()])
+    assert_close(variational_tensors(wide)[name].posterior.variance, turned.mean(0))
+    assert case == "cnn flattened D4" or turned.std(0).max() > 0.05  # the group moves it
 
 
 def test_divergence_of_regular_blocks():
@@ -472,8 +528,9 @@ class TestRefusals:
         bayesian = bayesianize(network, family=family)
         self.refused(family.__name__, bayesian, network_action(bayesian, Action.trivial(Cyclic(2), (4,))))
 
-    def test_blocks_that_the_group_tears_apart(self):
-        network, action = CASES["cnn C4"]()
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_blocks_that_the_group_tears_apart(self, order):
+        network, action = network_pair(small_cnn(), field(reordered(rotations_and_flips(), order), (1, 8, 8)))
         bayesian = bayesianize(network)
         tensor = variational_tensors(bayesian)["0.weight"]
         rows = torch.zeros(3, 1, 3, 1, dtype=torch.float64)

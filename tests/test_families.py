@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributions as D
 
-from symbnn.actions import Action, SignedPermutation, rotations
+from late import ONE_MOVES, ORDERS, reordered
+from symbnn.actions import Action, SignedPermutation, rotations, rotations_and_flips
 from symbnn.families import (
     FAMILIES,
     BlockGaussian,
@@ -638,3 +639,33 @@ def test_a_point_mass_moves_with_every_matrix():
 def test_what_a_point_mass_does_not_have_is_refused(ask):
     with pytest.raises(Refusal):
         ask(PointMass(random(SHAPE, 1)))
+
+
+# --- conditions over all generators, one of which alone breaks them
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", ONE_MOVES)
+def test_every_generator_is_asked(case, order):
+    action, values = ONE_MOVES[case]
+    action, values = reordered(action, order), torch.tensor(values, dtype=torch.float64)
+    zero, signs = torch.zeros_like(values), torch.where(values > 1, -1, 1)
+    for kind in (MeanFieldGaussian, Laplace):
+        assert kind(zero, zero).is_invariant_under(action)
+        assert not kind(values, zero).is_invariant_under(action)
+        assert not kind(zero, values).is_invariant_under(action)
+    assert not FullGaussian(zero, values.diag()).is_invariant_under(action)
+    assert not PointMass(values).is_invariant_under(action)
+    closure = LogNormal(zero, zero, signs).is_closed_under(action)
+    assert not closure and "sign mask" in closure.reason
+    with pytest.raises(Refusal, match="sign mask"):
+        LogNormal(zero, zero, signs).parameter_actions(action)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_scale_of_two_weights_that_one_generator_tears_apart(order):
+    square = reordered(rotations_and_flips().on(2, 2), order)  # the flip keeps rows, the turn does not
+    rows = MeanFieldGaussian(torch.zeros(2, 2), torch.zeros(2, 1))
+    with pytest.raises(Refusal, match="moves as one number"):
+        rows.parameter_actions(square)
+    assert not BlockGaussian(torch.zeros(2, 2), torch.zeros(2, 1)).is_closed_under(square)

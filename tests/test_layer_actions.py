@@ -9,8 +9,20 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from symbnn.actions import Action, field, flips, rotations, rotations_and_flips, shifts, time_reversal
-from symbnn.groups import Refusal
+from late import ORDERS, reordered
+from symbnn.actions import (
+    Action,
+    SignedPermutation,
+    SpatialAction,
+    field,
+    flips,
+    natural_action,
+    rotations,
+    rotations_and_flips,
+    shifts,
+    time_reversal,
+)
+from symbnn.groups import Cyclic, Product, Refusal, Symmetric
 from symbnn.layer_actions import Window
 from symbnn.network_actions import intertwining_error, network_action
 from tolerances import exact64
@@ -211,3 +223,56 @@ def test_channels_that_do_not_fit_are_refused():
         network_action(nn.Conv2d(3, 1, 3), field(rotations(), (1, 4, 4)))
     with pytest.raises(Refusal, match="made for 17"):
         network_action(nn.Linear(17, 1), Action.trivial(rotations().group, (16,)))
+
+
+# --- conditions over all generators, one of which alone breaks them
+
+ROWS_AND_FLIPS = SpatialAction(Product(Cyclic(4), Cyclic(2)), 2, lambda g: flips().point(g[1]),
+                               lambda g: (2 * g[0], 0), "shifts of rows and left-right flips")
+ONE_BREAKS = {  # a layer that all generators but one would let pass, by the words of its refusal
+    "the shift meets padding": (nn.Conv2d(1, 1, (3, 1), padding=(1, 0)), ROWS_AND_FLIPS, "other padding"),
+    "the shift is no output": (nn.Conv2d(1, 1, (4, 1), (4, 1)), ROWS_AND_FLIPS, "no whole number of outputs"),
+    "the flip reads others": (nn.Conv2d(1, 1, (1, 3), (1, 2)), ROWS_AND_FLIPS, "reverses an axis"),
+    "the shift in a pool": (nn.AdaptiveAvgPool2d((2, 8)), ROWS_AND_FLIPS, "no whole number of outputs"),
+    "the turn of a kernel": (nn.Conv2d(1, 1, (1, 3), padding=(0, 1)), rotations_and_flips(), "exchanges the two axes"),
+    "the turn of a pool": (nn.AdaptiveMaxPool2d((4, 2)), rotations_and_flips(), "exchanges the axes"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", ONE_BREAKS)
+def test_every_generator_is_asked(case, order):
+    layer, space, words = ONE_BREAKS[case]
+    with pytest.raises(Refusal, match=words):
+        network_action(layer, field(reordered(space, order), (1, 8, 8)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_layer_that_every_generator_lets_pass(order):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 1, (2, 3), (2, 1), padding=(0, 1)).double()
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    action = network_action(layer, field(reordered(ROWS_AND_FLIPS, order), (1, 8, 8)))
+    assert intertwining_error(layer, action, x) < exact64
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_groups_of_a_convolution_that_one_generator_tears(order):
+    """Of S4 on four channels the exchange keeps {0, 1} and {2, 3}, the cycle does not."""
+    channels = reordered(natural_action(Symmetric(4)), order)
+    source = field(SpatialAction.trivial(channels.group, 2), (4, 3, 3), channels)
+    with pytest.raises(Refusal, match="tears the convolution's groups apart"):
+        network_action(nn.Conv2d(4, 4, 1, groups=2), source, output=field(source.space, (4, 3, 3), channels))
+
+
+@pytest.mark.parametrize("signs", [[1, 1, -1, -1], [1, -1, 1, 1], [1, -1, -1, 1]])
+@pytest.mark.parametrize("index", [[0, 1, 2, 3], [2, 3, 0, 1], [3, 2, 1, 0]])
+def test_signs_that_differ_between_the_groups_of_a_convolution(index, signs):
+    step = SignedPermutation(index, signs)
+    powers = [SignedPermutation.identity(4), step, step @ step, step @ step @ step]
+    channels = Action(Cyclic(4), (4,), powers.__getitem__)
+    source = field(SpatialAction.trivial(channels.group, 2), (4, 3, 3), channels)
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(4, 4, 2, groups=2).double(), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    action = network_action(layer, source, output=field(source.space, (4, 2, 2), channels))
+    assert intertwining_error(layer, action, x) < exact64

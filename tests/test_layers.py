@@ -382,6 +382,41 @@ def test_local_draws_the_output_of_a_layer_without_bias():
     within_standard_errors(out.var(0), exact, exact * (2 / 6000) ** 0.5)
 
 
+def weighted_inputs():
+    """A linear layer of three inputs whose weights and biases have different scales, and one input."""
+    torch.manual_seed(2)
+    network = bayesianize(nn.Linear(3, 2).double())
+    for tensor in variational_tensors(network).values():
+        nn.init.normal_(tensor.posterior.log_scale, -0.5, generator=seeded(3))
+    return network, torch.tensor([[1.0, -0.5, 2.0]]).double()
+
+
+def test_local_is_the_standard_deviation_times_the_noise_number_by_number():
+    network, x = weighted_inputs()
+    x = torch.cat([x, -2 * x, torch.zeros_like(x), torch.randn(5, 3, generator=seeded(), dtype=torch.float64)])
+    weight, bias = (tensor.posterior for tensor in variational_tensors(network).values())
+    exact = (x.square() @ weight.variance.T + bias.variance).sqrt()
+    centred = forward(network, x, 1, "local", seeded(4))[0] - (x @ weight.mean.T + bias.mean)
+    source = seeded(4)
+    sample_weights(network, 1, source)  # what comes from the generator before
+    noise = torch.randn(8, 2, generator=source, dtype=torch.float64)
+    assert_close(centred / noise, exact)
+
+
+@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+def test_outputs_have_the_exact_variance(estimator):
+    network, x = weighted_inputs()
+    count, generator = 20_000, seeded(5)
+    weight, bias = (tensor.posterior for tensor in variational_tensors(network).values())
+    variance = (x.square() @ weight.variance.T + bias.variance)[0]
+    if estimator in ("shared", "flipout"):
+        out = forward(network, x, count, estimator, generator)[:, 0]
+    else:
+        out = forward(network, x.expand(count, -1), count, estimator, generator)[0]
+    within_standard_errors(out.mean(0), x[0] @ weight.mean.T + bias.mean, (variance / count).sqrt())
+    within_standard_errors(out.var(0), variance, variance * (2 / count) ** 0.5)  # five percent are five errors
+
+
 @pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
 def test_an_empty_batch_is_refused(estimator):
     with pytest.raises(Refusal, match="not empty"):

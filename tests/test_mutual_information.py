@@ -1,4 +1,5 @@
 """Information about a symmetry: known answers, promised sides, gradients, subgroups, the symmetrised ELBO, refusals."""
+import dataclasses
 import itertools
 import math
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from symbnn.actions import Action, field, rotations, sign_change
+from symbnn.actions import Action, SignedPermutation, field, natural_action, rotations, sign_change
 from symbnn.families import BlockGaussian, FullGaussian, Laplace, LogNormal, MeanFieldGaussian
-from symbnn.groups import Refusal
+from symbnn.groups import Refusal, Symmetric
 from symbnn.layers import bayesianize, isotropic, random_means, variational_tensors
 from symbnn.mutual_information import (
     InformationEstimator,
@@ -21,9 +22,10 @@ from symbnn.mutual_information import (
 )
 from symbnn.network_actions import NetworkAction, network_action, unit_permutations
 from symbnn.objectives import Categorical, Gaussian, elbo
+from symbnn.permanents import log_bethe_permanent
 from symbnn.sampling import apply_weights, sample_weights
 from symbnn.symmetrize import OrbitMixture
-from tolerances import assert_close, exact32, within_standard_errors
+from tolerances import assert_close, exact32, exact64, within_standard_errors
 
 
 def generator(seed=0):
@@ -196,6 +198,87 @@ def test_what_single_units_know_by_hand():
     far = two_layers(units=3, separation=60.0)
     found = mutual_information(far, permuted(far), "marginal", draws=5, generator=generator())
     assert_close(found.value, 3 * math.log(3))
+
+
+def repeated(weights, times):
+    """Every draw `times` times, one after the other."""
+    return {name: weight.detach().repeat_interleave(times, 0) for name, weight in weights.items()}
+
+
+def check_moments(values, outcomes, chances):
+    """Means and variances over repetitions of draws (S, times) against those of outcomes (S, O) with these chances."""
+    outcomes, chances = torch.stack(outcomes, -1), torch.stack(chances, -1)
+    assert_close(chances.sum(-1), torch.ones(len(chances)))
+    mean = (chances * outcomes).sum(-1)
+    centred = outcomes - mean[:, None]
+    variance, fourth = ((chances * centred**k).sum(-1) for k in (2, 4))
+    times = values.shape[1]
+    within_standard_errors(values.mean(1), mean, (variance / times).sqrt())
+    error = ((fourth - variance**2).clamp_min(0) / times).sqrt()
+    within_standard_errors((values - mean[:, None]).square().mean(1), variance, error)
+    assert (error < 0.01 * variance).any()  # of some draw, four errors are less than five percent
+
+
+ORDERINGS = torch.tensor(list(itertools.permutations(range(3))))
+
+
+def matrix_and_estimator(method):
+    """Three draws of a network of three units, each many times: the estimates, and the matrix of log-densities."""
+    times, network = 20_000, two_layers(units=3, separation=0.3)
+    action, weights = permuted(network), sample_weights(network, 3, generator(8))
+    estimator = InformationEstimator(network, action, method, K=2)
+    values = estimator.values(repeated(weights, times), generator(9)).detach().view(3, times)
+    log_a = unit_log_densities(network, weights, unit_coordinates(action, "0")).detach()
+    products = torch.stack([log_a[:, order, torch.arange(3)].sum(-1) for order in ORDERINGS], -1)
+    return values, log_a, products - products[:, :1]
+
+
+def test_infonce_at_two_has_the_moments_of_six_equal_cases():
+    values, _, products = matrix_and_estimator("infonce")
+    outcomes = [math.log(2) - torch.logaddexp(products[:, 0], products[:, i]) for i in range(6)]
+    check_moments(values, outcomes, [torch.full((3,), 1 / 6, dtype=torch.float64)] * 6)
+
+
+def chances_by_hand(marginals):
+    """The law of the proposals over the six permutations: columns in turn, rows that are left, 0.1 of them uniform."""
+    n, mixed, found = 3, marginals * (1 - 0.1 / 3) + 0.1 / 9, []
+    for order in ORDERINGS.tolist():
+        chance, left = 1.0, list(range(n))
+        for column, row in enumerate(order):
+            chance = chance * mixed[:, row, column] / mixed[:, left, column].sum(-1)
+            left.remove(row)
+        found.append(chance)
+    return torch.stack(found, -1)
+
+
+@pytest.mark.parametrize("method", ("importance", "importance_upper"))
+def test_importance_at_two_has_the_moments_of_all_cases(method):
+    """The lower bound averages the identity and one proposal, the upper bound two proposals."""
+    values, log_a, products = matrix_and_estimator(method)
+    marginals = log_bethe_permanent(log_a - log_a.diagonal(0, -2, -1)[..., None], 1e-3).marginals
+    chances = chances_by_hand(marginals)
+    ratios = products - chances.log()
+    pairs = [(0, i) for i in range(6)] if method == "importance" else list(itertools.product(range(6), repeat=2))
+    outcomes = [math.lgamma(4) + math.log(2) - torch.logaddexp(ratios[:, i], ratios[:, j]) for i, j in pairs]
+    weights = [chances[:, j] * (1.0 if method == "importance" else chances[:, i]) for i, j in pairs]
+    check_moments(values, outcomes, weights)
+
+
+def test_infonce_over_a_listed_group_has_the_moments_of_its_elements():
+    """Exchanged inputs of one layer: the other element is e or g, with equal chances."""
+    torch.manual_seed(0)
+    network = bayesianize(nn.Linear(2, 1, bias=False).double(), scale=0.7)
+    action = network_action(network, natural_action(Symmetric(2)))
+    weights = sample_weights(network, 2, generator(8))
+    estimator = InformationEstimator(network, action, "infonce", K=2)
+    assert not estimator.whole
+    values = estimator.values(repeated(weights, 4000), generator(9)).detach().view(2, 4000)
+    posterior, drawn = network.weight.posterior, weights["weight"].detach()
+    own, other = posterior.log_prob(drawn).detach(), posterior.log_prob(drawn.flip(-1)).detach()
+    outcomes = [torch.zeros(2).double(), math.log(2) + own - torch.logaddexp(own, other)]
+    distance = (values[..., None] - torch.stack(outcomes, -1)[:, None]).abs()
+    assert distance.amin(-1).max() < exact64 and outcomes[1].abs().min() > 1e-3
+    within_standard_errors(distance.argmin(-1).double().mean(1), 0.5, 0.5 / 4000**0.5)
 
 
 def test_infonce_saturates():
@@ -430,6 +513,14 @@ def test_auto_chooses_by_size_and_says_so(units, method, kind):
     assert_close(found.ceiling, math.lgamma(units + 1), 1e-10)
 
 
+def test_how_far_the_sides_can_be():
+    """Bethe by n log(2) / 2, the capacity by log(n^n / n!), summed over the layers."""
+    network = two_layers(units=7)
+    bethe, capacity = (InformationEstimator(network, permuted(network), method) for method in ("bethe", "capacity"))
+    assert_close(bethe.within, 7 * math.log(2) / 2)
+    assert_close(capacity.within, math.log(7**7 / math.factorial(7)))
+
+
 def test_auto_elsewhere():
     alone = two_layers(units=1)
     assert mutual_information(alone, permuted(alone), draws=2).value == 0
@@ -565,6 +656,15 @@ class Residual(nn.Module):
         return self.last(h + torch.tanh(self.inner(h)))
 
 
+def test_an_action_that_is_wrong_for_one_generator_is_refused():
+    network = bayesianize(nn.Linear(4, 2).double())
+    right = network_action(network, natural_action(Symmetric(4)))
+    for bad in right.group.generators():
+        output = Action(right.group, (2,), lambda g, bad=bad: SignedPermutation([g == bad, g != bad], [1, 1]))
+        with pytest.raises(Refusal, match="commutes with the group"):
+            InformationEstimator(network, dataclasses.replace(right, output=output), "enumeration")
+
+
 def test_units_tied_by_a_sum_are_left_to_infonce_or_enumeration():
     torch.manual_seed(0)
     network = bayesianize(Residual().double(), MeanFieldGaussian, 0.5, isotropic(1.0))
@@ -575,11 +675,12 @@ def test_units_tied_by_a_sum_are_left_to_infonce_or_enumeration():
     assert InformationEstimator(network, action, "infonce").method == "infonce"
 
 
-def test_norms_with_parameters_are_refused():
+@pytest.mark.parametrize("scales", ((1.0, 2.0, 3.0), (1.0, 1.0, 2.0)))  # the exchange of two leaves the second
+def test_norms_with_parameters_are_refused(scales):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2))
     with torch.no_grad():
-        plain[1].weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        plain[1].weight.copy_(torch.tensor(scales))
     network = bayesianize(plain, MeanFieldGaussian, 0.5, isotropic(1.0)).eval()
     with pytest.raises(Refusal, match="has a posterior"):
         mutual_information(network, unit_permutations(network, (1, 4, 4)))

@@ -1,4 +1,5 @@
 """The intertwining equation for whole networks, and the networks that have no action."""
+import dataclasses
 import operator
 import pickle
 from functools import partial
@@ -622,3 +623,15 @@ def test_softmaxes_on_fields_and_flat_features():
             network_action(layer, mixed)
     action = network_action(nn.Tanh(), mixed)
     assert action.output.shape == (4, 4) and intertwining_error(nn.Tanh(), action, batch((4, 4))) < exact64
+
+
+@pytest.mark.parametrize("order", [4, 7])
+def test_the_error_is_looked_for_at_every_generator_and_in_a_listed_group_at_every_element(order):
+    """An action that is right but for one element; beyond 64 elements, for one generator."""
+    layer = randomised(nn.Linear(order, 2))
+    right = network_action(layer, natural_action(Symmetric(order)))
+    x = torch.randn(3, order, dtype=torch.float64)
+    assert intertwining_error(layer, right, x) < exact64
+    for bad in (right.group.generators() if order > 4 else right.group.elements()[1:]):
+        output = Action(right.group, (2,), lambda g, bad=bad: SignedPermutation([g == bad, g != bad], [1, 1]))
+        assert intertwining_error(layer, dataclasses.replace(right, output=output), x) > 1e-3

@@ -398,6 +398,15 @@ def test_refusals(case):
         call()
 
 
+def test_norms_that_one_generator_moves_are_refused():
+    """Of S3 on three channels the exchange of two leaves these scales in place, the cycle does not."""
+    plain = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2)).double()
+    plain[1].weight.data.copy_(torch.tensor([1.0, 1.0, 2.0]))
+    network = bayesianize(plain).eval()
+    with pytest.raises(Refusal, match=r"'1\.weight', which the group moves"):
+        OrbitMixture(network, unit_permutations(network, (1, 4, 4)))
+
+
 def test_nothing_is_written_when_one_tensor_is_refused():
     network, action = pair("set, invariant")
     posterior = Laplace(*(p.detach() for p in network[2].bias.posterior.parameters()))
