@@ -7,19 +7,21 @@ __all__ = ['FORMAT', 'VERSION', 'DESCRIPTION', 'MARGIN', 'check_folder', 'write_
            'read_checkpoint', 'has_checkpoint', 'check_continued', 'load_tensors', 'family_name', 'describe_network',
            'network_tensors', 'optimizer_tensors', 'load_optimizer', 'save_network', 'load_network']
 
-# %% ../nbs/15b_checkpoints.ipynb #83b945be-0
+# %% ../nbs/15b_checkpoints.ipynb #ee824a45-0
 import hashlib
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
+from .expansion import ARRANGEMENT, Arrangement
 from .families import FAMILIES
 from .groups import Refusal, require
 from .layers import bayesianize, variational_tensors
@@ -170,10 +172,10 @@ def check_continued(stored: dict, wanted: dict) -> None:
             "; ".join(differing), "another run's folder, or an edit",
             "repeat the settings of the checkpoint, or train into a new folder")
 
-# %% ../nbs/15b_checkpoints.ipynb #393cedd4-0
+# %% ../nbs/15b_checkpoints.ipynb #74d6b42a-0
 def load_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy `tensors` into the network's `state_dict`. Raises `Refusal` unless names, shapes and dtypes all agree."""
-    own = network.state_dict()
+    own = _distinct(network)
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     other = [
         f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype} for {tuple(own[name].shape)} {own[name].dtype}"
@@ -189,7 +191,7 @@ def load_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
                 cause="the checkpoint of another architecture, family, prior or precision",
                 fix="build the network with the checkpoint's own architecture, as `load_network` does",
             )
-    network.load_state_dict(tensors)
+    network.load_state_dict(tensors, strict=False)  # further names of a tensor are not in the file
 
 
 def family_name(network: nn.Module) -> str | None:
@@ -201,12 +203,21 @@ def family_name(network: nn.Module) -> str | None:
 
 def describe_network(network: nn.Module, architecture: Architecture | None) -> dict:
     """What `load_network` needs, as JSON values."""
-    return {"architecture": architecture and architecture.as_dict(), "family": family_name(network)}
+    arrangement = getattr(network, ARRANGEMENT, None)
+    made = {"architecture": architecture and architecture.as_dict(), "family": family_name(network)}
+    return {**made, "arrangement": arrangement} if arrangement else made
 
 
 def network_tensors(network: nn.Module, part: str = "network") -> dict[str, Tensor]:
-    """The network's `state_dict`, priors included, under `part/`."""
-    return {f"{part}/{name}": tensor for name, tensor in network.state_dict().items()}
+    """The network's `state_dict`, priors included, under `part/`; a tensor with several names under its first."""
+    return {f"{part}/{name}": tensor for name, tensor in _distinct(network).items()}
+
+
+def _distinct(network: nn.Module) -> dict[str, Tensor]:
+    """The network's `state_dict`, without the further names of parameters and buffers that have several."""
+    names, seen = network.state_dict(keep_vars=True), set()
+    first = {name for name, tensor in names.items() if not (id(tensor) in seen or seen.add(id(tensor)))}
+    return {name: tensor for name, tensor in network.state_dict().items() if name in first}
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -275,4 +286,9 @@ def load_network(checkpoint: Checkpoint | Path | str) -> nn.Module:
                 tensor.prior.register_buffer(key, torch.empty_like(stored))
     network = network.to(next((value.dtype for value in tensors.values() if value.is_floating_point()), torch.float32))
     load_tensors(network, tensors)
+    arrangement = checkpoint.description.get("arrangement")
+    if arrangement is not None:
+        require(arrangement in get_args(Arrangement), f"The arrangement is one of {', '.join(get_args(Arrangement))}",
+                f"{arrangement!r} ({checkpoint.folder})", "an edited file", "train again")
+        setattr(network, ARRANGEMENT, arrangement)
     return network

@@ -148,7 +148,7 @@ class _Independent(Family):
         loc, log_scale = (value.expand(self.shape).flatten()[index] for value in (self.loc, self.log_scale))
         return type(self)(loc, log_scale, trainable=self.trainable)
 
-# %% ../nbs/03_families.ipynb #6eaf6e39-0
+# %% ../nbs/03_families.ipynb #b0452ca5-0
 def _to_natural(member: _Independent) -> dict[str, Tensor]:
     """Natural parameters of independent normals with the locations and scales of `member`."""
     precision = (-2 * member.log_scale).exp()
@@ -186,7 +186,7 @@ class MeanFieldGaussian(_Independent):
     def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
         """Log-density in nats of weights `(*batch, *shape)`."""
         batch = self._batch(theta)
-        square = (self._whiten(theta) ** 2).reshape(*batch, -1).sum(-1)
+        square = self._sum_weights(self._whiten(theta) ** 2, batch)
         return -square / 2 - self._total(self.log_scale + math.log(2 * math.pi) / 2)
 
     def entropy(self) -> Float[Tensor, ""]:
@@ -210,7 +210,7 @@ class MeanFieldGaussian(_Independent):
         """The member with these natural parameters; `Refusal` outside the natural parameter space."""
         return cls(*_from_natural(natural), trainable=trainable)
 
-# %% ../nbs/03_families.ipynb #2347afb9-0
+# %% ../nbs/03_families.ipynb #570f57ea-0
 class Laplace(_Independent):
     """Independent Laplace weights with location `loc` and scale b = exp(`log_scale`).
 
@@ -235,7 +235,7 @@ class Laplace(_Independent):
     def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
         """Log-density in nats of weights `(*batch, *shape)`."""
         batch = self._batch(theta)
-        distance = self._whiten(theta).abs().reshape(*batch, -1).sum(-1)
+        distance = self._sum_weights(self._whiten(theta).abs(), batch)
         return -distance - self._total(self.log_scale + math.log(2))
 
     def entropy(self) -> Float[Tensor, ""]:
@@ -249,7 +249,7 @@ class Laplace(_Independent):
             return self._total(near + far - ratio - 1)
         return super()._kl(prior)
 
-# %% ../nbs/03_families.ipynb #54e7812b-0
+# %% ../nbs/03_families.ipynb #98a5a6ed-0
 class LogNormal(_Independent):
     """Weights mask * exp(loc + exp(log_scale) * normal noise): frozen signs, log-normal magnitudes.
 
@@ -305,7 +305,7 @@ class LogNormal(_Independent):
         batch, inside = self._batch(theta), theta * self.mask > 0
         logs = torch.where(inside, theta.abs(), 1.0).log()
         density = -self._whiten(logs) ** 2 / 2 - self.log_scale - logs - math.log(2 * math.pi) / 2
-        return torch.where(inside, density, -math.inf).reshape(*batch, -1).sum(-1)
+        return self._sum_weights(torch.where(inside, density, -math.inf), batch)
 
     def entropy(self) -> Float[Tensor, ""]:
         """Differential entropy in nats."""

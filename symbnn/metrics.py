@@ -73,7 +73,7 @@ def check_labels(probabilities: Probabilities, labels: Int[Tensor, "N"]) -> Int6
         refuse(f"labels from {labels.min()} to {labels.max()}", "labels that count from 1, or other classes")
     return labels.to(probabilities.device, torch.int64)
 
-# %% ../nbs/07_defect.ipynb #1c139b86-0
+# %% ../nbs/07_defect.ipynb #d74b1bc4-0
 Mode = Literal["common", "shared", "fresh"]
 
 
@@ -102,10 +102,10 @@ def orbit_predictions(
     `network` is a variational classifier with logits (N, C); `action` is its action on inputs and outputs. `inputs` may
     lie on another device than the network; the result is on the network's. `batch_size` counts inputs; in mode
     "common" the turns of a batch are predicted together. `memory` limits the result, in bytes.
-    Raises `Refusal` for a network that is not variational or has batch statistics or dropout switched on, an unknown
-    mode, inputs that are empty, not finite or of another shape or type than the action or the network, a result
-    beyond `memory`, an output action that is not a permutation of at least two classes, and outputs that are not
-    (N, C).
+    The network is evaluated as by `predict`, whatever mode it is in. Raises `Refusal` for a network that is not
+    variational, an unknown mode, inputs that are empty, not finite or of another shape or type than the action or the
+    network, a result beyond `memory`, an output action that is not a permutation of at least two classes, and outputs
+    that are not (N, C).
     """
     _check_request(network, inputs, action, draws, mode, batch_size)
     elements, classes = action.group.elements(), math.prod(action.output.shape)
@@ -135,7 +135,7 @@ def orbit_predictions(
                 bar.update(len(turned))
     return OrbitPredictions(found, elements, mode)
 
-# %% ../nbs/07_defect.ipynb #5c5a28af-0
+# %% ../nbs/07_defect.ipynb #e166db6a-0
 def _check_request(network, inputs, action, draws, mode, batch_size) -> None:
     def refuse(invariant: str, received: str, cause: str, fix: str) -> None:
         raise Refusal(invariant, received=received, cause=cause, fix=fix)
@@ -152,10 +152,6 @@ def _check_request(network, inputs, action, draws, mode, batch_size) -> None:
     if not is_variational(network):
         refuse("Draws of the weights need a variational network", type(network).__name__, "a plain torch network",
                "symbnn.layers.bayesianize(network)")
-    unsettled = [name for name, module in network.named_modules() if module.training and _depends_on_batch(module)]
-    if unsettled:
-        refuse("A prediction depends on its own input and weights alone", f"layers in training mode: {unsettled}",
-               "batch statistics or dropout that are still switched on", "call network.eval() first")
     parameter, shape = next(network.parameters()), tuple(action.input.shape)
     if tuple(inputs.shape[1:]) != shape or len(inputs) == 0:
         refuse(f"Inputs are (N, {', '.join(map(str, shape))}), the shape on which the group acts",
@@ -178,11 +174,6 @@ def _check_request(network, inputs, action, draws, mode, batch_size) -> None:
     if not action.output.is_unsigned():
         refuse("On probabilities a group acts by permuting classes", "an output action with signs",
                "an action meant for regression", "derive the network action with output=None, or permute classes")
-
-
-def _depends_on_batch(module: nn.Module) -> bool:
-    statistics = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm)
-    return (statistics and module.track_running_stats) or isinstance(module, nn.modules.dropout._DropoutNd)
 
 
 def _check_outputs(logits: Tensor, draws: int, rows: int, action: NetworkAction) -> None:

@@ -93,7 +93,7 @@ def unit_log_densities(network: nn.Module, weights: Weights, coordinates: Coordi
         columns.setdefault(_kind(posterior), []).append((weights[name].flatten(1)[:, at].double(), *parameters))
     return sum(_PAIRS[kind](*(torch.cat(part, -1) for part in zip(*found))) for kind, found in columns.items())
 
-# %% ../nbs/11_mutual_information.ipynb #ba96cd67-0
+# %% ../nbs/11_mutual_information.ipynb #7b48adee-0
 def _hidden_classes(action: NetworkAction) -> dict[str, int]:
     """The channel classes of two or more units that the group permutes freely, with their sizes; none for any other
     group."""
@@ -122,6 +122,10 @@ def _factors(network: nn.Module, action: NetworkAction) -> tuple[dict[str, Coord
             reasons.append(f"units of {hidden!r} share weights ({refusal.received})")
     posteriors = {name: tensor.posterior for name, tensor in variational_tensors(network).items()}
     for hidden, coordinates in list(found.items()):
+        found[hidden] = coordinates = {name: at for name, at in coordinates.items() if name in posteriors}
+        if not coordinates:
+            del found[hidden]
+            reasons.append(f"no weight of the units of {hidden!r} has a posterior")
         joint = [name for name in coordinates if _kind(posteriors[name]) is None]
         if joint:
             del found[hidden]

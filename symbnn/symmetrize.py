@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Barycentre', 'average', 'symmetrize_', 'symmetrize', 'OrbitMixture', 'orbit_average']
 
-# %% ../nbs/08_symmetrization.ipynb #b687fbd3-0
+# %% ../nbs/08_symmetrization.ipynb #822e864c-0
 import copy
 import math
 from collections.abc import Collection
@@ -16,15 +16,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .actions import Action
-from .families import Family, FullGaussian, Laplace, LogNormal, MeanFieldGaussian
+from .families import Family, FullGaussian, Laplace, LogNormal, MeanFieldGaussian, PointMass
 from .groups import Refusal
-from .invariance import Orbits
+from .invariance import Orbits, Tied
 from .layers import variational_tensors
 from .metrics import Estimate, OrbitPredictions, check_probabilities
 from .network_actions import NetworkAction
 from .sampling import Weights, sample_weights
 
-# %% ../nbs/08_symmetrization.ipynb #72267b1a-0
+# %% ../nbs/08_symmetrization.ipynb #38bea7e3-0
 Barycentre = Literal["geometric", "arithmetic", "projection"]
 
 
@@ -80,12 +80,15 @@ def average(family: Family, action: Action, barycentre: Barycentre = "geometric"
 
     "geometric" averages natural parameters and minimises mean_g KL(r || g_# q) over all r; "arithmetic" matches moments
     and minimises mean_g KL(g_# q || r) over the family; "projection" averages means and scales and minimises
-    mean_g W_2(r, g_# q)^2 over independent weights (of log|theta| for log-normal ones). The group is not enumerated.
+    mean_g W_2(r, g_# q)^2 over independent weights (of log|theta| for log-normal ones), and of a point mass is the mean
+    of its images. The group is not enumerated.
     Weights that share a scale go on sharing it. Raises `Refusal` where the family is not closed under the action (with
     the condition that fails), for Laplace posteriors unless projected, for families without a rule, and for means that
     are stored once for many weights. Source: theorem "the two averages of an exponential family" of the book.
     """
     _check(family, action, barycentre)
+    if isinstance(family, PointMass):
+        return PointMass(Orbits(action).project(family.loc), trainable=family.trainable)
     return (_average_full if isinstance(family, FullGaussian) else _average_independent)(barycentre, family, action)
 
 
@@ -108,13 +111,17 @@ def _check(family: Family, action: Action, barycentre: Barycentre) -> None:
         refuse("Natural parameters and their moments belong to exponential families", f'Laplace, "{barycentre}"',
                "closed, but log-densities with a free location span no finite-dimensional space of statistics, so the "
                "average is no Laplace law", 'barycentre="projection", or OrbitMixture')
-    if not isinstance(family, (MeanFieldGaussian, Laplace, LogNormal, FullGaussian)):
-        refuse("The average of a family is known", name, "a class from outside the library", "OrbitMixture")
+    if isinstance(family, PointMass) and barycentre != "projection":
+        refuse("An average by divergences needs densities", f'PointMass, "{barycentre}"', "weights that are a point, which "
+               "has none", 'barycentre="projection", the mean over the group')
+    if not isinstance(family, (MeanFieldGaussian, Laplace, LogNormal, FullGaussian, PointMass)):
+        refuse("The average of a family is known", name, "weights tied over the group, which are invariant already" if
+               isinstance(family, Tied) else "a class from outside the library", "OrbitMixture")
     if tuple(family.loc.shape) != family.shape:
         refuse("Each weight has a mean of its own", f"{tuple(family.loc.shape)} means for {family.shape} weights",
                "means stored once for many weights", "store one mean a weight; scales may be shared")
 
-# %% ../nbs/08_symmetrization.ipynb #40709141-0
+# %% ../nbs/08_symmetrization.ipynb #761346cf-0
 def _deterministic(network: nn.Module, action: NetworkAction) -> dict[str, Tensor]:
     """Parameters and running statistics that the group moves and that have no posterior, by plain name.
 
@@ -128,7 +135,8 @@ def _deterministic(network: nn.Module, action: NetworkAction) -> dict[str, Tenso
                       cause="the action of another network, or one on the inputs alone",
                       fix="network_action(network, input_action)")
     named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    return {name: named[name] for name in action.parameters if name in named and name not in posteriors}
+    moved = (name for name in action.parameters if name in named and name not in posteriors)
+    return {name: named[name] for name in moved if named[name].is_floating_point()}  # a norm's count of batches stays
 
 
 @torch.no_grad()
@@ -161,16 +169,8 @@ def symmetrize(network: nn.Module, action: NetworkAction, barycentre: Barycentre
     """A copy of the network with invariant posteriors; otherwise `symmetrize_`, and raises the same `Refusal`s."""
     return symmetrize_(copy.deepcopy(network), action, barycentre, only)
 
-# %% ../nbs/08_symmetrization.ipynb #c76ea37e-0
+# %% ../nbs/08_symmetrization.ipynb #565fe877-0
 _DRAWS_AT_ONCE = 64  # of `mutual_information`, to bound memory
-
-
-def _in_float64(family: Family) -> Family:
-    """The same law with its parameters converted, differentiable in the originals."""
-    twin, values = copy.copy(family), dict((*family.named_parameters(), *family.named_buffers()))
-    twin._parameters = {}
-    twin._buffers = {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
-    return twin
 
 
 class OrbitMixture:
@@ -191,7 +191,8 @@ class OrbitMixture:
 
     def log_densities(self, weights: Weights) -> Float[Tensor, "G S"]:
         """log q(rho(g)^-1 theta) in nats, float64, for every element and every draw (S, *shape) of all weights."""
-        posteriors = {n: _in_float64(tensor.posterior) for n, tensor in variational_tensors(self.network).items()}
+        posteriors = {n: t.posterior.in_dtype(torch.float64)
+                      for n, t in variational_tensors(self.network).items()}
         wide = {name: weights[name].double() for name in posteriors}
         turned = (self.action.act(self.action.group.inverse(g), wide) for g in self.elements)
         return torch.stack([sum(q.log_prob(theta[name]) for name, q in posteriors.items()) for theta in turned])

@@ -11,11 +11,12 @@ import pytest
 import sympy as sp
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from symbnn import checkpoints, training
 from symbnn.actions import Action, SignedPermutation, field, flips, rotations
-from symbnn.checkpoints import load_network, read_checkpoint
-from symbnn.data import Split, batches, epoch_generator
+from symbnn.checkpoints import load_network, load_tensors, read_checkpoint
+from symbnn.data import Split, batches, epoch_generator, load
 from symbnn.families import FullGaussian, LogNormal, MeanFieldGaussian
 from symbnn.groups import Cyclic, Refusal
 from symbnn.layers import bayesianize, kl_per_datum, posterior_mean_network, variational_tensors
@@ -391,6 +392,151 @@ def test_the_best_epoch_is_one_of_the_last_network():
 def test_a_run_in_a_folder_is_of_one_network(tmp_path):
     with pytest.raises(Refusal, match="one network"):
         run(folder=tmp_path, callback=lambda epoch, net, optimizer: network(5))
+
+
+def with_dropout(p=0.3):
+    """Random layers of every kind: a module, a function, and torch's own generator."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.dropout, self.head = nn.Linear(16, 6), nn.Dropout(p), nn.Linear(6, 3)
+
+        def forward(self, x):
+            h = torch.relu(self.hidden(x.flatten(1)))
+            h = nn.functional.dropout(self.dropout(h), p, self.training)
+            return self.head(h + 0.1 * torch.randn_like(h) * self.training)
+
+    torch.manual_seed(0)
+    return bayesianize(Noisy())
+
+
+def test_random_layers_follow_the_seed_and_leave_the_world_alone(tmp_path):
+    torch.manual_seed(1)
+    world = torch.get_rng_state()
+    first = run(net=with_dropout(), architecture=None)
+    torch.manual_seed(2)
+    world = torch.get_rng_state()
+    assert same(tensors(run(net=(net := with_dropout()), architecture=None)), tensors(first))
+    torch.manual_seed(2)
+    run(net=net, architecture=None)
+    assert torch.equal(torch.get_rng_state(), world)
+    assert not same(tensors(run(replace(CONFIG, seed=4), net=with_dropout(), architecture=None)), tensors(first))
+    run(net=with_dropout(), folder=tmp_path, architecture=None, callback=press_ctrl_c(1))
+    torch.manual_seed(5)  # what the world does meanwhile
+    resumed = run(net=with_dropout(), folder=tmp_path, resume=True, architecture=None)
+    assert same(tensors(resumed), tensors(first))
+
+
+def normed(track=True):
+    torch.manual_seed(0)
+    return bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4, track_running_stats=track),
+                                     nn.ReLU(), nn.Dropout(0.2), nn.Linear(4, 3)))
+
+
+@pytest.mark.parametrize("before", ["train", "eval", "norm in eval", "norm frozen, all in eval"])
+def test_modes_are_kept_and_frozen_norms_stay(before):
+    net = normed()
+    net.train(before in ("train", "norm in eval"))
+    if "norm" in before:
+        net[2].eval()
+    if "frozen" in before:
+        net[2].requires_grad_(False)
+    modes, kept = [module.training for module in net.modules()], net[2].running_mean.clone()
+    run(net=net, architecture=None, validation=VALIDATION)
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(net[2].running_mean, kept) == ("norm" in before)
+
+
+def test_a_run_leaves_modes_as_they_were_when_it_fails():
+    net = normed().eval()
+
+    def fail(*_):
+        raise KeyError("a callback's own error")
+
+    with pytest.raises(KeyError):
+        run(net=net, architecture=None, callback=fail)
+    assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("rows", [33, 32, 34, 17])
+def test_a_last_batch_of_one_joins_the_one_before(rows):
+    data = Split(DATA.inputs[:rows], DATA.labels[:rows])
+    config = replace(CONFIG, batch_size=16, augmentation="none", epochs=2)
+    made = batches(data, 16)
+    sizes = [len(labels) for _, labels in made]
+    assert sum(sizes) == rows
+    assert min(sizes) == made.smallest > 1
+    assert len(sizes) == len(made)
+    result = train(normed(), data, config)
+    assert result.status == "complete"
+    assert all(math.isfinite(record.elbo) for record in result.history)
+
+
+def test_batches_that_a_norm_cannot_take_are_refused_before_the_first_step():
+    net = normed()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(Refusal, match="batch_size=2"):
+        train(net, DATA, replace(CONFIG, batch_size=1, draws=1, augmentation="none"))
+    with pytest.raises(Refusal, match="batch_size=2"):
+        train(net, Split(DATA.inputs[:1], DATA.labels[:1]), replace(CONFIG, batch_size=1, draws=1, augmentation="none"))
+    assert same(net.state_dict(), before)
+
+
+class OneLayerTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.second, self.head = self.first, nn.Linear(16, 3)
+        self.twin = nn.Linear(16, 3)
+        self.twin.weight = self.head.weight
+
+    def forward(self, x):
+        h = torch.relu(self.second(torch.relu(self.first(x.flatten(1)))))
+        return self.head(h) + self.twin(h)
+
+
+def test_ties_are_saved_once_and_resumed(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return bayesianize(OneLayerTwice())
+
+    straight = run(net=net(), architecture=None)
+    run(net=net(), folder=tmp_path, architecture=None, callback=press_ctrl_c(1))
+    stored = read_checkpoint(tmp_path)
+    assert not any("second" in name or "twin.weight" in name for name in stored.tensors)
+    resumed = run(net=net(), folder=tmp_path, resume=True, architecture=None)
+    assert same(tensors(resumed), tensors(straight))
+    other = net()
+    load_tensors(other, read_checkpoint(tmp_path).part("network"))
+    assert other.second is other.first and other.twin.weight is other.head.weight
+    assert same(other.state_dict(), straight.network.state_dict())
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (lambda: DataLoader(TensorDataset(DATA.inputs, DATA.labels), 8), "loader"),
+    (lambda: (DATA.inputs.numpy(), DATA.labels.numpy()), "as_tensor"),
+    (lambda: (DATA.inputs, DATA.labels), "as_tensor"), (lambda: TensorDataset(DATA.inputs, DATA.labels), "loader"),
+    (lambda: load("digits"), r"data\.train"), (lambda: {"x": DATA.inputs}, "Split"), (lambda: None, "NoneType"),
+])
+def test_data_in_another_container_are_refused_with_a_way_that_works(data, said):
+    with pytest.raises(Refusal, match=said):
+        train(network(), data(), CONFIG)
+    if data() is not None:
+        with pytest.raises(Refusal, match="validation is a Split"):
+            train(network(), DATA, replace(CONFIG, augmentation="none"), validation=data())
+
+
+def test_tables_are_told_about_augmentation():
+    table = Split(torch.randn(20, 12), torch.arange(20) % 3)
+    with pytest.raises(Refusal, match='augmentation="none"') as caught:
+        train(bayesianize(nn.Linear(12, 3)), table, TrainingConfig(batch_size=10))
+    assert "field" not in str(caught.value)
+
+
+def test_a_network_with_nothing_to_train_is_refused():
+    with pytest.raises(Refusal, match=r"requires_grad_\(True\)"):
+        train(network().requires_grad_(False), DATA, CONFIG)
 
 
 def test_batch_normalisation_is_trained_and_saved(tmp_path):
