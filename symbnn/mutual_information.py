@@ -93,7 +93,7 @@ def unit_log_densities(network: nn.Module, weights: Weights, coordinates: Coordi
         columns.setdefault(_kind(posterior), []).append((weights[name].flatten(1)[:, at].double(), *parameters))
     return sum(_PAIRS[kind](*(torch.cat(part, -1) for part in zip(*found))) for kind, found in columns.items())
 
-# %% ../nbs/11_mutual_information.ipynb #7b48adee-0
+# %% ../nbs/11_mutual_information.ipynb #6bac813c-0
 def _hidden_classes(action: NetworkAction) -> dict[str, int]:
     """The channel classes of two or more units that the group permutes freely, with their sizes; none for any other
     group."""
@@ -107,7 +107,8 @@ def unit_coordinates(action: NetworkAction, hidden: str) -> Coordinates:
 
     Raises `Refusal` where coordinates belong to two units of the class at once, as in some residual networks.
     """
-    numbers = {name: torch.arange(moves.numel).view(moves.shape) for name, moves in action.parameters.items()}
+    vectors = {name: moves for name, moves in action.parameters.items() if moves.shape}
+    numbers = {name: torch.arange(moves.numel).view(moves.shape) for name, moves in vectors.items()}
     found = {name: units({name: number}, action, hidden) for name, number in numbers.items()}
     return {name: at for name, at in found.items() if at.shape[-1]}
 

@@ -23,7 +23,7 @@ from .layers import kl_per_datum, variational_tensors
 from .network_actions import NetworkAction, intertwining_error
 from .sampling import predict, sample_weights
 
-# %% ../nbs/05_exactness.ipynb #b9145b02-0
+# %% ../nbs/05_exactness.ipynb #b8539243-0
 class Likelihood(ABC):
     """How outputs explain targets; log-probabilities in nats."""
 
@@ -68,7 +68,8 @@ class Categorical(Likelihood):
                 "Outputs are logits of at least two classes, one vector for each draw and datum",
                 received=f"outputs {tuple(outputs.shape)}",
                 cause="one logit for two classes, of which softmax makes the probability 1, or outputs for pixels",
-                fix="two logits, or torch.cat([torch.zeros_like(z), z], -1) of the one logit z",
+                fix="nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten()) for one label an image"
+                if outputs.ndim > 3 else "two logits, or torch.cat([torch.zeros_like(z), z], -1) of the one logit z",
             )
         if targets.shape != outputs.shape[1:2] or targets.is_floating_point():
             received = f"{targets.dtype} of shape {tuple(targets.shape)}"

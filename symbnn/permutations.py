@@ -21,7 +21,7 @@ from .groups import Element, Product, Refusal, Symmetric
 from .invariance import Orbits
 from .network_actions import NetworkAction
 
-# %% ../nbs/10_permutations.ipynb #9e688aa8-0
+# %% ../nbs/10_permutations.ipynb #1761ae69-0
 Tensors = Mapping[str, Tensor]  # weights by plain parameter name, each of shape (*shape,) or with leading draw axes
 
 
@@ -69,7 +69,7 @@ def units(weights: Tensors, action: NetworkAction, hidden: str) -> Float[Tensor,
     """
     _element(action, hidden, ())
     unknown = sorted(set(weights) - set(action.parameters))
-    if unknown or not weights:
+    if unknown or not any(action.parameters[name].shape for name in weights):  # a norm's count is no vector
         raise Refusal("units are made of the parameters of the action's network", received=f"the names {unknown}",
                       cause="another network's weights, or none", fix=f"names among {sorted(action.parameters)}")
     parts = [tensor.flatten(tensor.ndim - len(action.parameters[name].shape))[..., _coordinates(action, name, hidden)]

@@ -24,7 +24,7 @@ from .metrics import Estimate, OrbitPredictions, check_probabilities
 from .network_actions import NetworkAction
 from .sampling import Weights, sample_weights
 
-# %% ../nbs/08_symmetrization.ipynb #38bea7e3-0
+# %% ../nbs/08_symmetrization.ipynb #66edced8-0
 Barycentre = Literal["geometric", "arithmetic", "projection"]
 
 
@@ -112,8 +112,8 @@ def _check(family: Family, action: Action, barycentre: Barycentre) -> None:
                "closed, but log-densities with a free location span no finite-dimensional space of statistics, so the "
                "average is no Laplace law", 'barycentre="projection", or OrbitMixture')
     if isinstance(family, PointMass) and barycentre != "projection":
-        refuse("An average by divergences needs densities", f'PointMass, "{barycentre}"', "weights that are a point, which "
-               "has none", 'barycentre="projection", the mean over the group')
+        refuse("An average by divergences needs densities", f'PointMass, "{barycentre}"',
+               "maximum a posteriori weights, which have none", 'barycentre="projection", the mean over the group')
     if not isinstance(family, (MeanFieldGaussian, Laplace, LogNormal, FullGaussian, PointMass)):
         refuse("The average of a family is known", name, "weights tied over the group, which are invariant already" if
                isinstance(family, Tied) else "a class from outside the library", "OrbitMixture")
@@ -121,7 +121,7 @@ def _check(family: Family, action: Action, barycentre: Barycentre) -> None:
         refuse("Each weight has a mean of its own", f"{tuple(family.loc.shape)} means for {family.shape} weights",
                "means stored once for many weights", "store one mean a weight; scales may be shared")
 
-# %% ../nbs/08_symmetrization.ipynb #761346cf-0
+# %% ../nbs/08_symmetrization.ipynb #0ae8dfeb-0
 def _deterministic(network: nn.Module, action: NetworkAction) -> dict[str, Tensor]:
     """Parameters and running statistics that the group moves and that have no posterior, by plain name.
 
@@ -135,8 +135,7 @@ def _deterministic(network: nn.Module, action: NetworkAction) -> dict[str, Tenso
                       cause="the action of another network, or one on the inputs alone",
                       fix="network_action(network, input_action)")
     named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    moved = (name for name in action.parameters if name in named and name not in posteriors)
-    return {name: named[name] for name in moved if named[name].is_floating_point()}  # a norm's count of batches stays
+    return {name: named[name] for name in action.parameters if name in named and name not in posteriors}
 
 
 @torch.no_grad()
@@ -160,6 +159,8 @@ def symmetrize_(network: nn.Module, action: NetworkAction, barycentre: Barycentr
     for name, family in made.items():
         posteriors[name].load_state_dict(family.state_dict())
     for name in others.keys() & chosen:
+        if not others[name].is_floating_point():
+            continue  # a norm's count of batches, which no group moves
         others[name].copy_(Orbits(action.parameters[name]).project(others[name]))
     return network
 

@@ -146,7 +146,7 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
-# %% ../nbs/16_training.ipynb #d4df6946-0
+# %% ../nbs/16_training.ipynb #ea533c4d-0
 def _is_there(device: str) -> bool:
     try:
         return torch.empty(0, device=device).device.type in ("cpu", "cuda", "mps")
@@ -229,15 +229,21 @@ def check_task(
             cause="a norm that takes statistics from the batch" if few else "a network built for another shape or type",
             fix="batch_size=2 or more" if few else "build it with this input_shape, or reshape the inputs",
         ) from error
+    require(outputs.ndim == 3 and outputs.shape[-1] > 1,
+            "A classifier gives one vector of logits for each input, of two classes or more",
+            f"outputs of shape {tuple(outputs.shape[2:])} for each input",
+            "outputs for every pixel or token, or one logit",
+            "nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten()) for one label an image"
+            if outputs.ndim > 3 else "a last layer with as many outputs as classes, nn.Linear(..., 2) for two")
     for split in (data,) if validation is None else (data, validation):
         top = int(split.labels.max())
-        require(outputs.ndim == 3 and top < outputs.shape[-1] and split.shape == data.shape,
+        require(top < outputs.shape[-1] and split.shape == data.shape,
                  "Every label has an output, and validation images have the shape of training images",
                  f"label {top} and images {split.shape} for outputs {tuple(outputs.shape[2:])} and images {data.shape}",
                  "labels that count from one, a network with too few outputs, or another data set",
                  "build the network with as many classes as there are labels")
 
-# %% ../nbs/16_training.ipynb #42bb411e-0
+# %% ../nbs/16_training.ipynb #4448e4bd-0
 class EpochRecord(NamedTuple):
     """One epoch: means over its rows, in nats per datum."""
 
@@ -362,7 +368,8 @@ class _Run:
         done = self.epoch + 1
         if validation is not None and (done % config.evaluate_every == 0 or done == config.epochs):
             noise = self.seed_noise(0, "validation")  # the same draws in every epoch
-            nll = predictive_nll(self.network, validation, config.evaluation_draws, noise)
+            with seeded_world(self.device, config.seed):  # for a network that is random in evaluation mode
+                nll = predictive_nll(self.network, validation, config.evaluation_draws, noise)
             known = [its.validation_nll for its in self.history[self.begun:] if its.validation_nll is not None]
             if config.select == "best" and all(nll < other for other in known):
                 self.best = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}

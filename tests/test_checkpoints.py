@@ -22,7 +22,7 @@ from symbnn.checkpoints import (
     save_network,
     write_checkpoint,
 )
-from symbnn.expansion import expand
+from symbnn.expansion import expand, expanded_action
 from symbnn.families import FAMILIES
 from symbnn.groups import Refusal
 from symbnn.layers import bayesianize, fixed_means, isotropic, per_tensor, random_means
@@ -253,3 +253,16 @@ def test_a_network_of_one_s_own(tmp_path):
 def test_presets_have_a_family_by_name():
     for architecture in PRESETS.values():
         assert checkpoints.describe_network(made(architecture), architecture)["family"] == "gaussian"
+
+
+def test_an_expansion_keeps_its_arrangement(tmp_path):
+    action = network_action(build(TINY), field(rotations(), TINY.input_shape))
+    save_network(tmp_path, expand(made(), action, "block_diagonal"), TINY.expanded(4))
+    back = load_network(tmp_path)
+    expanded_action(back, action, "block_diagonal")
+    with pytest.raises(Refusal, match="block_diagonal"):
+        expanded_action(back, action, "row_rolled")
+    description = json.loads((tmp_path / DESCRIPTION).read_text())
+    (tmp_path / DESCRIPTION).write_text(json.dumps({**description, "arrangement": "diagonal"}))
+    with pytest.raises(Refusal, match="arrangement is one of"):
+        load_network(tmp_path)

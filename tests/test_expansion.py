@@ -543,3 +543,18 @@ class TestRefusals:
             expanded_action(network, action)
         with pytest.raises(Refusal, match="4 copies"):
             expanded_action(expand(*CASES["cnn D4"]()), action)
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_the_action_of_another_arrangement_is_refused(arrangement, tmp_path):
+    """It would be another action: the drift of an invariant expansion under it is not 0."""
+    network = bayesianize(small_cnn().double(), prior=isotropic(1.0))
+    action = network_action(network, field(rotations(), (1, 8, 8)))
+    wide = expand(network, action, arrangement)
+    for other in ARRANGEMENTS:
+        for copied in (wide, copy.deepcopy(wide), pickle.loads(pickle.dumps(wide))):
+            if other == arrangement:
+                expanded_action(copied, action, other)
+            else:
+                with pytest.raises(Refusal, match=rf"expanded_action\(network, action, '{arrangement}'\)"):
+                    expanded_action(copied, action, other)

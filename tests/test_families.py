@@ -669,3 +669,34 @@ def test_a_scale_of_two_weights_that_one_generator_tears_apart(order):
     with pytest.raises(Refusal, match="moves as one number"):
         rows.parameter_actions(square)
     assert not BlockGaussian(torch.zeros(2, 2), torch.zeros(2, 1)).is_closed_under(square)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", [MeanFieldGaussian, Laplace, LogNormal, BlockGaussian])
+def test_sums_over_many_half_precision_weights_are_finite_and_right(kind, dtype):
+    loc = torch.linspace(-2, 2, 90_000).view(300, 300).to(dtype)
+    one, prior = kind.initial(loc, 0.05), kind.initial(torch.where(loc < 0, -1.0, 1.0).to(dtype), 1.0, trainable=False)
+    exact = one.in_dtype(torch.float64).kl(prior.in_dtype(torch.float64))
+    found = one.kl(prior)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=1e-5)
+    found.backward()
+    assert one.loc.grad.dtype == dtype and one.loc.grad.isfinite().all()
+    theta = one.rsample(2, torch.Generator().manual_seed(0)).detach()
+    for value in (one.log_prob(theta), one.entropy()):
+        assert value.dtype == torch.float32 and value.isfinite().all()
+
+
+def test_kl_between_far_half_precision_members_does_not_overflow():
+    far = [MeanFieldGaussian(torch.full((4,), mean).half(), torch.full((4,), log_scale).half())
+           for mean, log_scale in ((300.0, 0.0), (0.0, -5.0))]
+    exact = far[0].in_dtype(torch.float64).kl(far[1].in_dtype(torch.float64)).item()
+    assert far[0].kl(far[1]).item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_members_in_another_type_share_the_gradient():
+    member = MeanFieldGaussian.initial(torch.ones(3), 0.5)
+    wide = member.in_dtype(torch.float64)
+    assert wide.loc.dtype == torch.float64 and not list(wide.parameters()) and member.loc.dtype == torch.float32
+    (wide.loc.sum() + wide.log_scale.sum()).backward()
+    assert torch.equal(member.loc.grad, torch.ones(3))

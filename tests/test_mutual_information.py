@@ -692,3 +692,37 @@ def test_on_a_gpu(require_cuda):
     for method in ("permanent", "bethe", "capacity", "infonce", "importance"):
         found = mutual_information(network, permuted(network), method, draws=8, generator=noise)
         assert found.value.device.type == "cuda" and found.value.isfinite()
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(5), nn.BatchNorm1d(5), nn.BatchNorm1d(5, affine=False)], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fresh_norms_and_frozen_layers_do_not_count(norm, frozen):
+    """A norm that treats all units alike leaves the exchange of units a symmetry; frozen weights know nothing."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 5), norm, nn.Tanh(), nn.Linear(5, 1)).double()
+    if frozen:
+        plain[0].weight.requires_grad_(False)
+        with torch.no_grad():
+            plain[0].weight.copy_(plain[0].weight[:1].expand(5, 4))  # all units alike
+    network = bayesianize(plain, MeanFieldGaussian, 1.0, isotropic(1.0)).train()
+    action = unit_permutations(network, (4,))
+    kept = {name: value.clone() for name, value in network.named_buffers()}
+    found = mutual_information(network, action, draws=64, generator=generator(1))
+    assert found.method == "permanent"
+    assert all(torch.equal(value, kept[name]) for name, value in network.named_buffers())
+    exact = OrbitMixture(network, action).mutual_information(256, generator(2))
+    difference = abs(found.value.item() - exact.value)
+    assert difference < 4 * math.hypot(found.standard_error, exact.standard_error)
+
+
+def test_units_without_any_posterior_are_named():
+    plain = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+    for layer in (plain[0], plain[2]):
+        layer.requires_grad_(False)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.fill_(parameter.flatten()[0].item())
+    network = bayesianize(plain, MeanFieldGaussian, 1.0, isotropic(1.0))
+    estimator = InformationEstimator(network, unit_permutations(network, (4,)))
+    assert "no weight of the units of '0'" in estimator._excluded
+    assert not estimator.whole

@@ -28,7 +28,9 @@ from symbnn.actions import (
 )
 from symbnn.groups import Cyclic, Dihedral, Product, Refusal, Symmetric
 from symbnn.layer_actions import FUNCTIONS, LAYERS
+from symbnn.layers import bayesianize, variational_tensors
 from symbnn.network_actions import NetworkAction, intertwining_error, network_action, unit_permutations
+from symbnn.sampling import predict
 from tolerances import exact32, exact64
 
 IMAGE = (2, 8, 8)
@@ -635,3 +637,39 @@ def test_the_error_is_looked_for_at_every_generator_and_in_a_listed_group_at_eve
     for bad in (right.group.generators() if order > 4 else right.group.elements()[1:]):
         output = Action(right.group, (2,), lambda g, bad=bad: SignedPermutation([g == bad, g != bad], [1, 1]))
         assert intertwining_error(layer, dataclasses.replace(right, output=output), x) > 1e-3
+
+
+class TwoNames(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(2, 3)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_ties_have_one_action_and_a_check_leaves_the_network_alone(tied):
+    network = randomised(TwoNames())
+    if tied:  # by assignment
+        network.second = randomised(nn.Conv2d(2, 2, 3, padding=1))
+        network.second.weight = network.first.weight
+    source, x = field(rotations(), (2, 4, 4)), batch((2, 4, 4))
+    action = network_action(network, source)
+    modes, state, out = network.training, dict(network.state_dict()), network(x)
+    kept = {name: value.clone() for name, value in state.items()}
+    assert intertwining_error(network, action, x) < exact64
+    assert torch.equal(network(x), out)
+    assert all(torch.equal(value, kept[name]) for name, value in network.state_dict().items())
+    assert all(isinstance(layer.weight, nn.Parameter) for layer in (network.first, network.second))
+    assert network.training == modes
+    bayesian = bayesianize(network)
+    again = network_action(bayesian, source)
+    assert again.parameters.keys() == action.parameters.keys()
+    weights = {name: tensor.posterior.mean[None].detach() for name, tensor in variational_tensors(bayesian).items()}
+    known = {name: weights[name] for name in again.parameters if name in weights}
+    assert intertwining_error(bayesian, again, x, tensors=known,
+                              forward=lambda x, tensors: predict(bayesian, x, weights=tensors)) < exact64

@@ -22,7 +22,7 @@ from symbnn.actions import (
     sign_change,
     time_reversal,
 )
-from symbnn.families import BlockGaussian, FullGaussian, Laplace, LogNormal, MeanFieldGaussian
+from symbnn.families import BlockGaussian, FullGaussian, Laplace, LogNormal, MeanFieldGaussian, PointMass
 from symbnn.groups import Cyclic, Refusal, Symmetric
 from symbnn.invariance import drift
 from symbnn.layers import bayesianize, isotropic, kl_sum, random_means, variational_tensors
@@ -710,3 +710,22 @@ def test_on_cuda(require_cuda):
     assert OrbitMixture(network, action).sample(3, torch.Generator(require_cuda))["0.weight"].device.type == "cuda"
     for value, wanted in zip(symmetrize_(network, action).parameters(), expected.parameters(), strict=True):
         assert_close(value, wanted)
+
+
+def test_a_count_of_batches_is_left_alone():
+    plain = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(2, 2))
+    plain[1].num_batches_tracked.fill_(2**24 + 1)  # no float32
+    network = bayesianize(plain)
+    action = network_action(network, field(rotations(), (1, 4, 4)))
+    assert symmetrize(network, action)[1].num_batches_tracked == 2**24 + 1
+
+
+def test_point_masses_have_a_projection_and_no_other_average():
+    network = bayesianize(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(32, 2)), PointMass)
+    action = network_action(network, field(rotations(), (1, 4, 4)))
+    made = symmetrize(network, action, "projection")
+    assert all(t.posterior.is_invariant_under(action.parameters[n]) for n, t in variational_tensors(made).items())
+    for kind in ("geometric", "arithmetic"):
+        with pytest.raises(Refusal, match='barycentre="projection"'):
+            symmetrize(network, action, kind)

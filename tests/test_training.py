@@ -412,14 +412,12 @@ def with_dropout(p=0.3):
 
 
 def test_random_layers_follow_the_seed_and_leave_the_world_alone(tmp_path):
+    first, again = with_dropout(), with_dropout()
     torch.manual_seed(1)
-    world = torch.get_rng_state()
-    first = run(net=with_dropout(), architecture=None)
+    first = run(net=first, architecture=None)
     torch.manual_seed(2)
     world = torch.get_rng_state()
-    assert same(tensors(run(net=(net := with_dropout()), architecture=None)), tensors(first))
-    torch.manual_seed(2)
-    run(net=net, architecture=None)
+    assert same(tensors(run(net=again, architecture=None)), tensors(first))
     assert torch.equal(torch.get_rng_state(), world)
     assert not same(tensors(run(replace(CONFIG, seed=4), net=with_dropout(), architecture=None)), tensors(first))
     run(net=with_dropout(), folder=tmp_path, architecture=None, callback=press_ctrl_c(1))
@@ -461,7 +459,7 @@ def test_a_run_leaves_modes_as_they_were_when_it_fails():
 
 @pytest.mark.parametrize("rows", [33, 32, 34, 17])
 def test_a_last_batch_of_one_joins_the_one_before(rows):
-    data = Split(DATA.inputs[:rows], DATA.labels[:rows])
+    data = task(rows)
     config = replace(CONFIG, batch_size=16, augmentation="none", epochs=2)
     made = batches(data, 16)
     sizes = [len(labels) for _, labels in made]
@@ -532,6 +530,15 @@ def test_tables_are_told_about_augmentation():
     with pytest.raises(Refusal, match='augmentation="none"') as caught:
         train(bayesianize(nn.Linear(12, 3)), table, TrainingConfig(batch_size=10))
     assert "field" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("plain", "said"), [
+    (nn.Conv2d(1, 3, 3), "AdaptiveAvgPool2d"),
+    (nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), r"nn\.Linear\(\.\.\., 2\)"),
+])
+def test_outputs_that_are_no_logits_are_refused_before_work(plain, said):
+    with pytest.raises(Refusal, match=said):
+        train(bayesianize(plain), DATA, replace(CONFIG, augmentation="none"))
 
 
 def test_a_network_with_nothing_to_train_is_refused():
