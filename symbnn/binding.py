@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .groups import require
 
-# %% ../nbs/01b_binding.ipynb #e1b0b4d7-0
+# %% ../nbs/01b_binding.ipynb #a81517ef-0
 class Placeholder(nn.Module):
     """A module that stands where a tensor stood (`layer.weight`), and makes way for one when something is computed."""
 
@@ -50,6 +50,7 @@ def eager(function: Callable) -> Callable:
 
 
 Change = Callable[[nn.Module, nn.Module], None]  # of a copy, given the module that it was copied from
+_OF_EVERY_MODULE = nn.Module().__dict__.keys()  # attributes that torch itself keeps
 _LONGEST = 256  # lists and dictionaries of attributes that are searched for modules
 
 
@@ -104,9 +105,8 @@ def _adapt(copy: nn.Module, copies: Mapping[int, nn.Module], tensors: Mapping[in
         copy._parameters[name] = tensors.get(id(parameter), parameter)
     if any(id(buffer) in tensors for buffer in copy._buffers.values()):
         copy.__dict__["_buffers"] = {name: tensors.get(id(value), value) for name, value in copy._buffers.items()}
-    for name, value in list(copy.__dict__.items()):
-        if name not in ("_modules", "_parameters", "_buffers"):
-            copy.__dict__[name] = _led_over(value, known)
+    for name in copy.__dict__.keys() - _OF_EVERY_MODULE:
+        copy.__dict__[name] = _led_over(copy.__dict__[name], known)
 
 
 def _led_over(value: object, known: Mapping[int, object]) -> object:

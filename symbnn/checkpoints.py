@@ -104,7 +104,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], description: dict
     except OSError as error:
         raise _refuse_folder(folder, error) from error
 
-# %% ../nbs/15b_checkpoints.ipynb #64594952-0
+# %% ../nbs/15b_checkpoints.ipynb #2ac76d81-0
 @dataclass(frozen=True)
 class Checkpoint:
     """What was read: tensors by name (on the CPU), and the description as it stands in the JSON file."""
@@ -166,8 +166,8 @@ def has_checkpoint(folder: Path | str) -> bool:
 
 def check_continued(stored: dict, wanted: dict) -> None:
     """Raise `Refusal`, which names each difference, unless a run's settings are the stored ones (JSON values)."""
-    differing = [f"{name} {stored.get(name)!r} in the checkpoint, {value!r} now" for name, value in wanted.items()
-                 if stored.get(name) != value]
+    differing = [f"{name} {stored.get(name)!r:.80} in the checkpoint, {its!r:.80} now" for name, its in wanted.items()
+                 if stored.get(name) != its]
     require(not differing, "A run is continued with the settings and the data it was started with",
             "; ".join(differing), "another run's folder, or an edit",
             "repeat the settings of the checkpoint, or train into a new folder")

@@ -82,7 +82,7 @@ def apply_map(map: LinearMap, value: Tensor) -> Tensor:
     """The map applied along the last axis."""
     return map(value) if isinstance(map, SignedPermutation) else value @ map.to(value.device, value.dtype).T
 
-# %% ../nbs/02d_closedness.ipynb #ad66c75e-0
+# %% ../nbs/02d_closedness.ipynb #83f1b36c-0
 class Family(nn.Module):
     """A distribution over one tensor of weights, of shape `shape`, together with its parameters.
 
@@ -138,6 +138,11 @@ class Family(nn.Module):
         """The sum over the tensor's own axes of values (*batch, *shape), in float32 at least."""
         return value.reshape(*batch, -1).sum(-1, dtype=at_least_single(value.dtype))
 
+    def _stored_type(self) -> torch.dtype:
+        """The dtype of the first real parameter."""
+        values = (*self.parameters(), *self.buffers())
+        return next((value.dtype for value in values if value.is_floating_point()), torch.get_default_dtype())
+
     def in_dtype(self, dtype: torch.dtype) -> "Family":
         """The same law with its parameters in another dtype, differentiable in the originals."""
         twin, values = copy.copy(self), {**self._parameters, **self._buffers}
@@ -174,9 +179,9 @@ class Family(nn.Module):
             raise Refusal("posterior and prior must be distributions over the same tensor",
                           received=f"shapes {self.shape} and {prior.shape}", cause="a prior made for another tensor",
                           fix="build the prior from the posterior that it belongs to")
-        single = [at_least_single(member.mean.dtype) for member in (self, prior)]
-        if single != [self.mean.dtype, prior.mean.dtype]:  # sums of many weights overflow in half precision
-            return self.in_dtype(single[0]).kl(prior.in_dtype(single[1]))
+        types = [member._stored_type() for member in (self, prior)]
+        if any(at_least_single(dtype) != dtype for dtype in types):  # half precision, where many weights overflow
+            return self.in_dtype(at_least_single(types[0])).kl(prior.in_dtype(at_least_single(types[1])))
         return self._kl(prior)
 
     def _kl(self, prior: "Family") -> Tensor:

@@ -6,10 +6,10 @@
 __all__ = ['Prior', 'CONVERTED', 'DETERMINISTIC', 'VariationalTensor', 'isotropic', 'per_tensor', 'random_means', 'fixed_means',
            'bayesianize', 'posterior_mean_network', 'is_variational', 'variational_tensors', 'kl_sum', 'kl_per_datum']
 
-# %% ../nbs/04_layers.ipynb #30ce86a4-0
+# %% ../nbs/04_layers.ipynb #d56dabb4-0
 import copy
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod, sqrt
 
 import torch
@@ -152,7 +152,7 @@ def fixed_means(means: dict[str, Tensor], deviation: float = 1.0) -> Prior:
 
     return build
 
-# %% ../nbs/04_layers.ipynb #3e89092b-0
+# %% ../nbs/04_layers.ipynb #86719e2d-0
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these types; a subclass may do something else with its weights
 DETERMINISTIC = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
@@ -256,13 +256,26 @@ def is_variational(network: nn.Module) -> bool:
     return any(isinstance(module, VariationalTensor) for module in network.modules())
 
 
+def _named_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, VariationalTensor]]:
+    """(name, tensor) in the order of `named_modules`, under every name."""
+    for key, child in module._modules.items():
+        if isinstance(child, VariationalTensor):
+            yield prefix + key, child
+        elif child is not None:
+            yield from _named_tensors(child, f"{prefix}{key}.")
+
+
 def variational_tensors(network: nn.Module) -> dict[str, VariationalTensor]:
     """Every weight's `VariationalTensor` under the name that the parameter has in the plain network.
 
     A tensor that several layers share is there once, under its first name. Raises `Refusal` for a plain network.
     """
-    named = plain_network(network).named_modules()
-    found = {name: module for name, module in named if isinstance(module, VariationalTensor)}
+    found: dict[str, VariationalTensor] = {}
+    seen: set[int] = set()
+    for name, tensor in _named_tensors(plain_network(network)):
+        if id(tensor) not in seen:
+            found[name] = tensor
+            seen.add(id(tensor))
     if not found:
         raise Refusal(
             "The network has variational layers, whose weights have posteriors",

@@ -154,8 +154,9 @@ def fold(x: Float[Tensor, "B ..."], draws: int, channels_last: bool = False) -> 
     folded.unflatten(0, (draws, len(x))).copy_(x)
     return folded
 
-# %% ../nbs/04a_plans.ipynb #f6f5f7f3-0
+# %% ../nbs/04a_plans.ipynb #f6e90fca-0
 ROWS_TRIED = 8
+_SEEDS = 8  # of trials whose outputs depend on nothing, as where all units of a small network are off
 _LOG = logging.getLogger("symbnn")
 
 
@@ -184,17 +185,44 @@ _CONTINUOUS = ("bernoulli", "rand", "rand_like", "randn", "randn_like", "normal"
                "exponential")
 
 
-class _Watch(TorchDispatchMode):
-    """Notes operations whose results depend on values, and makes random numbers constant."""
+class _Followed:
+    """The tensors that come from inputs and weights, by their memory, which is kept while they are followed."""
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.kept: list[Tensor] = []
+        self.places: set[int] = set()
+        self.add(tensors)
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Follow these, too."""
+        for tensor in tensors:
+            self.kept.append(tensor)
+            self.places.add(tensor.untyped_storage().data_ptr())
+
+    def __contains__(self, values: object) -> bool:
+        leaves = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+        return any(leaf.untyped_storage().data_ptr() in self.places for leaf in leaves)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes operations that look at values which come from inputs and weights, and makes random numbers constant."""
+
+    def __init__(self, followed: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.reads: list[str] = []
+        self.followed = _Followed(followed)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
-        if self._looks_at_values(function, name, args):
+        follows = (args, kwargs) in self.followed
+        if follows and self._looks_at_values(function, name, args):
             self.reads.append(name)
+        result = self._run(function, name, args, kwargs)
+        if follows:
+            self.followed.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+    def _run(self, function, name: str, args: tuple, kwargs: dict):
         result = function(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in function.tags:
             if name == "native_dropout":
@@ -216,13 +244,13 @@ class _Watch(TorchDispatchMode):
 class _Conversions(TorchFunctionMode):
     """Notes values that leave torch, for Python or NumPy."""
 
-    def __init__(self, reads: list[str]) -> None:
+    def __init__(self, watch: _Watch) -> None:
         super().__init__()
-        self.reads = reads
+        self.watch = watch
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
-            self.reads.append(function.__name__)
+        if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and args[:1] in self.watch.followed:
+            self.watch.reads.append(function.__name__)
         return function(*args, **(kwargs or {}))
 
 
@@ -268,8 +296,10 @@ def _settle(copy: nn.Module, module: nn.Module) -> None:
 class _Trial:
     """One network on a few rows, perturbed, in one precision."""
 
-    def __init__(self, network: nn.Module, x: Tensor, evaluating: bool, dtype: torch.dtype | None, perturbed: bool):
-        generator = torch.Generator().manual_seed(0)
+    def __init__(
+        self, network: nn.Module, x: Tensor, evaluating: bool, dtype: torch.dtype | None, perturbed: bool, seed: int
+    ):
+        generator = torch.Generator().manual_seed(seed)
         self.network, self.evaluating = network, evaluating
         self.rows = _perturbed(x[:ROWS_TRIED], generator, dtype) if perturbed else x[:ROWS_TRIED].detach().clone()
         tensors = variational_tensors(network)
@@ -278,6 +308,11 @@ class _Trial:
         own = [value for _, module in modules_outside(network)
                for value in (*module._parameters.values(), *module._buffers.values()) if value is not None]
         self.own = {id(value): _perturbed(value, generator, dtype) for value in own}
+        self.trained = [self.own[id(value)] for value in own if value.requires_grad]
+
+    def followed(self) -> list[Tensor]:
+        """What the outputs are a function of: inputs, weights with posteriors, and what else is trained."""
+        return [self.rows, *self.weights.values(), *self.trained]
 
     def _buffers(self) -> dict[int, Tensor]:
         """Tensors of a run's own, which it may change."""
@@ -325,16 +360,16 @@ def _holds(test: Callable[[], bool]) -> bool:
         return False
 
 
-def _try(trial: "_Trial") -> Plan:
-    """The plan that a trial finds."""
-    watch, rows = _Watch(), len(trial.rows)
-    with watch, _Conversions(watch.reads):
+def _try(trial: _Trial) -> Plan | None:
+    """The plan that a trial finds; None where its outputs depend on nothing, so that it cannot tell."""
+    watch, rows = _Watch(trial.followed()), len(trial.rows)
+    with watch, _Conversions(watch):
         apart, buffers = trial.apart((0, 1), [trial.rows])
     values = not watch.reads
     if apart[0].ndim == 0 or len(apart[0]) != rows:
         return Plan(False, False, False, not values, "its output has no row for each row of the input")
     if not _differ(*apart) or (rows > 1 and not _differ(apart[0][:1].expand_as(apart[0]), apart[0])):
-        return Plan(False, False, False, not values, "the outputs of a trial did not depend on weights and inputs")
+        return None
 
     def in_pieces() -> bool:
         pieces, _ = trial.apart((0,), [trial.rows[:1], trial.rows[1:]])
@@ -369,20 +404,24 @@ def _find_plan(network: nn.Module, x: Tensor, evaluating: bool) -> Plan:
 
     Where the network cannot be tried on a part of the batch at all, its own error on the whole batch is raised.
     """
+    found = ""
     with _world_as_it_was(x.device):
         for dtype, perturbed in ((torch.float64, True), (None, True), (None, False)):
-            if dtype is None or x.device.type != "mps":
-                try:
-                    return _try(_Trial(network, x, evaluating, dtype, perturbed))
-                except Refusal:
-                    raise
-                except Exception as error:
-                    found = f"{type(error).__name__}: {error}".split("\n")[0]
+            try:
+                plans = (None if dtype and x.device.type == "mps" else
+                         _try(_Trial(network, x, evaluating, dtype, perturbed, seed)) for seed in range(_SEEDS))
+                plan = next((plan for plan in plans if plan is not None), None)
+            except Refusal:
+                raise
+            except Exception as error:
+                found = f"it cannot be tried on a part of the batch ({type(error).__name__}: {error})".split("\n")[0]
+                continue
+            return plan or Plan(False, True, False, True, "its outputs in a trial do not depend on weights and inputs")
         weights = {id(tensor): tensor.posterior.mean for tensor in variational_tensors(network).values()}
         bound = copy_tree(network, {**own_buffers(network), **weights}, evaluating=True, compiled=False,
                           change=without_hooks)
         one_tensor(bound(x.detach().clone()))
-    return Plan(False, False, False, True, f"it cannot be tried on a part of the batch ({found})")
+    return Plan(False, False, False, True, found)
 
 
 _PLANS: WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = WeakKeyDictionary()

@@ -433,6 +433,34 @@ def test_batch_statistics_leave_two_rows_in_each_run():
     assert len(predict(network, x[:1], draws=2)) == 2  # in evaluation mode one row is enough
 
 
+def reads_a_constant(m, x):
+    assert m.table.sum().item() > 0  # of the network, not of the inputs
+    return m.a(x) * float(m.table[0, 0]) if m.table.tolist() else x
+
+
+def test_looking_at_constants_is_no_looking_at_values():
+    torch.manual_seed(0)
+    plain, x = Written(reads_a_constant, a=linear()), torch.randn(6, 3)
+    plain.register_buffer("table", torch.ones(2, 2))
+    assert execution_plan(bayesianize(plain), x).together
+    for look in (lambda h: bool(torch.isfinite(h).all()), lambda h: h.tolist(), lambda h: h.numpy(), lambda h: h[h > 9],
+                 lambda h: torch.equal(h, h), lambda h: h.nonzero()):
+        network = bayesianize(Written(lambda m, x, look=look: (h := m.a(x), look(h.detach()))[0], a=linear()))
+        plan = execution_plan(network, x)
+        assert plan.reads_values and plan.separable and not plan.together
+        assert len(forward(network, x, 3, "split")[0]) == 6  # a run of rows is a batch of its own
+
+
+def test_networks_that_are_off_can_be_trained():
+    torch.manual_seed(0)
+    off = nn.Sequential(linear(3, 1), nn.ReLU(), linear(1, 2))  # one unit: in most trials off for all rows
+    assert execution_plan(bayesianize(off), torch.rand(6, 3)).together
+    constant = bayesianize(Written(lambda m, x: 0 * m.a(x), a=linear()))
+    plan = execution_plan(constant, torch.rand(6, 3))
+    assert not plan.together and "do not depend" in str(plan)
+    assert len(forward(constant, torch.rand(6, 3), 3, "split")[0]) == 6
+
+
 class RandomDepth(nn.Module):
     """Drops examples at random in training mode, with torch's own generator."""
 

@@ -195,9 +195,12 @@ def test_likelihoods_can_be_compared_and_hashed():
     assert Gaussian(noise) != Gaussian(noise.clone()) and len({Gaussian(noise), Gaussian(noise), Gaussian(0.3)}) == 2
 
 
-@pytest.mark.parametrize("outputs", [(2, 3, 1), (2, 3), (2, 3, 4, 5)], ids=str)
-def test_one_logit_is_no_class_label(outputs):
-    with pytest.raises(Refusal, match=r"two classes.*torch\.cat\(\[torch\.zeros_like\(z\), z\], -1\)"):
+@pytest.mark.parametrize(("outputs", "fix"), [
+    ((2, 3, 1), r"torch\.cat\(\[torch\.zeros_like\(z\), z\], -1\)"), ((2, 3), r"torch\.cat"),
+    ((2, 3, 4, 5), r"AdaptiveAvgPool2d"), ((2, 3, 4, 5, 6), r"AdaptiveAvgPool2d"),
+], ids=str)
+def test_outputs_that_are_no_logits_of_classes_are_refused(outputs, fix):
+    with pytest.raises(Refusal, match=rf"at least two classes.*{fix}"):
         Categorical().log_prob(torch.zeros(outputs), torch.zeros(3, dtype=torch.int64))
 
 

@@ -100,7 +100,7 @@ def test_a_run_is_not_continued_under_another_symmetry(tmp_path):
     start = replace(SETTINGS, information="enumeration")
     trained(start, folder=tmp_path / "turns", symmetry=turns)
     for other in (None, mirrored):
-        with pytest.raises(Refusal, match=r"symmetry NetworkAction.* in the checkpoint, (None|NetworkAction.*) now"):
+        with pytest.raises(Refusal, match=r"symmetry .NetworkAction.* in the checkpoint, (None|.NetworkAction.*) now"):
             go_on("turns", symmetry=other)
     assert len(go_on("turns", symmetry=turns).history) == 2
     trained(start, folder=tmp_path / "units")
