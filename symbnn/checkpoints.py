@@ -172,7 +172,7 @@ def check_continued(stored: dict, wanted: dict) -> None:
             "; ".join(differing), "another run's folder, or an edit",
             "repeat the settings of the checkpoint, or train into a new folder")
 
-# %% ../nbs/15b_checkpoints.ipynb #74d6b42a-0
+# %% ../nbs/15b_checkpoints.ipynb #82a42f98-0
 def load_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy `tensors` into the network's `state_dict`. Raises `Refusal` unless names, shapes and dtypes all agree."""
     own = _distinct(network)
@@ -216,6 +216,9 @@ def network_tensors(network: nn.Module, part: str = "network") -> dict[str, Tens
 def _distinct(network: nn.Module) -> dict[str, Tensor]:
     """The network's `state_dict`, without the further names of parameters and buffers that have several."""
     names, seen = network.state_dict(keep_vars=True), set()
+    other = sorted(name for name, value in names.items() if not isinstance(value, Tensor))
+    require(not other, "A checkpoint holds tensors", f"{other}, which a module keeps as extra state",
+            "a module with get_extra_state", "register what it keeps as a buffer")
     first = {name for name, tensor in names.items() if not (id(tensor) in seen or seen.add(id(tensor)))}
     return {name: tensor for name, tensor in network.state_dict().items() if name in first}
 

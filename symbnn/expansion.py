@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Arrangement', 'ARRANGEMENT', 'LOCATION_SCALE', 'block_turn', 'expand', 'expanded_action']
 
-# %% ../nbs/09_orbit_expansion.ipynb #e4a9e3f1-0
-import copy
+# %% ../nbs/09_orbit_expansion.ipynb #3419745c-0
 import math
 from functools import partial
 from typing import Literal, NamedTuple, NoReturn, get_args
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .actions import Action, regular_channels
+from .binding import copy_network
 from .families import BlockGaussian, Family, Laplace, MeanFieldGaussian
 from .groups import Element, Group, Refusal
 from .layers import Prior, VariationalTensor
@@ -246,7 +246,7 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
                 received = f"one tensor in {owners[id(tensor)]!r} and {name!r}"
                 refuse("Each tensor belongs to one layer", received, cause, fix)
 
-# %% ../nbs/09_orbit_expansion.ipynb #aa259469-0
+# %% ../nbs/09_orbit_expansion.ipynb #0f813439-0
 @torch.no_grad()
 def expand(
     network: nn.Module,  # plain or Bayesian; not changed
@@ -268,7 +268,7 @@ def expand(
     _check_request(network, action, arrangement)
     _check_layers(network, action)
     expansion = _Expansion(action, arrangement, _depths(network, action, arrangement))
-    expanded = copy.deepcopy(network)
+    expanded = copy_network(network)
     for name, layer in list(expanded.named_modules()):
         if name in action.layers:
             _expand_layer(expansion, name, layer, prior)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Orbits', 'parameter_actions', 'Drift', 'drift', 'check_prior', 'ProjectedGradients', 'keep_invariant', 'Tied', 'tie']
 
-# %% ../nbs/05b_invariance.ipynb #1f7e7b40-0
-import copy
+# %% ../nbs/05b_invariance.ipynb #668dc75f-0
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .actions import Action, SignedPermutation
+from .binding import copy_network
 from .closedness import Closure, Family, LinearMap, rounding_tolerance
 from .groups import Element, Refusal
 from .layers import variational_tensors
@@ -236,7 +236,7 @@ def _project_buffer(key: str, orbits: Orbits, module: nn.Module, *passed: object
     if module.training:  # another tensor: the backward pass still holds the old one
         setattr(module, key, orbits.project(getattr(module, key)))
 
-# %% ../nbs/05b_invariance.ipynb #fdb05a88-0
+# %% ../nbs/05b_invariance.ipynb #0ac76b40-0
 class Tied(Family):
     """Weights of one value an orbit, up to signs: the law `base` of the orbit coordinates, expanded.
 
@@ -340,7 +340,7 @@ def tie(network: nn.Module, action: NetworkAction) -> nn.Module:
                           received=f"{name!r} under '{action.parameters[name].name}'",
                           cause="a norm over channels that the group permutes",
                           fix="leave the norm out, or give its channels the trivial action")
-    tied = copy.deepcopy(network)
+    tied = copy_network(network)
     for name, tensor in variational_tensors(tied).items():
         check_prior(name, tensor.prior, action.parameters[name])
         orbits = Orbits(action.parameters[name])

@@ -6,8 +6,7 @@
 __all__ = ['Prior', 'CONVERTED', 'DETERMINISTIC', 'VariationalTensor', 'isotropic', 'per_tensor', 'random_means', 'fixed_means',
            'bayesianize', 'posterior_mean_network', 'is_variational', 'variational_tensors', 'kl_sum', 'kl_per_datum']
 
-# %% ../nbs/04_layers.ipynb #d56dabb4-0
-import copy
+# %% ../nbs/04_layers.ipynb #c4741fad-0
 import zlib
 from collections.abc import Callable, Iterator
 from math import prod, sqrt
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .binding import Placeholder, modules_outside, plain_network
+from .binding import Placeholder, copy_network, modules_outside, plain_network
 from .families import Family, Laplace, LogNormal, MeanFieldGaussian
 from .groups import Refusal, require
 
@@ -152,7 +151,7 @@ def fixed_means(means: dict[str, Tensor], deviation: float = 1.0) -> Prior:
 
     return build
 
-# %% ../nbs/04_layers.ipynb #86719e2d-0
+# %% ../nbs/04_layers.ipynb #f9020ee1-0
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these types; a subclass may do something else with its weights
 DETERMINISTIC = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
@@ -224,7 +223,7 @@ def bayesianize(
     the layer, for any other trainable parameter.
     """
     _refuse_unconvertible(module)
-    prior, network, made = prior or isotropic(), copy.deepcopy(module), {}
+    prior, network, made = prior or isotropic(), copy_network(module), {}
     for name, layer, key, parameter in _trainable(network):
         if _is_convertible(layer, key) and key in layer._parameters:
             if id(parameter) not in made:
@@ -240,7 +239,7 @@ def posterior_mean_network(network: nn.Module) -> nn.Module:
 
     A weight whose posterior is frozen is frozen in it.
     """
-    network, made = copy.deepcopy(network), {}
+    network, made = copy_network(network), {}
     for module in list(network.modules()):
         for key, tensor in list(module._modules.items()):
             if isinstance(tensor, VariationalTensor):

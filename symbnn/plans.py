@@ -7,24 +7,26 @@ __all__ = ['Stacked', 'Posteriors', 'Rule', 'ROWS_TRIED', 'check_runs', 'apply_d
            'uses_batch_statistics', 'fold', 'Plan', 'without_hooks', 'execution_plan', 'run_draw_by_draw', 'has_hooks',
            'watch_hooks']
 
-# %% ../nbs/04a_plans.ipynb #74b5ed45-0
+# %% ../nbs/04a_plans.ipynb #85923a8f-0
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, is_dataclass, replace
 from functools import lru_cache, partial
 from math import prod
+from types import SimpleNamespace
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from symbnn.binding import (
+    OF_EVERY_MODULE,
     Change,
     copy_tree,
     layer_with,
@@ -32,12 +34,11 @@ from symbnn.binding import (
     no_change,
     own_buffers,
     plain_network,
-    seeded_world,
 )
 from .groups import Refusal
 from .layers import VariationalTensor, variational_tensors
 
-# %% ../nbs/04a_plans.ipynb #b78bfbc4-0
+# %% ../nbs/04a_plans.ipynb #de2647eb-0
 Stacked = dict[str, Float[Tensor, "S *shape"]]  # of one layer: "weight" and "bias", where they have posteriors
 Posteriors = dict[str, VariationalTensor]  # of one layer, likewise
 Rule = Callable[[nn.Module, Stacked, Posteriors], Callable[[Tensor], Tensor]]  # what a layer does with all draws
@@ -100,11 +101,11 @@ def apply_draws(layer: nn.Module, stacked: Stacked, posteriors: Posteriors | Non
 def bind_together(
     network: nn.Module, weights: Mapping[str, Float[Tensor, "S *shape"]], *, rule: Rule = apply_draws,
     tensors: Mapping[int, Tensor] | None = None, evaluating: bool = False, compiled: bool = True,
-    settle: Change = no_change,
+    isolated: bool = False, settle: Change = no_change,
 ) -> nn.Module:
     """A copy of the network that applies S draws at once, to rows that are S runs of examples.
 
-    `rule` says what a layer does with its draws; `tensors`, `evaluating`, `compiled` and `settle` are as in
+    `rule` says what a layer does with its draws; `tensors`, `evaluating`, `compiled`, `isolated` and `settle` are as in
     `copy_tree`, where the last is called `change`.
     """
     stacks = {id(tensor): weights[name] for name, tensor in variational_tensors(network).items()}
@@ -119,7 +120,8 @@ def bind_together(
             _fold_layer(copy, partial(_run_by_run, [layer_with(copy, {})] * draws))
 
     first = {key: stack[0] for key, stack in stacks.items()}
-    return copy_tree(network, {**(tensors or {}), **first}, evaluating=evaluating, compiled=compiled, change=change)
+    return copy_tree(network, {**(tensors or {}), **first}, evaluating=evaluating, compiled=compiled, isolated=isolated,
+                     change=change)
 
 
 def _uses_batch_statistics(module: nn.Module) -> bool:
@@ -154,9 +156,10 @@ def fold(x: Float[Tensor, "B ..."], draws: int, channels_last: bool = False) -> 
     folded.unflatten(0, (draws, len(x))).copy_(x)
     return folded
 
-# %% ../nbs/04a_plans.ipynb #f6e90fca-0
+# %% ../nbs/04a_plans.ipynb #65439183-0
 ROWS_TRIED = 8
 _SEEDS = 8  # of trials whose outputs depend on nothing, as where all units of a small network are off
+_KEPT = 64  # plans for one network
 _LOG = logging.getLogger("symbnn")
 
 
@@ -165,106 +168,131 @@ class Plan:
     """How a network's draws may be run: all at once, and with the batch cut in pieces, or not."""
 
     together: bool  # draws folded into the batch give what the loop over draws gives
-    separable: bool  # each row's output depends on that row alone
-    channels_last: bool  # images may be laid out channels last
-    reads_values: bool  # the forward pass looks at values, so another input may take another way
-    reason: str  # why it is not together
+    separable: bool  # each row's output depends on that row alone, as far as a trial can tell
+    reason: str = ""  # why it is not together
+    in_pieces: bool = False  # the batch may be cut to save memory without any change of the result
+    channels_last: bool = False  # images may be laid out channels last
+    random: bool = False  # random numbers are drawn, by dropout or by the network's own code
+    writes_input: bool = False  # the forward pass changes its input
 
     def __str__(self) -> str:
         if self.together:
             return "all draws at once" + ", images channels last" * self.channels_last
         return f"one draw at a time{'' if self.in_pieces else ', on the whole batch'}: {self.reason}"
 
-    @property
-    def in_pieces(self) -> bool:
-        """Whether the batch may be cut to save memory without any change of the result."""
-        return self.separable and not self.reads_values
-
-
-_CONTINUOUS = ("bernoulli", "rand", "rand_like", "randn", "randn_like", "normal", "normal_functional", "uniform",
-               "exponential")
-
 
 class _Followed:
-    """The tensors that come from inputs and weights, by their memory, which is kept while they are followed."""
+    """Tensors that come from some others, by their memory, which is kept while they are followed."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.kept: list[Tensor] = []
         self.places: set[int] = set()
         self.add(tensors)
 
-    def add(self, tensors: Iterable[Tensor]) -> None:
+    def add(self, values: object) -> None:
         """Follow these, too."""
-        for tensor in tensors:
+        for tensor in _strided(values):
             self.kept.append(tensor)
             self.places.add(tensor.untyped_storage().data_ptr())
 
     def __contains__(self, values: object) -> bool:
-        leaves = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
-        return any(leaf.untyped_storage().data_ptr() in self.places for leaf in leaves)
+        return any(tensor.untyped_storage().data_ptr() in self.places for tensor in _strided(values))
+
+
+def _strided(values: object) -> list[Tensor]:
+    leaves = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.layout == torch.strided)
+    return [leaf for leaf in leaves if leaf.numel()]
+
+
+_REDUCING = ("mean", "sum", "prod", "amax", "amin", "max", "min", "median", "nanmedian", "nansum", "std", "var", "any",
+             "var_mean", "std_mean", "logsumexp", "all", "argmax", "argmin", "linalg_vector_norm", "norm", "aminmax",
+             "mode", "cumsum", "cumprod", "cummax", "cummin", "sort", "topk", "kthvalue")
+_INDEXING = ("gather", "scatter", "scatter_add", "scatter_reduce", "index_select", "index_add", "index_copy",
+             "index_fill", "take")
 
 
 class _Watch(TorchDispatchMode):
-    """Notes operations that look at values which come from inputs and weights, and makes random numbers constant."""
+    """Notes what a forward pass does that a trial on some rows cannot settle: it looks at values that come from inputs
+    or weights, joins rows, or draws random numbers."""
 
-    def __init__(self, followed: Iterable[Tensor] = ()) -> None:
+    def __init__(self, rows: Tensor, weights: Iterable[Tensor]) -> None:
         super().__init__()
-        self.reads: list[str] = []
-        self.followed = _Followed(followed)
+        self.count = len(rows)
+        self.from_rows, self.followed = _Followed([rows]), _Followed([rows, *weights])
+        self.noted: list[str] = []
+        self.random = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, function.overloadpacket.__name__
-        follows = (args, kwargs) in self.followed
-        if follows and self._looks_at_values(function, name, args):
-            self.reads.append(name)
-        result = self._run(function, name, args, kwargs)
-        if follows:
-            self.followed.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
-        return result
-
-    def _run(self, function, name: str, args: tuple, kwargs: dict):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__.rstrip("_")
+        given = dict(zip((argument.name for argument in function._schema.arguments), args)) | kwargs
+        of_rows = given in self.from_rows
+        follows = of_rows or given in self.followed
+        if follows and self._looks(function, name, given):
+            self.noted.append(name)
+        elif of_rows and self._joins(function, name, given):
+            self.noted.append(f"{name} over rows")
+        if torch.Tag.nondeterministic_seeded in function.tags and given.get("dropout_p", 1.0):
+            self.random = True
         result = function(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded in function.tags:
-            if name == "native_dropout":
-                return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-            if name.rstrip("_") in _CONTINUOUS:
-                return result.fill_(1.0)
-            if not name.startswith("_scaled_dot_product") or _dropout(function, args, kwargs):
-                self.reads.append(name)
+        for followed, found in ((self.from_rows, of_rows), (self.followed, follows)):
+            if found:
+                followed.add(result)
         return result
 
-    @staticmethod
-    def _looks_at_values(function, name: str, args: tuple) -> bool:
-        if name.startswith("index"):  # by numbers, or by a mask
-            indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
-            return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)
-        return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags))
+    def _looks(self, function, name: str, given: dict) -> bool:
+        if name in ("index", "index_put"):
+            return any(index.dtype in (torch.bool, torch.uint8) for index in _strided(given.get("indices")))
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        return name not in _INDEXING and bool(tags & set(function.tags))
+
+    def _joins(self, function, name: str, given: dict) -> bool:
+        """Whether an operation reduces, or moves by numbers that come from inputs, the axis that has a row each."""
+        value = given.get("self", given.get("input"))
+        if not isinstance(value, Tensor) or self.count == 1:
+            return False
+        if name in ("index", "index_put"):
+            first = (given.get("indices") or [None])[0]
+            return isinstance(first, Tensor) and first in self.from_rows and self._has_rows(value, given.get("values"))
+        if name not in _REDUCING + _INDEXING or (name in _INDEXING and given.get("index") not in self.from_rows):
+            return False
+        schema = {argument.name: argument for argument in function._schema.arguments}
+        axis = schema.get("dim")
+        chosen = given.get("dim", axis.default_value if axis is not None and axis.has_default_value() else None)
+        axes = range(value.ndim) if chosen is None or chosen == [] else [chosen] if isinstance(chosen, int) else chosen
+        return self._has_rows(value, given.get("source", given.get("src"))) and any(
+            axis % max(value.ndim, 1) == 0 for axis in axes)
+
+    def _has_rows(self, *values: object) -> bool:
+        return any(tensor.ndim > 0 and len(tensor) == self.count and tensor in self.from_rows
+                   for tensor in _strided(list(values)))
 
 
-class _Conversions(TorchFunctionMode):
-    """Notes values that leave torch, for Python or NumPy."""
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
+             torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout)
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Leaves dropout out, and notes values that leave torch, for Python or NumPy."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
         self.watch = watch
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in _DROPOUTS:
+            self.watch.random = True
+            return args[0] if args else kwargs["input"]
         if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and args[:1] in self.watch.followed:
-            self.watch.reads.append(function.__name__)
+            self.watch.noted.append(function.__name__)
         return function(*args, **(kwargs or {}))
-
-
-def _dropout(function, args: tuple, kwargs: dict) -> float:
-    """The probability of dropout that an attention is called with."""
-    names = [argument.name for argument in function._schema.arguments]
-    return dict(zip(names, args), **kwargs).get("dropout_p", 0.0)
 
 
 def _perturbed(value: Tensor, generator: torch.Generator, dtype: torch.dtype | None) -> Tensor:
     """Other numbers of the same signs and scale; integers as they are."""
+    value = value.detach()
     if not value.is_floating_point() or value.numel() == 0:
-        return value.detach().clone()
-    value = value.detach().to(dtype or value.dtype).nan_to_num(0.0, 0.0, 0.0)
+        return value.clone()
+    value = value.to(dtype or value.dtype).nan_to_num(0.0, 0.0, 0.0)
     noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
     scale = value.square().mean().sqrt()
     zeros = noise.abs() * torch.where(scale > 0, 0.3 * scale, 0.3)
@@ -285,71 +313,119 @@ def without_hooks(copy: nn.Module, module: nn.Module) -> None:
         copy.__dict__[key] = type(copy.__dict__[key])()
 
 
-def _settle(copy: nn.Module, module: nn.Module) -> None:
-    """Torch's own layers, and those derived from its norms and dropouts, in evaluation mode; no forward hooks."""
+def _in_trial(copy: nn.Module, module: nn.Module) -> None:
+    """The copy without hooks and without dropout, also where a backward pass computes it again."""
     without_hooks(copy, module)
-    norms_and_dropouts = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
-    if type(module).__module__.startswith("torch.nn") or isinstance(module, norms_and_dropouts):
-        copy.__dict__["training"] = False
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        copy.__dict__["p"] = 0.0
+
+
+def _row_by_row(copy: nn.Module, module: nn.Module) -> None:
+    """The same, where torch's norms give what they give in evaluation mode, and state their mode as before."""
+    _in_trial(copy, module)
+    if isinstance(module, nn.modules.batchnorm._NormBase) and copy.training:
+        evaluated = layer_with(copy, {})
+        evaluated.__dict__["training"] = False
+        _fold_layer(copy, evaluated.forward)
 
 
 class _Trial:
-    """One network on a few rows, perturbed, in one precision."""
+    """One network on a few rows, perturbed, in one precision, with or without gradients."""
 
     def __init__(
-        self, network: nn.Module, x: Tensor, evaluating: bool, dtype: torch.dtype | None, perturbed: bool, seed: int
+        self, network: nn.Module, x: Tensor, evaluating: bool, gradients: bool, dtype: torch.dtype | None,
+        perturbed: bool, seed: int,
     ):
         generator = torch.Generator().manual_seed(seed)
-        self.network, self.evaluating = network, evaluating
-        self.rows = _perturbed(x[:ROWS_TRIED], generator, dtype) if perturbed else x[:ROWS_TRIED].detach().clone()
+        self.network, self.evaluating, self.gradients = network, evaluating, gradients
+        rows = x[:ROWS_TRIED].detach()
+        self.rows = (_perturbed(rows, generator, dtype) if perturbed else rows.clone()).requires_grad_(
+            gradients and x.requires_grad)
         tensors = variational_tensors(network)
-        self.weights = {name: _two_draws(t.posterior.mean, generator, dtype) for name, t in tensors.items()}
+        self.weights = {name: _two_draws(t.posterior.mean, generator, dtype).requires_grad_(gradients)
+                        for name, t in tensors.items()}
         self.ids = {name: id(tensor) for name, tensor in tensors.items()}
-        own = [value for _, module in modules_outside(network)
-               for value in (*module._parameters.values(), *module._buffers.values()) if value is not None]
-        self.own = {id(value): _perturbed(value, generator, dtype) for value in own}
-        self.trained = [self.own[id(value)] for value in own if value.requires_grad]
+        own = [value for _, module in modules_outside(network) if not isinstance(module, torch.jit.ScriptModule)
+               for value in module._parameters.values() if value is not None]
+        self.own = {id(value): _perturbed(value, generator, dtype).requires_grad_(gradients and value.requires_grad)
+                    for value in own}
+        buffers = own_buffers(network)
+        self.buffers = {key: _perturbed(value, generator, dtype) for key, value in buffers.items()}
+        self.trained = [value for value in self.own.values() if value.requires_grad]
+        self.given: list[tuple[Tensor, Tensor]] = []  # what the network was given, and what that was
+
+    def wrote(self) -> bool:
+        """Whether the network has changed an input."""
+        return not all(torch.equal(ours, theirs) for ours, theirs in self.given)
 
     def followed(self) -> list[Tensor]:
-        """What the outputs are a function of: inputs, weights with posteriors, and what else is trained."""
-        return [self.rows, *self.weights.values(), *self.trained]
+        """What the outputs are a function of besides the rows: weights with posteriors, and what else is trained."""
+        return [*self.weights.values(), *self.trained]
 
-    def _buffers(self) -> dict[int, Tensor]:
-        """Tensors of a run's own, which it may change."""
-        return {key: value.clone() for key, value in self.own.items()}
-
-    def apart(self, draws: Iterable[int], pieces: list[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """The outputs of each draw for the pieces of rows, one after the other; and the tensors afterwards."""
-        own, found = self._buffers(), []
+    def apart(self, draws: Iterable[int], pieces: list[Tensor], change: Change = _in_trial
+              ) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """The outputs of each draw for the pieces of rows, one after the other; and the buffers afterwards."""
+        buffers, found = {key: value.clone() for key, value in self.buffers.items()}, []
         for s in draws:
-            chosen = {self.ids[name]: weight[s] for name, weight in self.weights.items()}
-            bound = copy_tree(self.network, {**own, **chosen}, evaluating=self.evaluating, compiled=False,
-                              change=_settle)
-            outputs = [one_tensor(bound(piece.clone())) for piece in pieces]
+            chosen = {self.ids[name]: weight[s].clone() for name, weight in self.weights.items()}
+            bound = copy_tree(self.network, {**self.own, **buffers, **chosen}, evaluating=self.evaluating,
+                              compiled=False, isolated=True, change=change)
+            given = [piece.clone() for piece in pieces]
+            outputs = [one_tensor(bound(piece)) for piece in given]
+            self.given += zip(given, pieces)
             found.append(outputs[0] if len(pieces) == 1 else torch.cat(outputs))
-        return found, own
+        return found, buffers
 
     def together(self, channels_last: bool) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """The outputs of both draws at once; and the tensors afterwards."""
-        own = self._buffers()
-        bound = bind_together(self.network, self.weights, tensors=own, evaluating=self.evaluating, compiled=False,
-                              settle=_settle)
-        return list(bound(fold(self.rows, 2, channels_last)).chunk(2)), own
+        """The outputs of both draws at once; and the buffers afterwards."""
+        buffers = {key: value.clone() for key, value in self.buffers.items()}
+        weights = {name: weight.clone() for name, weight in self.weights.items()}
+        bound = bind_together(self.network, weights, tensors={**self.own, **buffers}, evaluating=self.evaluating,
+                              compiled=False, isolated=True, settle=_in_trial)
+        return list(bound(fold(self.rows, 2, channels_last)).chunk(2)), buffers
+
+    def slopes(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Gradients of a random combination of the outputs, of all that has one, over the largest of them."""
+        inputs = [value for value in (*self.weights.values(), *self.trained, self.rows) if value.requires_grad]
+        if not inputs or not all(y.requires_grad for y in outputs):
+            return []
+        generator, total = torch.Generator().manual_seed(1), 0.0
+        for y in outputs:
+            direction = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+            total = total + (y * direction.to(y)).sum().real
+        total.backward()
+        found = [torch.zeros_like(value) if value.grad is None else value.grad for value in inputs]
+        for value in inputs:
+            value.grad = None
+        largest = max(slope.abs().max() for slope in found)
+        return [torch.cat([(slope / largest).flatten(), slope.new_ones(1)]) for slope in found]
 
 
-def _agree(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:
-    """Whether tensors are equal up to rounding."""
-    return all(a.shape == b.shape and a.dtype == b.dtype and bool(((a - b).abs() <= _allowed(b)).all())
-               if a.is_floating_point() or a.is_complex() else torch.equal(a, b) for a, b in zip(ours, theirs))
+_ROUNDING = {torch.float64: 1e-7, torch.complex128: 1e-7, torch.float32: 1e-3, torch.complex64: 1e-3}
 
 
-def _allowed(value: Tensor) -> float:
-    return 1e3 * torch.finfo(value.dtype).eps * max(float(value.abs().max()), 1e-300) if value.numel() else 0.0
+def _agree(ours: Iterable[Tensor], theirs: Iterable[Tensor], by_column: bool = True) -> bool:
+    """Whether tensors are equal up to rounding, which is measured by the largest number of each column."""
+    return all(a.shape == b.shape and a.dtype == b.dtype and _close(a, b, by_column) for a, b in zip(ours, theirs))
+
+
+def _close(a: Tensor, b: Tensor, by_column: bool) -> bool:
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    if a.numel() == 0:
+        return True
+    rounding, size = _ROUNDING.get(a.dtype, 5e-2), b.detach().abs()
+    scale = size.amax(0, keepdim=True).clamp_min(1e-6 * size.max()) if by_column and b.ndim > 1 else size.max()
+    return bool(((a - b).abs() <= rounding * scale).all())
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
     """Whether two outputs are far enough apart for a mix-up to show."""
-    return a.shape == b.shape and bool(((a - b).abs().max() > 100 * max(_allowed(a), _allowed(b))).item())
+    if a.shape != b.shape or a.numel() == 0:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return not torch.equal(a, b)
+    return bool((a - b).abs().max() > 100 * _ROUNDING.get(a.dtype, 5e-3) * b.abs().max())
 
 
 def _holds(test: Callable[[], bool]) -> bool:
@@ -362,80 +438,124 @@ def _holds(test: Callable[[], bool]) -> bool:
 
 def _try(trial: _Trial) -> Plan | None:
     """The plan that a trial finds; None where its outputs depend on nothing, so that it cannot tell."""
-    watch, rows = _Watch(trial.followed()), len(trial.rows)
-    with watch, _Conversions(watch):
+    watch, rows = _Watch(trial.rows, trial.followed()), len(trial.rows)
+    with watch, _WithoutDropout(watch):
         apart, buffers = trial.apart((0, 1), [trial.rows])
-    values = not watch.reads
+    quiet = partial(_WithoutDropout, watch)
+    drawn = torch.get_rng_state()
+    noted = sorted(set(watch.noted))
     if apart[0].ndim == 0 or len(apart[0]) != rows:
-        return Plan(False, False, False, not values, "its output has no row for each row of the input")
+        return Plan(False, False, "its output has no row for each row of the input", random=watch.random)
+    with quiet():
+        again, _ = trial.apart((0, 1), [trial.rows])
+    if not torch.equal(drawn, torch.get_rng_state()) or not _agree(again, apart):
+        return Plan(False, True, "it draws random numbers of its own", random=True)
     if not _differ(*apart) or (rows > 1 and not _differ(apart[0][:1].expand_as(apart[0]), apart[0])):
         return None
 
     def in_pieces() -> bool:
-        pieces, _ = trial.apart((0,), [trial.rows[:1], trial.rows[1:]])
-        return _agree(pieces, apart)
+        whole, _ = trial.apart((0,), [trial.rows], _row_by_row)
+        pieces, _ = trial.apart((0,), [trial.rows[:1], trial.rows[1:]], _row_by_row)
+        return _agree(pieces, whole)
 
     def at_once(channels_last: bool) -> bool:
         together, own = trial.together(channels_last)
-        return _agree(together, apart) and _agree(own.values(), buffers.values())
+        return _agree(together, apart) and _agree(own.values(), buffers.values(), False) and _agree(
+            trial.slopes(together), slopes, False)
 
-    with _Watch():
+    with quiet():
+        slopes = trial.slopes(apart)
         separable = rows == 1 or _holds(in_pieces)
         layouts = (True, False) if trial.rows.ndim == 4 else (False,)
-        layout = next((layout for layout in layouts if values and separable and _holds(partial(at_once, layout))), None)
+        layout = next((layout for layout in layouts if separable and not noted and _holds(partial(at_once, layout))),
+                      None)
     reason = "" if layout is not None else (
-        f"its forward pass looks at values ({', '.join(sorted(set(watch.reads)))})" if not values else
+        f"its forward pass looks at values or joins rows ({', '.join(noted)})" if noted else
         "its rows depend on each other" if not separable else
         "its layers do not see the examples as rows, in their order")
-    return Plan(layout is not None, separable, bool(layout), not values, reason)
+    return Plan(layout is not None, separable, reason, in_pieces=separable and not noted, channels_last=bool(layout),
+                random=watch.random, writes_input=trial.wrote())
 
 
 @contextmanager
-def _world_as_it_was(device: torch.device) -> Iterator[None]:
-    """Torch's global generators, grad mode and autocast are as before once the block is left."""
-    with seeded_world(device, 0), torch.no_grad(), torch.autocast(device.type, enabled=False), (
-            warnings.catch_warnings()):
-        warnings.simplefilter("ignore")  # the call itself will give them
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Torch's global generators are as before once the block is left, and not touched where nothing was drawn."""
+    module = torch.cuda if device.type == "cuda" else None
+    kept = torch.get_rng_state(), module and module.get_rng_state(device)
+    try:
         yield
+    finally:
+        if not torch.equal(kept[0], torch.get_rng_state()):
+            torch.set_rng_state(kept[0])
+        if module is not None and not torch.equal(kept[1], module.get_rng_state(device)):
+            module.set_rng_state(kept[1], device)
 
 
-def _find_plan(network: nn.Module, x: Tensor, evaluating: bool) -> Plan:
+def _find_plan(network: nn.Module, x: Tensor, evaluating: bool, gradients: bool) -> Plan:
     """In float64 where the network's code allows it, else in its own precision, else with the inputs as they are.
 
     Where the network cannot be tried on a part of the batch at all, its own error on the whole batch is raised.
     """
     found = ""
-    with _world_as_it_was(x.device):
+    with _undisturbed(x.device), torch.set_grad_enabled(gradients):
         for dtype, perturbed in ((torch.float64, True), (None, True), (None, False)):
+            if dtype and x.device.type == "mps":
+                continue
             try:
-                plans = (None if dtype and x.device.type == "mps" else
-                         _try(_Trial(network, x, evaluating, dtype, perturbed, seed)) for seed in range(_SEEDS))
-                plan = next((plan for plan in plans if plan is not None), None)
+                with torch.autocast(x.device.type, enabled=False) if dtype else nullcontext():
+                    plans = (_try(_Trial(network, x, evaluating, gradients, dtype, perturbed, seed))
+                             for seed in range(_SEEDS))
+                    plan = next((plan for plan in plans if plan is not None), None)
             except Refusal:
                 raise
             except Exception as error:
                 found = f"it cannot be tried on a part of the batch ({type(error).__name__}: {error})".split("\n")[0]
                 continue
-            return plan or Plan(False, True, False, True, "its outputs in a trial do not depend on weights and inputs")
+            return plan or Plan(False, True, "its outputs in a trial do not depend on weights and inputs")
         weights = {id(tensor): tensor.posterior.mean for tensor in variational_tensors(network).values()}
-        bound = copy_tree(network, {**own_buffers(network), **weights}, evaluating=True, compiled=False,
-                          change=without_hooks)
+        bound = copy_tree(network, {**own_buffers(network), **weights}, evaluating=evaluating, compiled=False,
+                          isolated=True, change=without_hooks)
         one_tensor(bound(x.detach().clone()))
-    return Plan(False, False, False, True, found)
+    return Plan(False, False, found)
 
 
 _PLANS: WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = WeakKeyDictionary()
 
 
+def _token(value: object, depth: int = 0) -> object:
+    """What of an attribute may decide on the way of rows: numbers but for floats, and which object it is."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float  # a temperature that changes in every step
+    if isinstance(value, Tensor):
+        return id(value), value._version if not value.is_floating_point() and not value.is_inference() else 0
+    if isinstance(value, (list, tuple, dict)) and len(value) <= 32 and depth < 3:
+        items = value.items() if isinstance(value, dict) else value
+        return type(value), tuple(_token(item, depth + 1) for item in items)
+    if isinstance(value, (SimpleNamespace, Mapping)) or is_dataclass(value) or (
+            depth == 0 and hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type))
+            and not callable(value)):
+        inside = value if isinstance(value, Mapping) else vars(value) if hasattr(value, "__dict__") else {}
+        return id(value), tuple(_token(item, depth + 1) for item in list(inside.items())[:64]) if depth < 3 else ()
+    return id(value)
+
+
+_GLOBAL_HOOKS = tuple(getattr(nn.modules.module, name, {}) for name in ("_global_forward_hooks",
+                                                                     "_global_forward_pre_hooks"))
+
+
 def _state(network: nn.Module, evaluating: bool) -> tuple:
-    """What the way of rows may depend on: types, modes, hooks, and settings of modules that are not torch's own."""
-    found = []
+    """What the way of rows may depend on: modules, modes, hooks and settings."""
+    found: list[object] = [tuple(len(hooks) for hooks in _GLOBAL_HOOKS)]
     for _, module in modules_outside(network):
-        kind, attributes = type(module), module.__dict__
-        settings = () if kind.__module__.startswith("torch.nn") else tuple(
-            (key, value) for key, value in attributes.items() if isinstance(value, (bool, int, float, str)))
-        hooks = len(attributes["_forward_hooks"]) + len(attributes["_forward_pre_hooks"])
-        found.append((kind, module.training and not evaluating, hooks, settings))
+        attributes = module.__dict__
+        own = attributes.keys() - OF_EVERY_MODULE
+        settings = tuple((key, _token(attributes[key])) for key in own)
+        buffers = () if isinstance(module, nn.modules.batchnorm._NormBase) or isinstance(
+            module, torch.jit.ScriptModule) else tuple(map(_token, module._buffers.values()))
+        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+        found.append((id(module), module.training and not evaluating, hooks, settings, buffers))
     return tuple(found)
 
 
@@ -449,31 +569,35 @@ def execution_plan(network: nn.Module, x: Float[Tensor, "B ..."], evaluating: bo
     inner, signature = plain_network(network), _signature(network, x, evaluating)
     known = _PLANS.setdefault(inner, {})
     if signature not in known:
-        _remember(network, signature, _find_plan(inner, x, evaluating))
+        _remember(network, signature, _find_plan(inner, x, evaluating, signature[-1]))
     return known[signature]
 
 
 def _signature(network: nn.Module, x: Tensor, evaluating: bool) -> tuple:
-    state = _state(plain_network(network), evaluating)
-    return x.shape[1:], min(len(x), ROWS_TRIED), x.dtype, x.device, evaluating, state
+    state, gradients = _state(plain_network(network), evaluating), torch.is_grad_enabled() and not evaluating
+    return (x.shape[1:], min(len(x), ROWS_TRIED), x.dtype, x.device, x.requires_grad, evaluating, state,
+            torch.is_autocast_enabled(x.device.type), gradients)
 
 
 def _remember(network: nn.Module, signature: tuple, plan: Plan) -> None:
-    _PLANS.setdefault(plain_network(network), {})[signature] = plan
+    plans = _PLANS.setdefault(plain_network(network), {})
+    if len(plans) >= _KEPT:
+        plans.pop(next(iter(plans)), None)
+    plans[signature] = plan
     if not plan.together:
         _LOG.warning("%s: %s", type(plain_network(network)).__name__, plan)
 
 
 def run_draw_by_draw(network: nn.Module, x: Tensor, evaluating: bool, reason: str) -> Plan:
     """Remember that draws of the network must not run together, for a reason that only a call could show."""
-    plan = replace(execution_plan(network, x, evaluating), together=False, reads_values=True, reason=reason)
+    plan = replace(execution_plan(network, x, evaluating), together=False, in_pieces=False, reason=reason)
     _remember(network, _signature(network, x, evaluating), plan)
     return plan
 
 
 def has_hooks(network: nn.Module) -> bool:
     """Whether some module has a forward hook."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    return any(module._forward_hooks or module._forward_pre_hooks for _, module in modules_outside(network))
 
 
 def watch_hooks(copy: nn.Module, altered: list[str]) -> None:
@@ -485,10 +609,9 @@ def watch_hooks(copy: nn.Module, altered: list[str]) -> None:
 
 
 def _watched(altered: list[str], hook: Callable, module: nn.Module, *values, **named):
-    leaves = [value for value in tree_leaves((values, named)) if isinstance(value, Tensor)]
-    tensors = [value for value in leaves if not value.is_inference()]
-    versions = [tensor._version for tensor in tensors]
+    tensors = [value for value in tree_leaves((values, named)) if isinstance(value, Tensor)]
+    before = [tensor.detach().clone() for tensor in tensors]
     result = hook(module, *values, **named)
-    if result is not None or versions != [tensor._version for tensor in tensors]:
+    if result is not None or not all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before)):
         altered.append(type(module).__name__)
     return result

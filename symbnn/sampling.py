@@ -37,17 +37,15 @@ from symbnn.plans import (
     without_hooks,
 )
 
-# %% ../nbs/04b_sampling.ipynb #26616479-0
+# %% ../nbs/04b_sampling.ipynb #d3f53754-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
 def sample_weights(network: nn.Module, draws: int, generator: torch.Generator | None = None) -> Weights:
     """`draws` joint draws of all weights, {name: (draws, *shape)}; differentiable in the posterior's parameters."""
     tensors = variational_tensors(network)
-    if draws < 1:
-        raise Refusal(
-            "At least one draw", received=f"draws={draws}", cause="a count that was computed", fix="pass draws >= 1"
-        )
+    require(isinstance(draws, int) and draws >= 1, "At least one draw, a whole number of them", f"draws={draws!r}",
+            "a float, a text or zero", "draws=32")
     return {name: tensor.posterior.rsample(draws, generator) for name, tensor in tensors.items()}
 
 
@@ -66,6 +64,8 @@ def check_inputs(x: Float[Tensor, "B ..."]) -> None:
                "one tensor; for several, a network that takes them apart: x = torch.cat([a, b], 1), a = x[:, :k]")
         raise Refusal("Inputs are one torch tensor, examples on its first axis", received=f"a {kind}",
                       cause="an array, a data loader, or several inputs", fix=fix)
+    require(x.layout == torch.strided or x.is_nested, "Inputs are one dense tensor", f"a tensor of layout {x.layout}",
+            "a sparse tensor", "x.to_dense()")
     require(not x.is_nested, "Inputs are one dense tensor", "a NestedTensor",
             "sequences of different lengths", "x.to_padded_tensor(0.0), and a mask where padding must not count")
     require(x.ndim > 0 and len(x) > 0, "A batch is not empty", f"inputs of shape {tuple(x.shape)}",
@@ -74,10 +74,13 @@ def check_inputs(x: Float[Tensor, "B ..."]) -> None:
 
 def _check_weights(network: nn.Module, weights: Weights) -> int:
     """The number of draws. `Refusal` unless there is a tensor (S, *shape) for every weight, with one S."""
+    require(isinstance(weights, dict) and all(isinstance(weight, Tensor) for weight in weights.values()),
+            "Weights are a dictionary of tensors (S, *shape) by name", f"a {type(weights).__name__}",
+            "a list, or NumPy arrays", "weights=sample_weights(network, draws)")
     expected = {name: tuple(tensor.posterior.shape) for name, tensor in variational_tensors(network).items()}
     shapes = {name: tuple(weight.shape[1:]) for name, weight in weights.items()}
     counts = {len(weight) for weight in weights.values()}
-    if shapes != expected or len(counts) != 1:
+    if shapes != expected or len(counts) != 1 or 0 in counts:
         wrong = sorted(shapes.keys() ^ expected.keys()) or "shapes or numbers of draws that differ"
         raise Refusal(
             "Weights are given for every variational tensor, (S, *shape), with one S",
@@ -112,13 +115,18 @@ class _Altered(Exception):
 def _with_hooks(call: Callable[[], Tensor], network: nn.Module, x: Tensor, evaluating: bool,
                 generator: torch.Generator | None) -> Tensor:
     """A call, which is done again draw by draw if a hook turns out to change what it sees."""
-    state = generator.get_state() if generator is not None and has_hooks(network) else None
+    if not has_hooks(network):
+        return call()
+    state, buffers = generator and generator.get_state(), list(plain_network(network).buffers())
+    kept = [buffer.clone() for buffer in buffers]
     try:
         return call()
     except _Altered as found:
         run_draw_by_draw(network, x, evaluating, f"a forward hook of {found} changes what it sees")
-        if state is not None:
+        if generator is not None:
             generator.set_state(state)
+        for buffer, value in zip(buffers, kept):
+            buffer.copy_(value)
         return call()
 
 
@@ -134,7 +142,7 @@ class _Bound:
 
     def one(self, weights: Weights, s: int, **options) -> nn.Module:
         """The plain network with draw `s`; options as of `copy_tree`."""
-        chosen = {self.slots[name]: weight[s] for name, weight in weights.items()}
+        chosen = {self.slots[name]: weight[s].clone() for name, weight in weights.items()}  # its code may write there
         return copy_tree(self.network, {**self.tensors, **chosen}, evaluating=self.evaluating, **options)
 
     def all(self, weights: Weights, rule: Rule = apply_draws) -> Callable[[Tensor], Tensor]:
@@ -328,24 +336,22 @@ def _estimate(
     rule = apply_draws if estimator == "split" else _Local(len(padded), generator)
     return _unfold(bound.all(weights, rule)(bound.fold(padded, 1)), 1, len(padded))[:, : len(x)]
 
-# %% ../nbs/04b_sampling.ipynb #7046002e-0
+# %% ../nbs/04b_sampling.ipynb #c097e511-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
 
 class _Copies:
-    """Copies of a batch for many calls of a network: made once, and again where a call has written into them."""
+    """Copies of a batch for many calls of a network: made once, or for each call of one that writes into its input."""
 
-    def __init__(self, x: Tensor, draws: int, channels_last: bool):
-        self.x, self.draws, self.channels_last, self.folded, self.version = x, draws, channels_last, None, None
+    def __init__(self, x: Tensor, draws: int, plan: Plan):
+        self.x, self.draws, self.plan, self.folded = x, draws, plan, None
 
     def first(self, draws: int) -> Float[Tensor, "draws*B ..."]:
         """The first `draws` copies, as `fold` gives them."""
-        folded = self.folded
-        if folded is None or folded.is_inference() or folded._version != self.version:  # no versions in inference mode
-            self.folded = folded = fold(self.x, self.draws, self.channels_last)
-            self.version = None if folded.is_inference() else folded._version
-        return folded[: draws * len(self.x)]
+        if self.folded is None or self.plan.writes_input:
+            self.folded = fold(self.x, self.draws, self.plan.channels_last)
+        return self.folded[: draws * len(self.x)]
 
 
 def _bytes_per_row(bound: _Bound, x: Tensor, weights: Weights) -> int:
@@ -381,9 +387,10 @@ def predict(
     """
     check_inputs(x)
     memory = _BUDGET.get(x.device.type, 2**30) if memory is None else memory
-    if (draws is None) == (weights is None) or memory < 1:
+    numbers = isinstance(memory, int) and (draws is None or isinstance(draws, int))
+    if (draws is None) == (weights is None) or not numbers or memory < 1:
         raise Refusal(
-            "Predictions need either a number of draws or weights, not both, and some memory",
+            "Predictions need either a whole number of draws or weights, not both, and memory in whole bytes",
             received=f"draws={draws}, weights={'given' if weights else 'not given'}, memory={memory}",
             cause="an ambiguous call",
             fix="predict(network, x, draws=32) or predict(network, x, weights=mean_weights(network))",
@@ -402,11 +409,11 @@ def predict(
 def _pieces(bound: _Bound, x: Tensor, weights: Weights, memory: int) -> list[_Copies]:
     """The batch cut in pieces, each with room for the copies that fit the budget."""
     if not bound.plan.in_pieces:
-        return [_Copies(x, 1, False)]
+        return [_Copies(x, 1, bound.plan)]
     fitting = max(1, memory // _bytes_per_row(bound, x, weights))
     batch, draws = min(len(x), fitting), len(next(iter(weights.values())))
     copies = min(draws, max(1, fitting // batch)) if bound.plan.together else 1
-    return [_Copies(piece, copies, bound.plan.channels_last) for piece in x.split(batch)]
+    return [_Copies(piece, copies, bound.plan) for piece in x.split(batch)]
 
 
 def _blocks(

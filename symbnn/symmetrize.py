@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Barycentre', 'average', 'symmetrize_', 'symmetrize', 'OrbitMixture', 'orbit_average']
 
-# %% ../nbs/08_symmetrization.ipynb #822e864c-0
-import copy
+# %% ../nbs/08_symmetrization.ipynb #f3f99b2f-0
 import math
 from collections.abc import Collection
 from typing import Literal, get_args
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .actions import Action
+from .binding import copy_network
 from .families import Family, FullGaussian, Laplace, LogNormal, MeanFieldGaussian, PointMass
 from .groups import Refusal
 from .invariance import Orbits, Tied
@@ -121,7 +121,7 @@ def _check(family: Family, action: Action, barycentre: Barycentre) -> None:
         refuse("Each weight has a mean of its own", f"{tuple(family.loc.shape)} means for {family.shape} weights",
                "means stored once for many weights", "store one mean a weight; scales may be shared")
 
-# %% ../nbs/08_symmetrization.ipynb #0ae8dfeb-0
+# %% ../nbs/08_symmetrization.ipynb #f1fb799a-0
 def _deterministic(network: nn.Module, action: NetworkAction) -> dict[str, Tensor]:
     """Parameters and running statistics that the group moves and that have no posterior, by plain name.
 
@@ -168,7 +168,7 @@ def symmetrize_(network: nn.Module, action: NetworkAction, barycentre: Barycentr
 def symmetrize(network: nn.Module, action: NetworkAction, barycentre: Barycentre = "geometric",
                only: Collection[str] | None = None) -> nn.Module:
     """A copy of the network with invariant posteriors; otherwise `symmetrize_`, and raises the same `Refusal`s."""
-    return symmetrize_(copy.deepcopy(network), action, barycentre, only)
+    return symmetrize_(copy_network(network), action, barycentre, only)
 
 # %% ../nbs/08_symmetrization.ipynb #565fe877-0
 _DRAWS_AT_ONCE = 64  # of `mutual_information`, to bound memory

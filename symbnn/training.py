@@ -7,7 +7,7 @@ __all__ = ['Optimizer', 'Schedule', 'Precision', 'Select', 'Objective', 'Callbac
            'rate_factor', 'warm_up_factor', 'make_optimizer', 'choose_device', 'check_split', 'training_modes',
            'check_task', 'EpochRecord', 'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
-# %% ../nbs/16_training.ipynb #122ed6d1-0
+# %% ../nbs/16_training.ipynb #35540665-0
 import json
 import math
 import signal
@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,6 +43,7 @@ from symbnn.checkpoints import (
 from .data import AUGMENTATIONS, Batches, Split, batches, epoch_generator
 from .groups import Refusal, require
 from .layers import variational_tensors
+from .plans import execution_plan
 from .sampling import Estimator, forward, predict, sample_weights, try_step
 from .models import Architecture
 from .mutual_information import InformationEstimator, Method, symmetrized_elbo
@@ -243,7 +244,7 @@ def check_task(
                  "labels that count from one, a network with too few outputs, or another data set",
                  "build the network with as many classes as there are labels")
 
-# %% ../nbs/16_training.ipynb #4448e4bd-0
+# %% ../nbs/16_training.ipynb #2356b74d-0
 class EpochRecord(NamedTuple):
     """One epoch: means over its rows, in nats per datum."""
 
@@ -328,7 +329,8 @@ class _Run:
             group["lr"] = config.learning_rate * group["factor"] * factor
         noise = self.seed_noise(self.epoch, f"noise/{self.step}")
         seed = epoch_generator(config.seed, self.epoch, f"layers/{self.step}").initial_seed()
-        with seeded_world(self.device, seed):  # dropout draws from torch's own generators
+        drawn = execution_plan(self.network, images).random  # dropout draws from torch's own generators
+        with seeded_world(self.device, seed) if drawn else nullcontext():
             parts = self.objective(images, labels, noise)
             self.optimizer.zero_grad(set_to_none=True)
             (-parts.elbo).backward()
@@ -442,7 +444,7 @@ def _check_same_run(stored: dict, wanted: dict) -> None:
     parts = ("data", "architecture", "family", "action", "symmetry")
     check_continued(theirs | {name: stored.get(name) for name in parts}, ours | {name: wanted[name] for name in parts})
 
-# %% ../nbs/16_training.ipynb #b9fd5e9c-0
+# %% ../nbs/16_training.ipynb #04025e76-0
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
@@ -511,7 +513,7 @@ def _prepare(network, data, config, action, validation, folder, resume, architec
     require(config.batch_size <= run.num_data, "A batch is not larger than the training set",
              f"batch_size={config.batch_size} for {run.num_data} examples", "a small data set", "a smaller batch_size")
     if folder is not None:
-        size = sum(tensor.nbytes for tensor in network.state_dict().values())
+        size = sum(tensor.nbytes for tensor in network_tensors(network).values())
         check_folder(folder, 4 * size)  # with two moments and the best epoch's weights
         require(resume or not has_checkpoint(folder), "A run never overwrites another one",
                  f"a checkpoint in {folder}", "a folder that was used before",

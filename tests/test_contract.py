@@ -447,7 +447,7 @@ def test_looking_at_constants_is_no_looking_at_values():
                  lambda h: torch.equal(h, h), lambda h: h.nonzero()):
         network = bayesianize(Written(lambda m, x, look=look: (h := m.a(x), look(h.detach()))[0], a=linear()))
         plan = execution_plan(network, x)
-        assert plan.reads_values and plan.separable and not plan.together
+        assert plan.separable and not plan.in_pieces and not plan.together
         assert len(forward(network, x, 3, "split")[0]) == 6  # a run of rows is a batch of its own
 
 
@@ -473,13 +473,25 @@ class RandomDepth(nn.Module):
         return x + keep * F.dropout(self.inner(x), 0.2, self.training)
 
 
-def test_random_layers_do_not_hide_where_rows_are():
+def test_dropout_does_not_hide_where_rows_are_and_other_noise_runs_draw_by_draw():
     torch.manual_seed(0)
-    network, x = bayesianize(nn.Sequential(RandomDepth(linear()), nn.Dropout(0.3), linear()).double()), torch.ones(6, 3)
-    assert execution_plan(network.train(), x.double()).together
-    mixed = Written(lambda m, x: m.a(x)[torch.randperm(len(x))] if m.training else m.a(x), a=linear())
-    assert not execution_plan(bayesianize(mixed).train(), x).together
-    assert execution_plan(bayesianize(mixed).eval(), x).together
+    x = torch.randn(6, 5, 3)
+    dropouts = nn.Sequential(linear(), nn.Dropout(0.3), Written(lambda m, x: F.dropout(m.a(x), 0.2, m.training),
+                                                              a=linear()))
+    plan = execution_plan(bayesianize(dropouts).train(), x)
+    assert plan.together and plan.random
+    first = Written(lambda m, x: F.dropout(m.a(x.transpose(0, 1)).transpose(0, 1), 0.2, m.training), a=linear())
+    assert not execution_plan(bayesianize(first).train(), x).together
+    for noisy in (RandomDepth(linear()), Written(lambda m, x: m.a(x)[torch.randperm(len(x))], a=linear()),
+                  Written(lambda m, x: m.a(x) + torch.rand(len(x), 1, 1).argsort(0), a=linear()),
+                  Written(lambda m, x: m.a(x) * torch.bernoulli(torch.tensor(0.5)), a=linear())):
+        network = bayesianize(noisy).train()
+        plan = execution_plan(network, x)
+        assert not plan.together and not plan.in_pieces and plan.random
+        assert len(forward(network, x, 3, "split")[0]) == 6
+        assert execution_plan(bayesianize(RandomDepth(linear())).eval(), x).together
+    coins = forward(bayesianize(Written(lambda m, x: 0 * m.a(x) + torch.rand(()), a=linear())), x, 50)
+    assert len(coins[:, 0, 0, 0].unique()) == 50  # a coin for each draw, as in the loop
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
