@@ -156,7 +156,7 @@ def fold(x: Float[Tensor, "B ..."], draws: int, channels_last: bool = False) -> 
     folded.unflatten(0, (draws, len(x))).copy_(x)
     return folded
 
-# %% ../nbs/04a_plans.ipynb #65439183-0
+# %% ../nbs/04a_plans.ipynb #e714aa59-0
 ROWS_TRIED = 8
 _SEEDS = 8  # of trials whose outputs depend on nothing, as where all units of a small network are off
 _KEPT = 64  # plans for one network
@@ -174,6 +174,7 @@ class Plan:
     channels_last: bool = False  # images may be laid out channels last
     random: bool = False  # random numbers are drawn, by dropout or by the network's own code
     writes_input: bool = False  # the forward pass changes its input
+    writes_buffers: bool = False  # it changes buffers, in evaluation mode
 
     def __str__(self) -> str:
         if self.together:
@@ -220,7 +221,7 @@ class _Watch(TorchDispatchMode):
         self.count = len(rows)
         self.from_rows, self.followed = _Followed([rows]), _Followed([rows, *weights])
         self.noted: list[str] = []
-        self.random = False
+        self.random = self.drew = False  # dropout included, and left out
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function.overloadpacket.__name__.rstrip("_")
@@ -232,7 +233,7 @@ class _Watch(TorchDispatchMode):
         elif of_rows and self._joins(function, name, given):
             self.noted.append(f"{name} over rows")
         if torch.Tag.nondeterministic_seeded in function.tags and given.get("dropout_p", 1.0):
-            self.random = True
+            self.random = self.drew = True
         result = function(*args, **kwargs)
         for followed, found in ((self.from_rows, of_rows), (self.followed, follows)):
             if found:
@@ -358,6 +359,10 @@ class _Trial:
         """Whether the network has changed an input."""
         return not all(torch.equal(ours, theirs) for ours, theirs in self.given)
 
+    def moved(self, buffers: Mapping[int, Tensor]) -> bool:
+        """Whether a run has changed the buffers that it was given copies of."""
+        return not all(torch.equal(value, self.buffers[key]) for key, value in buffers.items())
+
     def followed(self) -> list[Tensor]:
         """What the outputs are a function of besides the rows: weights with posteriors, and what else is trained."""
         return [*self.weights.values(), *self.trained]
@@ -386,7 +391,8 @@ class _Trial:
 
     def slopes(self, outputs: list[Tensor]) -> list[Tensor]:
         """Gradients of a random combination of the outputs, of all that has one, over the largest of them."""
-        inputs = [value for value in (*self.weights.values(), *self.trained, self.rows) if value.requires_grad]
+        inputs = [value for value in (*self.weights.values(), *self.trained, self.rows) if value.requires_grad
+                  and value.numel()]
         if not inputs or not all(y.requires_grad for y in outputs):
             return []
         generator, total = torch.Generator().manual_seed(1), 0.0
@@ -436,19 +442,18 @@ def _holds(test: Callable[[], bool]) -> bool:
         return False
 
 
-def _try(trial: _Trial) -> Plan | None:
+def _try(trial: _Trial, watch: _Watch) -> Plan | None:
     """The plan that a trial finds; None where its outputs depend on nothing, so that it cannot tell."""
-    watch, rows = _Watch(trial.rows, trial.followed()), len(trial.rows)
+    rows = len(trial.rows)
     with watch, _WithoutDropout(watch):
         apart, buffers = trial.apart((0, 1), [trial.rows])
     quiet = partial(_WithoutDropout, watch)
-    drawn = torch.get_rng_state()
     noted = sorted(set(watch.noted))
     if apart[0].ndim == 0 or len(apart[0]) != rows:
         return Plan(False, False, "its output has no row for each row of the input", random=watch.random)
     with quiet():
         again, _ = trial.apart((0, 1), [trial.rows])
-    if not torch.equal(drawn, torch.get_rng_state()) or not _agree(again, apart):
+    if watch.drew or not _agree(again, apart):
         return Plan(False, True, "it draws random numbers of its own", random=True)
     if not _differ(*apart) or (rows > 1 and not _differ(apart[0][:1].expand_as(apart[0]), apart[0])):
         return None
@@ -469,6 +474,10 @@ def _try(trial: _Trial) -> Plan | None:
         layouts = (True, False) if trial.rows.ndim == 4 else (False,)
         layout = next((layout for layout in layouts if separable and not noted and _holds(partial(at_once, layout))),
                       None)
+    moved = trial.moved(buffers)
+    if moved and trial.evaluating:
+        return Plan(False, separable, "it writes into its buffers in evaluation mode", random=watch.random,
+                    in_pieces=separable and not noted, writes_buffers=True)
     reason = "" if layout is not None else (
         f"its forward pass looks at values or joins rows ({', '.join(noted)})" if noted else
         "its rows depend on each other" if not separable else
@@ -478,17 +487,18 @@ def _try(trial: _Trial) -> Plan | None:
 
 
 @contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Torch's global generators are as before once the block is left, and not touched where nothing was drawn."""
+def _undisturbed(device: torch.device, watches: list[_Watch]) -> Iterator[None]:
+    """Torch's global generators are as before once the block is left; not touched where nothing was drawn, since other
+    threads may be drawing."""
     module = torch.cuda if device.type == "cuda" else None
     kept = torch.get_rng_state(), module and module.get_rng_state(device)
     try:
         yield
     finally:
-        if not torch.equal(kept[0], torch.get_rng_state()):
+        if any(watch.drew for watch in watches):
             torch.set_rng_state(kept[0])
-        if module is not None and not torch.equal(kept[1], module.get_rng_state(device)):
-            module.set_rng_state(kept[1], device)
+            if module is not None:
+                module.set_rng_state(kept[1], device)
 
 
 def _find_plan(network: nn.Module, x: Tensor, evaluating: bool, gradients: bool) -> Plan:
@@ -496,15 +506,21 @@ def _find_plan(network: nn.Module, x: Tensor, evaluating: bool, gradients: bool)
 
     Where the network cannot be tried on a part of the batch at all, its own error on the whole batch is raised.
     """
+    watches: list[_Watch] = []
+
+    def trial(dtype: torch.dtype | None, perturbed: bool, seed: int) -> Plan | None:
+        made = _Trial(network, x, evaluating, gradients, dtype, perturbed, seed)
+        watches.append(_Watch(made.rows, made.followed()))
+        return _try(made, watches[-1])
+
     found = ""
-    with _undisturbed(x.device), torch.set_grad_enabled(gradients):
+    with _undisturbed(x.device, watches), torch.set_grad_enabled(gradients):
         for dtype, perturbed in ((torch.float64, True), (None, True), (None, False)):
             if dtype and x.device.type == "mps":
                 continue
             try:
                 with torch.autocast(x.device.type, enabled=False) if dtype else nullcontext():
-                    plans = (_try(_Trial(network, x, evaluating, gradients, dtype, perturbed, seed))
-                             for seed in range(_SEEDS))
+                    plans = (trial(dtype, perturbed, seed) for seed in range(_SEEDS))
                     plan = next((plan for plan in plans if plan is not None), None)
             except Refusal:
                 raise
@@ -512,6 +528,8 @@ def _find_plan(network: nn.Module, x: Tensor, evaluating: bool, gradients: bool)
                 found = f"it cannot be tried on a part of the batch ({type(error).__name__}: {error})".split("\n")[0]
                 continue
             return plan or Plan(False, True, "its outputs in a trial do not depend on weights and inputs")
+        if has_hooks(network):  # without which it may not run
+            return Plan(False, True, found)
         weights = {id(tensor): tensor.posterior.mean for tensor in variational_tensors(network).values()}
         bound = copy_tree(network, {**own_buffers(network), **weights}, evaluating=evaluating, compiled=False,
                           isolated=True, change=without_hooks)
@@ -608,10 +626,16 @@ def watch_hooks(copy: nn.Module, altered: list[str]) -> None:
             copy.__dict__[key] = type(hooks)((key, partial(_watched, altered, hook)) for key, hook in hooks.items())
 
 
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Which buffers a module has, and how often they were changed."""
+    return [(id(buffer), 0 if buffer.is_inference() else buffer._version) for buffer in module.buffers()]
+
+
 def _watched(altered: list[str], hook: Callable, module: nn.Module, *values, **named):
     tensors = [value for value in tree_leaves((values, named)) if isinstance(value, Tensor)]
-    before = [tensor.detach().clone() for tensor in tensors]
+    before, versions = [tensor.detach().clone() for tensor in tensors], _versions(module)
     result = hook(module, *values, **named)
-    if result is not None or not all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before)):
+    same = all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before)) and versions == _versions(module)
+    if result is not None or not same:
         altered.append(type(module).__name__)
     return result

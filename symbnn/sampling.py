@@ -37,7 +37,7 @@ from symbnn.plans import (
     without_hooks,
 )
 
-# %% ../nbs/04b_sampling.ipynb #d3f53754-0
+# %% ../nbs/04b_sampling.ipynb #19db3d16-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
@@ -143,7 +143,8 @@ class _Bound:
     def one(self, weights: Weights, s: int, **options) -> nn.Module:
         """The plain network with draw `s`; options as of `copy_tree`."""
         chosen = {self.slots[name]: weight[s].clone() for name, weight in weights.items()}  # its code may write there
-        return copy_tree(self.network, {**self.tensors, **chosen}, evaluating=self.evaluating, **options)
+        own = own_buffers(plain_network(self.network)) if self.plan.writes_buffers else self.tensors
+        return copy_tree(self.network, {**own, **chosen}, evaluating=self.evaluating, **options)
 
     def all(self, weights: Weights, rule: Rule = apply_draws) -> Callable[[Tensor], Tensor]:
         """The network that applies all draws to folded rows; not compiled where layers draw noise of their own."""
@@ -179,7 +180,7 @@ def apply_weights(network: nn.Module, x: Float[Tensor, "B ..."], weights: Weight
     _check_weights(network, weights)
     return _with_hooks(lambda: _Bound(network, x).every_draw(x, weights), network, x, False, None)
 
-# %% ../nbs/04b_sampling.ipynb #89cdabd2-0
+# %% ../nbs/04b_sampling.ipynb #34b54a03-0
 class _OwnNoise:
     """A rule for estimators that give noise to single examples: every weight belongs to one layer."""
 
@@ -312,8 +313,8 @@ def try_step(
     def once() -> Tensor:
         return _estimate(_Bound(network, x, keep_buffers=True), x, draws, estimator, None)
 
-    with torch.no_grad(), seeded_world(x.device, 0):
-        return _with_hooks(once, network, x, False, None)
+    with seeded_world(x.device, 0):
+        return _with_hooks(once, network, x, False, None).detach()
 
 
 def _estimate(
@@ -336,7 +337,7 @@ def _estimate(
     rule = apply_draws if estimator == "split" else _Local(len(padded), generator)
     return _unfold(bound.all(weights, rule)(bound.fold(padded, 1)), 1, len(padded))[:, : len(x)]
 
-# %% ../nbs/04b_sampling.ipynb #c097e511-0
+# %% ../nbs/04b_sampling.ipynb #e67248cb-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
@@ -432,8 +433,9 @@ def _predict_block(bound: _Bound, pieces: list[_Copies], weights: Weights) -> Te
     """All draws of one block for every piece of the inputs, as many draws at a time as there are copies of a piece."""
     draws, step = len(next(iter(weights.values()))), pieces[0].draws
     if not bound.plan.together:
-        networks = [bound.one(weights, s) for s in range(draws)]
-        rows = [torch.stack([one_tensor(network(piece.x.clone())) for network in networks]) for piece in pieces]
+        kept = [None if bound.plan.writes_buffers else bound.one(weights, s) for s in range(draws)]
+        rows = [torch.stack([one_tensor((network or bound.one(weights, s))(piece.x.clone()))
+                             for s, network in enumerate(kept)]) for piece in pieces]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
     parts = [_part(weights, start, step) for start in range(0, draws, step)]
     networks = [(bound.all(part), len(next(iter(part.values())))) for part in parts]

@@ -444,7 +444,7 @@ def _check_same_run(stored: dict, wanted: dict) -> None:
     parts = ("data", "architecture", "family", "action", "symmetry")
     check_continued(theirs | {name: stored.get(name) for name in parts}, ours | {name: wanted[name] for name in parts})
 
-# %% ../nbs/16_training.ipynb #04025e76-0
+# %% ../nbs/16_training.ipynb #d094fcef-0
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
@@ -467,7 +467,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 def _fingerprint(split: Split) -> dict:
     """Enough to notice that a run is continued with other data."""
-    code = zlib.crc32(split.labels.cpu().contiguous().numpy(), zlib.crc32(split.inputs.cpu().contiguous().numpy()))
+    inputs, labels = (value.detach().cpu().contiguous().numpy() for value in (split.inputs, split.labels))
+    code = zlib.crc32(labels, zlib.crc32(inputs))
     return {"rows": len(split), "shape": list(split.shape), "crc32": code}
 
 

@@ -3,6 +3,10 @@
 import copy
 import sys
 import threading
+import weakref
+from collections import OrderedDict, defaultdict, deque, namedtuple
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from symbnn import plans
 from symbnn.groups import Refusal
 from symbnn.layers import bayesianize, posterior_mean_network, variational_tensors
 from symbnn.plans import execution_plan
@@ -604,3 +609,349 @@ def test_the_networks_own_errors_come_through():
     network = bayesianize(linear())
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         predict(network, torch.zeros(4, 5), draws=2)
+
+
+# --- kinds that an attack has found -----------------------------------------------------------------------------------
+
+
+class ScaledBackward(torch.autograd.Function):
+    """The identity, whose gradient is divided by the norm of all rows' gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope / slope.norm()
+
+
+def clipped(h):
+    if h.requires_grad:
+        h.register_hook(lambda slope: slope.clamp(-slope.abs().mean(), slope.abs().mean()))
+    return h
+
+
+GRADIENTS = {
+    "a function with a gradient of its own": lambda m, x: ScaledBackward.apply(m.a(x)),
+    "a hook on a tensor": lambda m, x: clipped(m.a(x)),
+    "a value that has a gradient alone": lambda m, x: (h := m.a(x)) + (h.mean(0) - h.mean(0).detach()),
+    "a branch on gradients": lambda m, x: (h := m.a(x)) - (h.mean(0) if torch.is_grad_enabled() else 0),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_decide_too(name):
+    torch.manual_seed(0)
+    plain = Written(GRADIENTS[name], a=linear()).double()
+    network, x = bayesianize(plain), torch.randn(6, 3, dtype=torch.float64)
+    parameters, weights = list(network.parameters()), sample_weights(network, 3, seeded(1))
+    ours, theirs = apply_weights(network, x, weights), loop(plain, x, weights)
+    assert_close(ours, theirs, UNSEEN)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), parameters, retain_graph=True) for y in (ours, theirs))):
+        assert_close(a, b, UNSEEN)
+    with torch.no_grad():
+        assert_close(predict(network, x, weights=weights, memory=1), loop(plain, x, weights), UNSEEN)
+
+
+def test_a_forward_pass_may_take_gradients():
+    """A force field: minus the gradient of an energy."""
+
+    def force(m, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return -torch.autograd.grad(torch.tanh(m.a(x)).sum(), x, create_graph=True)[0]
+
+    plain = Written(force, a=linear()).double()
+    network, x = bayesianize(plain), torch.randn(6, 3, dtype=torch.float64)
+    weights = sample_weights(network, 3, seeded(1))
+    assert_close(apply_weights(network, x, weights), loop(plain, x, weights), UNSEEN)
+    assert_close(predict(network, x, weights=weights, memory=1), loop(plain, x, weights), UNSEEN)
+
+
+MODES = {
+    "a norm as a function": lambda m, x: F.batch_norm(m.a(x), m.n.running_mean, m.n.running_var, training=m.n.training),
+    "a branch on a child's mode": lambda m, x: (h := m.a(x)) - h.mean(0) if m.b.training else m.a(x),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("training", [True, False])
+def test_code_that_asks_for_the_mode_of_a_child(name, training):
+    torch.manual_seed(0)
+    plain = Written(MODES[name], a=linear(), b=nn.Sequential(nn.Tanh()), n=nn.BatchNorm1d(3)).double().train(training)
+    network, x = bayesianize(plain), torch.randn(6, 3, dtype=torch.float64)
+    weights = sample_weights(network, 3, seeded(1))
+    assert_close(apply_weights(network, x, weights), loop(plain, x, weights), UNSEEN)
+    assert_close(predict(network, x, weights=weights, memory=1), loop(plain.eval(), x, weights), UNSEEN)
+
+
+SETTINGS = {
+    "a setting of a torch layer": lambda m: setattr(m.s, "dim", 0),
+    "a layer of the same type": lambda m: setattr(m, "s", nn.Softmax(0)),
+    "a function": lambda m: setattr(m, "run", lambda m, x: m.a(x).softmax(0)),
+    "a configuration": lambda m: setattr(m.config, "dim", 0),
+    "an entry of a dictionary": lambda m: m.table.update(dim=0),
+    "a buffer of truth values": lambda m: m.mixing.fill_(True),
+}
+
+
+class Configured(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.s = linear(), nn.Softmax(-1)
+        self.config, self.table, self.run = SimpleNamespace(dim=-1), {"dim": -1}, None
+        self.register_buffer("mixing", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, x):
+        if self.run is not None:
+            return self.run(self, x)
+        h = self.s(self.a(x)).softmax(self.config.dim).softmax(self.table["dim"])
+        return torch.where(self.mixing, h.softmax(0), h)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_a_network_is_set_to_is_looked_at_again(name):
+    torch.manual_seed(0)
+    plain, x = Configured().double(), torch.randn(6, 3, dtype=torch.float64)
+    network = bayesianize(plain)
+    weights = sample_weights(network, 3, seeded(1))
+    for changed in (plain, network):
+        assert_close(predict(network, x, weights=weights, memory=1), loop(plain, x, weights), UNSEEN)
+        apply_weights(network, x, weights)
+        if changed is network:
+            SETTINGS[name](plain)
+            SETTINGS[name](network)
+    assert_close(apply_weights(network, x, weights), loop(plain, x, weights), UNSEEN)
+    assert_close(predict(network, x, weights=weights, memory=1), loop(plain, x, weights), UNSEEN)
+
+
+def test_an_annealed_number_is_not_looked_at_again_and_plans_are_few():
+    network, x = bayesianize(Written(lambda m, x: m.a(x) * m.temperature, a=linear())), torch.randn(6, 3)
+    for step in range(100):
+        network.temperature = 1.0 + step
+        apply_weights(network, x, mean_weights(network))
+    assert len(plans._PLANS[network]) == 1
+    for length in range(1, 200):
+        network.length = length  # a whole number may decide
+        execution_plan(network, x)
+    assert len(plans._PLANS[network]) <= plans._KEPT
+
+
+class Filled(nn.Module):
+    """Keeps what it has seen first: a buffer that is filled, a table by length, a list of what it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.table, self.seen = linear(), {}, []
+        self.register_buffer("mean", None)
+
+    def forward(self, x):
+        if self.mean is None:
+            self.mean = x.detach().mean(0)
+        shift = self.table.setdefault(x.shape[1], torch.ones(x.shape[1], dtype=x.dtype))
+        self.seen.append(len(x))
+        return self.a(x - self.mean) + shift
+
+
+def test_trials_leave_nothing_behind_and_predictions_no_buffers():
+    torch.manual_seed(0)
+    network, x = bayesianize(Filled()), torch.randn(6, 3)
+    execution_plan(network, x)
+    assert network.mean is None and not network.table and not network.seen
+    predict(network, x, draws=2)
+    assert network.mean is None
+    weights = sample_weights(network, 2, seeded())
+    expected = torch.stack([(x - x.mean(0)) @ w.T + b + 1 for w, b in zip(weights["a.weight"], weights["a.bias"])])
+    assert_close(predict(network, x, weights=weights), expected, 1e-5)
+
+
+def reached(kind):
+    """A network that reaches its layer in an unusual way."""
+
+    class Reaching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = linear()
+            layer = self.a
+            ways = {
+                "closure": lambda: lambda x: layer(x), "self": lambda: lambda x: self.a(x),
+                "default": lambda: lambda x, layer=layer: layer(x), "weak": lambda: weakref.ref(layer),
+                "partial": lambda: partial(lambda layer, x: layer(x), layer), "method": lambda: layer.forward,
+                "list": lambda: [layer], "ordered": lambda: OrderedDict(layer=layer), "deque": lambda: deque([layer]),
+                "named": lambda: namedtuple("Pair", "layer")(layer), "namespace": lambda: SimpleNamespace(layer=layer),
+                "default dict": lambda: defaultdict(list, layer=layer), "set": lambda: {layer},
+                "nested": lambda: {"layers": [(layer,)]}, "long": lambda: [layer] * 500,
+            }
+            self.way = ways[kind]()
+
+        def forward(self, x):
+            way = self.way
+            while not callable(way) or isinstance(way, weakref.ref):
+                if isinstance(way, weakref.ref):
+                    way = way()
+                elif isinstance(way, SimpleNamespace):
+                    way = way.layer
+                else:
+                    way = next(iter(way.values() if isinstance(way, dict) else way))
+            return way(x)
+
+    return Reaching()
+
+
+@pytest.mark.parametrize("kind", [
+    "closure", "self", "default", "weak", "partial", "method", "list", "ordered", "deque", "named", "namespace",
+    "default dict", "set", "nested", "long"])
+def test_layers_are_found_wherever_they_are_kept(kind):
+    torch.manual_seed(0)
+    plain, x = reached(kind).double(), torch.randn(6, 3, dtype=torch.float64)
+    network = bayesianize(plain)
+    weights = sample_weights(network, 3, seeded(1))
+    expected = torch.stack([x @ w.T + b for w, b in zip(weights["a.weight"], weights["a.bias"])])
+    assert_close(apply_weights(network, x, weights), expected, UNSEEN)
+    assert_close(predict(network, x, weights=weights), expected, UNSEEN)
+    with torch.no_grad():
+        plain.a.weight.zero_()  # the converted network has nothing to do with it any more
+    assert_close(posterior_mean_network(network)(x), apply_weights(network, x, mean_weights(network))[0], UNSEEN)
+
+
+WRITES = {
+    "weights, through data": lambda m, x: (m.a.weight.data.clamp_(-0.1, 0.1), m.a(x))[1],
+    "the input, through data": lambda m, x: (x.data.mul_(2), m.a(x))[1],
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("memory", [1, 3000, None])
+def test_forward_passes_that_write_change_only_their_own_copies(name, memory):
+    torch.manual_seed(0)
+    plain = Written(WRITES[name], a=linear()).double()
+    network, x = bayesianize(plain, scale=0.3), torch.randn(6, 3, dtype=torch.float64)
+    weights = sample_weights(network, 18, seeded(1))
+    kept = {key: weight.clone() for key, weight in weights.items()} | {"x": x.clone()}
+    expected = loop(plain, x, {key: weight.detach().clone() for key, weight in weights.items()})
+    assert_close(predict(network, x, weights=weights, memory=memory), expected, UNSEEN)
+    assert all(torch.equal(value, kept[key]) for key, value in (*weights.items(), ("x", x)))
+
+
+JOINS = {
+    "gaps filled by the mean of the batch": lambda m, x: m.a(torch.where(x.isnan(), x.nanmean(0), x)),
+    "outliers replaced": lambda m, x: (h := m.a(x)).where(h.abs() < 9, h.median(0).values),
+    "summed by a column of numbers": lambda m, x: (h := m.a(x)) + torch.zeros_like(h).index_add(
+        0, x[:, 0].abs().long().clamp(0, len(x) - 1), h),
+    "picked by a column of numbers": lambda m, x: m.a(x)[x[:, 0].abs().long().clamp(0, len(x) - 1)],
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_rows_that_are_joined_for_some_values_only(name):
+    torch.manual_seed(0)
+    plain, quiet = Written(JOINS[name], a=linear()).double(), 0.01 * torch.rand(6, 3, dtype=torch.float64)
+    network = bayesianize(plain)
+    predict(network, quiet, draws=2)
+    loud = 30 * torch.randn(6, 3, dtype=torch.float64)
+    loud[2, 1] = torch.nan if "gaps" in name else 1.0
+    weights = sample_weights(network, 3, seeded(1))
+    assert_close(predict(network, loud, weights=weights, memory=1), loop(plain, loud, weights), 1e-7)
+    assert_close(apply_weights(network, loud, weights), loop(plain, loud, weights), 1e-7)
+
+
+def test_small_columns_count():
+    """In float32, where one column is a million times larger than the one that is mixed."""
+    scale = torch.tensor([1e6, 1.0, 1.0])
+    plain = Written(lambda m, x: m.a(x.float()) * scale + torch.cat([0 * x[:, :2], x[:, 2:].flip(0)], 1), a=linear())
+    network, x = bayesianize(plain), torch.randn(6, 3)
+    weights = sample_weights(network, 3, seeded(1))
+    for memory in (1, None):
+        found = predict(network, x, weights=weights, memory=memory)
+        assert_close(found[..., 1:], loop(plain, x, weights)[..., 1:], 1e-4)
+
+
+def test_statistics_are_moved_once_where_a_hook_changes_what_it_sees():
+    torch.manual_seed(0)
+    plain = nn.Sequential(linear(), nn.BatchNorm1d(3), linear()).double()
+    network, x = bayesianize(plain), torch.randn(6, 3, dtype=torch.float64)
+    network[0].register_forward_hook(lambda module, inputs, output: output.flip(0))
+    apply_weights(network, x, sample_weights(network, 3, seeded()))
+    assert network[1].num_batches_tracked == 3
+
+
+class Recorded(nn.Module):
+    """Its own forward pass uses what a hook, a method of it, has kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.kept = linear(), linear(), None
+        self.a.register_forward_hook(self.keep)
+
+    def keep(self, module, inputs, output):
+        self.kept = output
+
+    def forward(self, x):
+        return self.b(self.a(x)) + self.kept
+
+
+def test_hooks_belong_to_the_copy():
+    torch.manual_seed(0)
+    plain, x = Recorded().double(), torch.randn(6, 3, dtype=torch.float64)
+    network = bayesianize(plain)
+    weights = sample_weights(network, 3, seeded(1))
+    a = torch.stack([x @ w.T + b for w, b in zip(weights["a.weight"], weights["a.bias"])])
+    expected = torch.stack([h @ w.T + b + h for h, w, b in zip(a, weights["b.weight"], weights["b.bias"])])
+    assert_close(apply_weights(network, x, weights), expected, UNSEEN)
+    assert_close(predict(network, x, weights=weights, memory=1), expected, UNSEEN)
+    assert network.kept is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is on its way out
+def test_scripted_parts_are_evaluated_and_kept():
+    torch.manual_seed(0)
+    part = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Dropout(0.5)))
+    network, x = bayesianize(nn.Sequential(linear(), part, linear())).train(), torch.randn(6, 3)
+    weights = sample_weights(network, 3, seeded(1))
+    before, world = {name: value.clone() for name, value in network.state_dict().items()}, torch.get_rng_state()
+    one, other = (predict(network, x, weights=weights, memory=memory) for memory in (1, None))
+    assert_close(one, other, 1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert part.training and torch.equal(world, torch.get_rng_state())
+
+
+def test_predictions_do_not_touch_the_worlds_generator():
+    """Other threads may be drawing from it."""
+    network, x = bayesianize(nn.Sequential(linear(), nn.Dropout(0.5), linear())), torch.randn(6, 3)
+    calls = [lambda: torch.rand(64)] * 20 + [lambda: predict(copy.deepcopy(network), x, draws=2, generator=seeded())]
+    drawn = torch.cat([value for found in hammered(calls * 5) for value in found if value.ndim == 1])
+    assert len(drawn.unique()) > 0.999 * len(drawn)
+
+
+def test_norms_under_two_names_and_views_of_one_memory():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(3)
+    plain = nn.Sequential(linear(), norm, linear(), norm, linear()).double()
+    network, looped, x = bayesianize(plain), copy.deepcopy(plain), torch.randn(6, 3, dtype=torch.float64)
+    weights = sample_weights(network, 3, seeded(1))
+    for s in range(3):
+        functional_call(looped, {name: weight[s] for name, weight in weights.items()}, (x,))
+    apply_weights(network, x, weights)
+    assert_close(network[1].running_mean, looped[1].running_mean, UNSEEN)
+    sharing = Written(lambda m, x: (m.whole.add_(1), m.a(x) + m.part.sum())[1], a=linear()).double()
+    sharing.register_buffer("whole", torch.zeros(4, dtype=torch.float64))
+    sharing.register_buffer("part", sharing.whole[:2])
+    network = bayesianize(sharing)
+    assert_close(predict(network, x, weights=mean_weights(network))[0], sharing.a(x) + 2, UNSEEN)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ({"draws": 2.0}, "whole number"), ({"draws": "2"}, "whole number"), ({"draws": 2, "memory": 1e6}, "whole bytes"),
+    ({"weights": None}, "draws"), ({"weights": [1]}, "dictionary"), ({"weights": {}}, "every variational tensor"),
+])
+def test_arguments_of_other_kinds(arguments, said):
+    with pytest.raises(Refusal, match=said):
+        predict(bayesianize(linear()), torch.zeros(2, 3), **arguments)
+
+
+def test_networks_that_cannot_be_copied_are_refused():
+    plain = nn.Sequential(linear())
+    plain.last = plain(torch.zeros(2, 3))
+    with pytest.raises(Refusal, match=r"detach"):
+        bayesianize(plain)
