@@ -139,7 +139,7 @@ def log_permanent(log_a: Float[Tensor, "*batch n n"], memory: int = 2**28) -> Lo
     value, marginals = (torch.cat(part) for part in zip(*parts, strict=True))
     return _with_gradient(log_a, value.view(a.shape[:-2]) + scale, marginals.view(a.shape))
 
-# %% ../nbs/10b_permanents.ipynb #7d2a9192-0
+# %% ../nbs/10b_permanents.ipynb #b9130ea7-0
 def _finite(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The matrix with scaled rows, the logarithm of what was taken out, and the logarithm below which its permanent is
     zero. Zeros become positive numbers that change no permanent above that by more than a rounding error."""
@@ -162,11 +162,9 @@ def _known(change: Tensor, previous: Tensor, limit: float) -> Tensor:
 
 def _jump(moved: Tensor, change: Tensor, before: Tensor) -> Tensor:
     """How far messages that last moved by `moved` still go, by the rate at which the marginals' changes shrink."""
-    rate = (change * before).sum((-2, -1), True) / before.square().sum((-2, -1), True)
-    aside = (change - rate * before).square().sum((-2, -1), True)  # what another mode, or an oscillation, leaves
-    single = (rate > 0) & (rate < 1) & (aside <= 0.01 * change.square().sum((-2, -1), True))
-    rate = torch.where(single, rate.clamp_max(0.999), 0.0)
-    return rate / (1 - rate) * moved
+    rate = (change * before).sum((-2, -1)) / before.square().sum((-2, -1))
+    rate = torch.where((rate > 0) & (rate < 1), rate.clamp_max(0.999), 0.0)
+    return (rate / (1 - rate))[..., None, None] * moved
 
 
 def _sums_without_each(a: Tensor, dim: int) -> tuple[Tensor, Tensor]:
