@@ -7,17 +7,18 @@ __all__ = ['LogPrecisions', 'Sharing', 'Structure', 'log_precisions', 'set_log_p
            'FullCurvature', 'KernelCurvature', 'full_curvature', 'factor_bytes', 'check_factors', 'KroneckerCurvature',
            'kronecker_curvature', 'log_likelihood', 'laplace']
 
-# %% ../nbs/13_evidence.ipynb #e592c8b3-0
+# %% ../nbs/13_evidence.ipynb #c3e3aa88-0
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Literal, Protocol, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from .closedness import rounding_tolerance
@@ -25,10 +26,27 @@ from .families import MeanFieldGaussian
 from .groups import Refusal, require
 from .layers import posterior_mean_network, variational_tensors
 from .objectives import Categorical, Gaussian, Likelihood
-from .relaxed import TiedPath
+from .relaxed import PerCopy, TiedPath
 
-# %% ../nbs/13_evidence.ipynb #75fa546e-0
+# %% ../nbs/13_evidence.ipynb #fc21c938-0
 LogPrecisions = dict[str, Tensor]  # parameter name -> log d of its prior N(0, I / d), float64 of shape ()
+
+
+def _precisions(names: Iterable[str], values: LogPrecisions) -> LogPrecisions:
+    """The log-precisions as tensors; `Refusal` unless they are finite and there is one for each name."""
+
+    def known(value: object) -> bool:
+        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())
+        return number and bool(torch.as_tensor(value).detach().isfinite())
+
+    mapping = isinstance(values, Mapping)
+    names = dict.fromkeys([*names, *(values if mapping else ())])
+    missing = [name for name in names if not (mapping and name in values and known(values[name]))]
+    require(mapping and not missing, "There is one finite log-precision for each tensor", f"none for {missing}" if mapping else
+            f"a {type(values).__name__}", "precisions of another network, a NaN, or a number for all",
+            "log_precisions(network), or numbers under its names")
+    return {name: value if isinstance(value := values[name], Tensor) else torch.tensor(float(value), dtype=torch.float64)
+            for name in names}
 
 
 def log_precisions(network: nn.Module) -> LogPrecisions:
@@ -51,13 +69,14 @@ def log_precisions(network: nn.Module) -> LogPrecisions:
 def set_log_precisions(network: nn.Module, values: LogPrecisions) -> None:
     """Give every named tensor the prior N(0, I / d); the priors themselves are changed."""
     tensors = variational_tensors(network)
+    values = _precisions((), values)
     require(values.keys() <= tensors.keys(), "Precisions are of the network's tensors",
             f"{sorted(values.keys() - tensors.keys())}", "precisions of another network",
             "names as in `log_precisions(network)`")
     for name, value in values.items():
         tensors[name].prior.log_scale.fill_(-float(value) / 2)
 
-# %% ../nbs/13_evidence.ipynb #b69e4621-0
+# %% ../nbs/13_evidence.ipynb #a05571fd-0
 class Curvature(Protocol):
     """A positive semi-definite G over all weights, of the negative log-likelihood summed over the data."""
 
@@ -78,16 +97,18 @@ class LaplaceApproximation:
 
     def log_evidence(self, log_precisions: LogPrecisions) -> Float[Tensor, ""]:
         """log p(data | precisions) in nats, differentiable in the log-precisions."""
+        log_precisions = _precisions(self.squared_norms, log_precisions)
         penalty = sum(log_precisions[name].exp() * square for name, square in self.squared_norms.items())
         return self.log_likelihood - (penalty + self.curvature.log_det(log_precisions)) / 2
 
     def effective_dimensions(self, log_precisions: LogPrecisions) -> dict[str, float]:
         """gamma_t = sum_i lambda_i / (lambda_i + d_t) of each tensor, between 0 and its number of weights."""
-        free = {name: value.detach().clone().requires_grad_() for name, value in log_precisions.items()}
+        given = _precisions(self.squared_norms, log_precisions)
+        free = {name: value.detach().clone().requires_grad_() for name, value in given.items()}
         slopes = torch.autograd.grad(self.curvature.log_det(free), list(free.values()))
         return {name: -float(slope) for name, slope in zip(free, slopes, strict=True)}
 
-# %% ../nbs/13_evidence.ipynb #642f3afe-0
+# %% ../nbs/13_evidence.ipynb #6033bde7-0
 def _log_det_of_one_plus(matrix: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
     """log det(I + matrix) of a positive semi-definite matrix, which is overwritten."""
     matrix.diagonal().add_(1)
@@ -198,6 +219,7 @@ def full_curvature(
     `memory_limit` bytes, with `log_det` and its gradient, the smaller is taken. Batches are cut until they fit.
     Raises `Refusal` where neither side fits.
     """
+    _check_counts(batch_size=batch_size)
     plain = _plain(network, inputs, likelihood)
     sizes = {name: plain.get_parameter(name).numel() for name in variational_tensors(network)}
     each = plain(inputs[:1]).shape[1] - isinstance(likelihood, Categorical)  # rows of a datum
@@ -216,13 +238,48 @@ def full_curvature(
     fits = min(batch_size, (memory_limit - kept[side]) // batch[side])
     return side(plain, sizes, inputs.split(fits), likelihood)
 
-# %% ../nbs/13_evidence.ipynb #5ded3eff-0
+# %% ../nbs/13_evidence.ipynb #8e750387-0
+def _check_tensor(name: str, values: Tensor) -> None:
+    """Refuse data that are no tensor with one entry for each datum."""
+    known = isinstance(values, Tensor) and values.ndim > 0
+    require(known and not values.is_complex(), f"{name} are one real tensor, with the data along its first axis",
+            f"a {values.dtype} tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else
+            f"a {type(values).__name__}", "an array, a list, a whole split, a loader, or arguments in another order",
+            "torch.as_tensor(...) of an array or a list; split.inputs and split.targets of a Split; "
+            "laplace(network, inputs, targets)")
+
+
+def _check_counts(least: int = 1, **counts: int) -> None:
+    """Refuse options that are no whole numbers of at least `least`."""
+    for name, count in counts.items():
+        require(type(count) is int and count >= least, f"{name} is a whole number of at least {least}", f"{count!r}",
+                "a computed number, or None", f"{name}={128 * least}")
+
+
+def _first_outputs(plain: nn.Module, x: Tensor) -> Tensor:
+    """Outputs for a few inputs. Raises `Refusal` where the network cannot work with inputs of this shape and type."""
+    try:
+        return plain(x)
+    except Refusal:
+        raise
+    except Exception as error:  # whatever a network of the user's says to inputs that are not its own
+        weights = next(iter(plain.parameters())).dtype
+        fix = "inputs of the shape and the type that the network was trained on"
+        raise Refusal("The network maps the inputs", received=f"inputs {x.dtype} of shape (N, "
+                      f"{', '.join(map(str, x.shape[1:]))}), and {type(error).__name__}: {error}",
+                      cause="another shape or number type than that of the training inputs",
+                      fix=f"inputs.to({weights})" if x.dtype != weights else fix) from error
+
+
 @torch.no_grad()
 def _plain(network: nn.Module, inputs: Tensor, likelihood: Likelihood) -> nn.Module:
     """The network at its posterior means in evaluation mode, once it is known that curvature makes sense for it."""
     known = isinstance(likelihood, (Categorical, Gaussian))
     require(known, "The curvature of the likelihood is known", f"{likelihood!r}", "a likelihood of one's own",
             "Categorical() or Gaussian(noise)")
+    _check_tensor("inputs", inputs)
+    require(isinstance(network, nn.Module), "The evidence is that of a network", f"a {type(network).__name__}",
+            "arguments in another order", "laplace(network, inputs, targets)")
     require(len(inputs) > 0, "The evidence is of some data", f"inputs of shape {tuple(inputs.shape)}",
             "an empty split", "the inputs that the network was trained on")
     require(bool(inputs.isfinite().all()), "Inputs are finite", "NaN or infinite values in "
@@ -230,7 +287,7 @@ def _plain(network: nn.Module, inputs: Tensor, likelihood: Likelihood) -> nn.Mod
             "damaged data, or a division by a zero deviation", "leave them out, with their targets: "
             "inputs[inputs.flatten(1).isfinite().all(1)]; look for constant columns in the normalisation")
     plain = posterior_mean_network(network).eval()
-    together, alone = _finite(plain(inputs[:2])), plain(inputs[:1])
+    together, alone = _finite(_first_outputs(plain, inputs[:2])), plain(inputs[:1])
     require(together.ndim == 2, "Each input has one vector of outputs", f"outputs {tuple(together.shape)}",
             "a network with outputs for pixels or steps", "flatten them")
     require(together.shape[1] > isinstance(likelihood, Categorical), "Labels of at least two classes", "one class",
@@ -241,7 +298,7 @@ def _plain(network: nn.Module, inputs: Tensor, likelihood: Likelihood) -> nn.Mod
             "sub-sampling or normalisation that looks at the whole batch", "choose and normalise for each input")
     return plain
 
-# %% ../nbs/13_evidence.ipynb #e6351e12-0
+# %% ../nbs/13_evidence.ipynb #bcdb1c0e-0
 def _kfac() -> type:
     """The linear operator of Curvlinops, which computes Kronecker factors."""
     try:
@@ -292,6 +349,16 @@ def _ungrouped(plain: nn.Module) -> nn.Module:
         for key, child in list(parent._modules.items()):
             parent._modules[key] = cut(child)
     return cut(plain)
+
+
+def _check_own(plain: nn.Module, layers: list[str]) -> None:
+    """Refuse weights that two layers share; the factors of a frozen one are computed with those of its layer."""
+    owners: dict[nn.Parameter, str] = {}
+    for layer in layers:
+        for name, parameter in plain.get_submodule(layer).named_parameters(prefix=layer):
+            owner = owners.setdefault(parameter.requires_grad_(), name)
+            require(owner == name, "Kronecker factors belong to the weights of one layer", f"{owner!r} and {name!r}, "
+                    "which are one tensor", "weights tied by assignment", 'curvature="full"')
 
 
 def _check_layer(name: str, layer: nn.Module) -> None:
@@ -346,7 +413,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
             "needs no curvature")
     return needed
 
-# %% ../nbs/13_evidence.ipynb #ade89a13-0
+# %% ../nbs/13_evidence.ipynb #7e4d5dfb-0
 @dataclass(frozen=True)
 class KroneckerCurvature:
     """Eigenvalues of Kronecker factors, float64: for each tensor the pairs (of A, of B) of its independent blocks."""
@@ -376,14 +443,19 @@ Sharing = Literal["expand"]
 
 
 def _uses(plain: nn.Module, layer: str, x: Tensor) -> int:
-    """How many inputs a call on `x` counts for: the vectors that a linear layer maps; one for positions of an image
-    or of a group, at which convolutions and `TiedPath` act alike."""
-    tied = isinstance(plain.get_submodule(layer.rpartition(".")[0]), TiedPath)
-    return 1 if tied or isinstance(plain.get_submodule(layer), nn.Conv2d) else x.numel() // x.shape[-1]
+    """How many inputs a call on `x` counts for: the vectors that a linear layer maps; for convolutions and `TiedPath`,
+    which act alike at all positions of an image or of a group, the images."""
+    parts = layer.split(".")
+    above = [plain.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    copies = math.prod(module.copies for module in above if isinstance(module, PerCopy))
+    if isinstance(plain.get_submodule(layer), nn.Conv2d):
+        return (len(x) if x.ndim == 4 else 1) // copies
+    return len(x) if isinstance(above[-1], TiedPath) else x.numel() // x.shape[-1]
 
 
-def _reached(plain: nn.Module, layer: str, x: Float[Tensor, "1 ..."], use: int) -> Float[Tensor, "1 C"]:
-    """1 for every output that depends on this use of a layer, else 0: what is NaN after it was made NaN."""
+@torch.no_grad()
+def _spoilt(plain: nn.Module, layer: str, x: Float[Tensor, "1 ..."], use: int) -> Bool[Tensor, " C"]:
+    """The outputs that depend on this use of a layer: those that are NaN after it was made NaN."""
     seen = 0
 
     def spoil(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
@@ -395,33 +467,101 @@ def _reached(plain: nn.Module, layer: str, x: Float[Tensor, "1 ..."], use: int) 
         return y.reshape(here, -1).index_fill(0, torch.tensor([place], device=y.device), math.nan).view(y.shape)
 
     hook = plain.get_submodule(layer).register_forward_hook(spoil)
-    found = plain(x).isnan().double()
+    found = plain(x)[0].isnan()
     hook.remove()
     return found
 
 
+@torch.enable_grad()
+def _traced(plain: nn.Module, layers: Iterable[str], x: Tensor) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]]]:
+    """Outputs of the network, and for each call of the layers its name, its input, and a zero added to its result."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def add(module: nn.Module, args: tuple[Tensor], y: Tensor, layer: str) -> Tensor:
+        calls.append((layer, args[0].detach(), torch.zeros_like(y, requires_grad=True)))
+        return y + calls[-1][2]
+
+    hooks = [plain.get_submodule(layer).register_forward_hook(partial(add, layer=layer)) for layer in layers]
+    outputs = plain(x)
+    for hook in hooks:
+        hook.remove()
+    return outputs + sum(0 * added.sum() for _, _, added in calls), calls
+
+
+def _reached(plain: nn.Module, layer: str, x: Float[Tensor, "1 ..."]) -> Bool[Tensor, "uses C"]:
+    """Which outputs depend on which use of a layer: by what a NaN reaches, or by slopes, as `where` stops a NaN."""
+    outputs, calls = _traced(plain, [layer], x)
+    slopes = [torch.autograd.grad(output, [added for _, _, added in calls], retain_graph=True) for output in outputs[0]]
+    counts = [_uses(plain, layer, given) for _, given, _ in calls]
+    moved = torch.stack([torch.cat([(slope.reshape(count, -1) != 0).any(1) for slope, count in zip(row, counts)])
+                         for row in slopes], 1)
+    return moved | torch.stack([_spoilt(plain, layer, x, use) for use in range(sum(counts))])
+
+
+def _apart(plain: nn.Module, layer: str, count: int, inputs: Tensor) -> bool:
+    """Whether the uses of a layer are known to reach outputs of their own: all of them for every datum, and no output
+    that another use reaches for any datum."""
+    reached = torch.zeros((), dtype=torch.bool)
+    if count > plain(inputs[:1]).shape[1]:
+        return False
+    for x in inputs.split(1):
+        found = _reached(plain, layer, x)
+        if len(found) != count or not bool(found.any(1).all()):
+            return False
+        reached = found | reached.to(found.device)
+        if bool((reached.sum(0) > 1).any()):
+            return False
+    return True
+
+
+def _check_calls(plain: nn.Module, layers: list[str], x: Tensor) -> None:
+    """Refuse weights that are used, or changed, past the calls of their layers, by comparing their gradients."""
+    outputs, calls = _traced(plain, layers, x)
+    ramp = torch.linspace(1, 2, outputs.shape[1]).to(outputs)
+    parameters = [parameter for layer in layers for parameter in plain.get_submodule(layer).parameters()]
+    whole = torch.autograd.grad(outputs, [added for _, _, added in calls] + parameters, ramp.expand_as(outputs),
+                                allow_unused=True, materialize_grads=True)
+    with torch.enable_grad():
+        results = [plain.get_submodule(layer)(given) for layer, given, _ in calls]
+    seen = torch.autograd.grad(results, parameters, whole[: len(calls)], allow_unused=True, materialize_grads=True)
+    near = all(bool(((a - b).abs() <= rounding_tolerance(a)).all() | ~a.isfinite().all())
+               for a, b in zip(whole[len(calls):], seen, strict=True))
+    require(near, "Kronecker factors see every use of a weight: a call of its layer", "gradients that come from elsewhere",
+            "a function on layer.weight, such as F.linear, beside the layer", 'curvature="full"')
+
+
 @torch.no_grad()
-def _check_sharing(plain: nn.Module, layers: list[str], x: Float[Tensor, "1 ..."], likelihood: Likelihood,
+def _counted(plain: nn.Module, layers: list[str], batches: Sequence[Tensor]) -> Counter:
+    """How many inputs each layer sees in all of these batches."""
+    uses = Counter()
+    hooks = [plain.get_submodule(layer).register_forward_pre_hook(
+        lambda module, args, layer=layer: uses.update({layer: _uses(plain, layer, args[0])})) for layer in layers]
+    for x in batches:
+        plain(x)
+    for hook in hooks:
+        hook.remove()
+    return uses
+
+
+def _check_sharing(plain: nn.Module, layers: list[str], batches: Sequence[Tensor], likelihood: Likelihood,
                    sharing: Sharing | None) -> None:
     """Refuse layers that are not used, and those whose uses meet in one datum, unless that is asked for."""
     known = get_args(Sharing)
     require(sharing is None or sharing in known, f"sharing is None or one of {', '.join(known)}", f"{sharing!r}",
             "another approximation", 'sharing="expand"')
-    uses = Counter()
-    hooks = [plain.get_submodule(layer).register_forward_pre_hook(
-        lambda module, args, layer=layer: uses.update({layer: _uses(plain, layer, args[0])})) for layer in layers]
-    outputs = plain(x).shape[1]
-    for hook in hooks:
-        hook.remove()
+
+    total, uses = sum(len(x) for x in batches), _counted(plain, layers, [batches[0][:1]])
     unused = [layer for layer in layers if not uses[layer]]
     require(not unused, "Every layer with a posterior is used", f"{unused} are not",
             "a layer that the network does not call", "remove it")
+    _check_calls(plain, layers, batches[0][:1])
+    overall = Counter() if sharing else _counted(plain, layers, batches)
     meeting = [] if sharing else [  # the curvature of labels joins all outputs
-        layer for layer, count in uses.items() if count > 1 and not (
-            isinstance(likelihood, Gaussian) and count <= outputs
-            and bool((sum(_reached(plain, layer, x, use) for use in range(count)) <= 1).all()))]
+        layer for layer, count in uses.items() if overall[layer] != total * count or (count > 1 and not (
+            isinstance(likelihood, Gaussian) and _apart(plain, layer, count, torch.cat(batches))))]
     require(not meeting, "Kronecker factors take the inputs of a layer for independent data",
-            ", ".join(f"{layer!r} with {uses[layer]} inputs for one datum" for layer in meeting),
+            ", ".join(f"{layer!r} with {uses[layer]} inputs for one datum" if overall[layer] == total * uses[layer] else
+                      f"{layer!r} with {overall[layer]} inputs for {total} data" for layer in meeting),
             "a linear layer on the elements of a set, on nodes, tokens or pixels, or a layer that is used several "
             "times, whose outputs meet later", 'curvature="full"; or sharing="expand", which drops the terms between '
             "the inputs of one datum")
@@ -444,7 +584,7 @@ def _fit_factors(
     sharing: Sharing | None, **how
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Eigenvalues of A and of B for each of the modules `pieces`, by Curvlinops."""
-    _check_sharing(plain, pieces, inputs[:1], likelihood, sharing)
+    _check_sharing(plain, pieces, inputs.split(batch_size), likelihood, sharing)
     modules = {piece: plain.get_submodule(piece) for piece in pieces}
     rows, places = Counter(), {}
 
@@ -490,11 +630,14 @@ def kronecker_curvature(
     nodes, tokens, or two calls) and takes these for independent data, the equation "kronecker-factors" of the book.
     Raises `Refusal` for layers whose factors would be wrong, factors that do not fit, and without Curvlinops.
     """
+    _check_counts(batch_size=batch_size)
+    _check_counts(0, seed=seed)
     check_factors(network, memory_limit)
     plain, names = _plain(network, inputs, likelihood), list(variational_tensors(network))
     layers = {name: name.rpartition(".")[0] for name in names}
     for layer in set(layers.values()):
         _check_layer(layer, plain.get_submodule(layer))
+    _check_own(plain, sorted(set(layers.values())))
     plain = _ungrouped(plain)
     pieces = {layer: _pieces(plain, layer) for layer in layers.values()}
     every = [piece for each in pieces.values() for piece in each]
@@ -514,7 +657,9 @@ Structure = Literal["exact", "sampled", "full"]
 def log_likelihood(network: nn.Module, inputs: Tensor, targets: Tensor, likelihood: Likelihood = Categorical(),
                    batch_size: int = 128) -> float:
     """Log-likelihood at the posterior means, summed over the data, in nats."""
+    _check_counts(batch_size=batch_size)
     plain = _plain(network, inputs, likelihood)
+    _check_tensor("targets", targets)
     require(len(inputs) == len(targets) and bool(targets.isfinite().all()), "There is one finite target for each input",
             f"{len(targets)} targets for {len(inputs)} inputs, {int((~targets.isfinite()).sum())} numbers not finite",
             "another split's targets, or missing values", "leave inputs without a target out of both")
@@ -537,6 +682,8 @@ def laplace(
     known = get_args(Structure)
     require(curvature in known, f"curvature is one of {', '.join(known)}", f"{curvature!r}", "a misspelt name",
             'curvature="exact"')
+    _check_counts(batch_size=batch_size)
+    _check_counts(0, seed=seed)
     fit = log_likelihood(network, inputs, targets, likelihood, batch_size)
     common = {"batch_size": batch_size, "memory_limit": memory_limit}
     if curvature == "full":

@@ -139,7 +139,7 @@ def log_permanent(log_a: Float[Tensor, "*batch n n"], memory: int = 2**28) -> Lo
     value, marginals = (torch.cat(part) for part in zip(*parts, strict=True))
     return _with_gradient(log_a, value.view(a.shape[:-2]) + scale, marginals.view(a.shape))
 
-# %% ../nbs/10b_permanents.ipynb #1b9050dd-0
+# %% ../nbs/10b_permanents.ipynb #b9130ea7-0
 def _finite(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The matrix with scaled rows, the logarithm of what was taken out, and the logarithm below which its permanent is
     zero. Zeros become positive numbers that change no permanent above that by more than a rounding error."""
@@ -187,20 +187,55 @@ def _one_or_two_rows(log_a: Tensor, a: Tensor) -> LogPermanent:
     return _with_gradient(log_a, value, maps[at])
 
 
+def _doubly_stochastic(p: Tensor) -> Tensor:
+    """A matrix close to `p` whose rows and columns sum to 1 up to rounding; source: arXiv 1705.09634, algorithm 2."""
+    for _ in range(20):
+        for dim in (-2, -1):
+            p = p / p.sum(dim, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    for dim in (-2, -1):
+        p = p / p.sum(dim, keepdim=True).clamp_min(1)
+    rows, columns = ((1 - p.sum(dim, keepdim=True)).clamp_min(0) for dim in (-1, -2))
+    return p + rows * columns / rows.sum(-2, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+
+
+def _bethe_value(a: Tensor, marginals: Tensor) -> Tensor:
+    """The function of `@eq-bethe` at a doubly stochastic matrix near the marginals."""
+    p = _doubly_stochastic(marginals)
+    q = (1 - p).clamp_min(0)
+    return (p * a - p.xlogy(p) + q.xlogy(q)).sum((-2, -1))
+
+
+_NEAR = 1e-3  # how far an iteration that was stopped may be from its end where its gradient is used
+
+
+def _check_converged(near: Tensor, residual: Tensor, iterations: int) -> None:
+    """Refuse gradients of matrices that are not near the end of the iteration."""
+    if not bool(near.all()):
+        raise Refusal("The gradient of a Bethe permanent is known where the messages have settled",
+                      received=f"{int((~near).sum())} of {near.numel()} matrices that have not after "
+                      f"iterations={iterations}, with column sums of the marginals off by up to "
+                      f"{float(residual[~near].max()):.1g}",
+                      cause="few iterations, or competing assignments between which entries of a large spread decide",
+                      fix=f"iterations={10 * max(iterations, 100)}, log_permanent up to {EXACT_UNITS} rows, or "
+                      "log_capacity; the value alone is a lower bound: call it under torch.no_grad()")
+
+
 def log_bethe_permanent(
     log_a: Float[Tensor, "*batch n n"], tolerance: float = 1e-6, iterations: int = 1000
 ) -> LogPermanent:
     """Logarithms of Bethe permanents: lower bounds of log-permanents, by at most n log(2) / 2 nats.
 
-    Belief propagation, `@eq-messages`, until column sums of the marginals are within `tolerance` of 1 and values
-    change by less; if `log_a` requires a gradient, until the marginals are within `GRADIENT_ERROR` of their limit; or
-    for `iterations` at most: look at `residual`. O(n^2) operations an iteration and matrix.
-    Raises `Refusal` for what is no matrix of logarithms. Source: arXiv 1107.4196; bounds: arXiv 1106.2844, 1811.02933.
+    Belief propagation, `@eq-bethe-messages`, until column sums of the marginals are within `tolerance` of 1, values
+    change by less, and marginals are within `tolerance` of their limit (`GRADIENT_ERROR` if `log_a` requires a
+    gradient); or for `iterations` at most: the value still is a lower bound, and `residual` tells how far it came.
+    O(n^2) operations an iteration and matrix. Raises `Refusal` for what is no matrix of logarithms, and for a gradient
+    that did not converge. Source: arXiv 1107.4196; bounds: arXiv 1106.2844, 1811.02933.
     """
     a = _checked(log_a)
     if a.shape[-1] <= 2:
         return _one_or_two_rows(log_a, a)
     (tolerance, fine), (a, scale, zero) = _limits(log_a, tolerance), _finite(a)
+    limit = fine or tolerance
     seen, value, nothing = a, torch.full_like(scale, math.inf), torch.full_like(a, math.nan)  # NaN: no change is known
     before, moves, change = nothing, nothing, scale
     for iteration in range(1, 1 + max(1, iterations)):
@@ -209,18 +244,20 @@ def log_bethe_permanent(
         from_columns, columns = _sums_without_each(a - without, -2)
         value = rows.sum((-2, -1)) + columns.sum((-2, -1)) + (without - rows).sum((-2, -1))
         marginals = (seen - rows).exp()
-        done = (marginals.sum(-2) - 1).abs().amax(-1) <= (fine or tolerance)
-        done = done & _settled(value, previous, tolerance)
-        if fine:
-            moves, earlier, last = marginals - before, moves, change
-            before, change = marginals, moves.abs().amax((-2, -1))
-            done = done & _known(change, last, fine)
+        residual = (marginals.sum(-2) - 1).abs().amax(-1)
+        moves, earlier, last = marginals - before, moves, change
+        before, change = marginals, moves.abs().amax((-2, -1))
+        done = (residual <= limit) & _settled(value, previous, tolerance) & _known(change, last, limit)
         if bool(done.all()):
             break
-        last_seen, seen = seen, a - from_columns
-        if fine and iteration % 20 == 0:
+        last_seen, seen = seen, torch.lerp(a - from_columns, seen, 0.3)
+        if iteration % 20 == 0:
             seen, before = seen + _jump(seen - last_seen, moves, earlier), nothing
-    return _with_gradient(log_a, torch.where(value < zero, -math.inf, value + scale), marginals)
+    if fine:
+        near = (residual <= _NEAR) & ~(change > _NEAR) & _settled(value, previous, _NEAR)
+        _check_converged(done | near | (value < zero), residual, iterations)
+    value = torch.where(value < zero, -math.inf, _bethe_value(a, marginals) + scale)
+    return _with_gradient(log_a, value, marginals)
 
 # %% ../nbs/10b_permanents.ipynb #09ae317d-0
 def _scaled_rows(a: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -657,6 +657,151 @@ class Again(nn.Module):
         return self.last((self.layer(x) + self.layer(2 * x).tanh()).flatten(1))
 
 
+class Bag(nn.Module):
+    """One layer for the elements of a bag, then a function that joins what it gives for each."""
+
+    def __init__(self, join, layer=None):
+        super().__init__()
+        self.layer, self.join = layer or nn.Linear(4, 3), join
+
+    def forward(self, x):
+        return self.join(self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2]).flatten(2), x)
+
+
+class Twofold(nn.Module):
+    """A layer that is called on its own result, through a `where`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = self.layer(x)
+        return self.layer(torch.where(h > 0, h, torch.zeros_like(h)))
+
+
+def masked(h, x):
+    return h.masked_fill(x.abs().sum(-1, keepdim=True) == 0, 0.0).sum(1)
+
+
+HIDDEN = {  # from a probe by NaN, or by one datum
+    "where": (lambda: Bag(lambda h, x: torch.where(h > 0, h, torch.zeros_like(h)).sum(1)), (3, 4)),
+    "where of two": (lambda: Bag(lambda h, x: torch.where(h[:, 0] > h[:, 1], h[:, 0], h[:, 1])), (2, 4)),
+    "nan_to_num": (lambda: Bag(lambda h, x: h.nan_to_num().sum(1)), (3, 4)),
+    "clip": (lambda: Bag(lambda h, x: torch.where(h.abs() < 100, h, 0 * h).sum(1)), (3, 4)),
+    "route": (lambda: Bag(lambda h, x: h[torch.arange(len(h)), h[..., 0].argmax(1)]), (3, 4)),
+    "mask": (lambda: Bag(masked), (3, 4)), "first": (lambda: Bag(lambda h, x: h[:, 0]), (3, 4)),
+    "again": (Twofold, (3,)),
+    "images": (lambda: Bag(lambda h, x: h.sum(1)[:, :3], nn.Conv2d(1, 2, 2)), (3, 1, 3, 3)),
+}
+
+
+@with_factors
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(NOISE)], ids=str)
+@pytest.mark.parametrize("name", HIDDEN)
+def test_weights_that_meet_unseen_are_refused(name, likelihood):
+    """A NaN that `where` stops, a mask that leaves the first datum one element, a use that nothing depends on."""
+    made, shape = HIDDEN[name]
+    network, x = bayesianize(started(made()), PointMass), normal(9, *shape)
+    if name == "mask":
+        x[0, 1:] = 0
+    with pytest.raises(Refusal, match=r'inputs for one datum.*curvature="full"; or sharing="expand"'):
+        E.kronecker_curvature(network, x, likelihood)
+
+
+class Aside(nn.Module):
+    """A layer whose weight is also used by a function, or whose input has nothing to do with the data."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.layer, self.how = nn.Linear(4, 4), how
+        self.register_buffer("table", normal(1, 4))
+
+    def forward(self, x):
+        if self.how == "function":
+            return self.layer(x) + nn.functional.linear(x.tanh(), self.layer.weight)
+        return x + self.layer(self.table)
+
+
+@with_factors
+@pytest.mark.parametrize("how, match", [("function", "every use of a weight"), ("table", "1 inputs for 9 data")])
+def test_uses_that_are_no_calls_on_the_data_are_refused(how, match):
+    network = bayesianize(started(Aside(how)), PointMass)
+    for likelihood in (Categorical(), Gaussian(NOISE)):
+        with pytest.raises(Refusal, match=match):
+            E.kronecker_curvature(network, normal(9, 4), likelihood)
+
+
+@with_factors
+def test_a_frozen_tensor_leaves_the_factors_of_its_layer_as_they_are():
+    def made(frozen: bool) -> nn.Module:
+        plain = started(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)))
+        plain[0].weight.requires_grad_(not frozen)
+        plain[2].bias.requires_grad_(not frozen)
+        return bayesianize(plain, PointMass)
+
+    for sampled in (False, True):
+        some, every = (E.kronecker_curvature(made(frozen), normal(9, 4), sampled=sampled).factors
+                       for frozen in (True, False))
+        assert list(some) == ["0.bias", "2.weight"]
+        for name, pairs in some.items():
+            assert all(torch.equal(a, b) for one, two in zip(pairs, every[name]) for a, b in zip(one, two))
+
+
+@with_factors
+def test_weights_tied_by_assignment_are_refused_by_factors():
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    plain[2].weight = plain[0].weight
+    network, x, y = bayesianize(started(plain), PointMass), normal(9, 4), labels(9)
+    for curvature in ("exact", "sampled"):
+        with pytest.raises(Refusal, match=r"0\.weight' and '2\.weight', which are one tensor"):
+            E.laplace(network, x, y, curvature=curvature)
+    E.laplace(network, x, y, curvature="full")
+
+
+@with_factors
+@pytest.mark.parametrize("curvature", ["exact", "full"])
+def test_data_and_options_that_do_not_fit_are_refused_with_what_works(curvature):
+    network = bayesianize(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), PointMass)
+    x, y, evaluate = normal(9, 4).float(), labels(9), partial(E.laplace, network, curvature=curvature)
+    for dtype in (torch.float16, torch.float64, torch.int64, torch.uint8):
+        with pytest.raises(Refusal, match=r"inputs\.to\(torch\.float32\)"):
+            evaluate(x.to(dtype), y)
+    for wrong in (x[:, :2], x[0], x[:, :, None]):
+        with pytest.raises(Refusal, match="maps the inputs"):
+            evaluate(wrong, y)
+    for wrong in (x.numpy(), x.tolist(), None, Split(x, y), x[0, 0], [x], torch.utils.data.TensorDataset(x, y)):
+        with pytest.raises(Refusal, match="inputs are one real tensor"):
+            evaluate(wrong, y)
+    for wrong in (y.numpy(), y.tolist(), None, y[0]):
+        with pytest.raises(Refusal, match="targets are one real tensor"):
+            evaluate(x, wrong)
+    with pytest.raises(Refusal):
+        evaluate(y, x)
+    with pytest.raises(Refusal, match="inputs are one real tensor"):
+        E.laplace(x, network, y, curvature=curvature)
+    for options in ({"batch_size": 0}, {"batch_size": 2.0}, {"batch_size": None}, {"seed": None}, {"seed": -1}):
+        with pytest.raises(Refusal, match="whole number"):
+            evaluate(x, y, **options)
+
+
+def test_precisions_are_finite_numbers_one_for_each_tensor():
+    network = bayesianize(nn.Linear(4, 3), PointMass)
+    fitted, d = E.laplace(network, normal(9, 4).float(), labels(9), curvature="full"), E.log_precisions(network)
+    numbers = {name: float(value) for name, value in d.items()}
+    assert_close(fitted.log_evidence(numbers), fitted.log_evidence(d), 1e-12)
+    assert fitted.effective_dimensions(numbers) == fitted.effective_dimensions(d)
+    for wrong in (None, 1.0, network, {"weight": 0.0}, {**numbers, "bias": math.nan}, {**numbers, "bias": "1"},
+                  {**numbers, "bias": torch.zeros(2)}):
+        for ask in (fitted.log_evidence, fitted.effective_dimensions):
+            with pytest.raises(Refusal, match="one finite log-precision for each tensor"):
+                ask(wrong)
+    for wrong in (None, [0.0], {"weight": math.nan}, {"weight": "1"}, {"weight": math.inf}):
+        with pytest.raises(Refusal, match="one finite log-precision"):
+            E.set_log_precisions(network, wrong)
+    assert E.log_precisions(network) == d
+
+
 MEETING = {
     "set": (lambda: Pooled("set"), (5, 4)), "grid": (lambda: Pooled("set"), (2, 3, 4)),
     "rows": (lambda: Pooled("rows"), (5, 4)), "attention": (lambda: Pooled("attention"), (5, 4)),

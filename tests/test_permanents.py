@@ -194,6 +194,48 @@ def test_gradients_reach_each_matrix_with_its_own_weight(method):
     assert_close(gradient, weights[..., None, None] * found.marginals)
 
 
+def oscillating():
+    """Matrices in which assignments compete: far spread (by the named seed too), and exact ties of large entries."""
+    ties = torch.randint(-3, 1, (40, 4, 4), generator=torch.Generator().manual_seed(3)).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        named = 30 * torch.randn(1, 12, 12, dtype=torch.float64)
+    return {"named": named, "spread": draw(40, 8, 8, seed=50, spread=20.0), "far": draw(40, 6, 6, seed=51, spread=60.0),
+            "ties": 30 * ties, "near ties": 30 * ties + draw(40, 4, 4, seed=52), "units": 60 * (ties - ties.mT)}
+
+
+@pytest.mark.parametrize("kind", oscillating())
+def test_bethe_is_one_value_below_the_permanent_with_a_gradient_or_without(kind):
+    """Also where messages oscillate, which a jump along the last change made worse, and where they alternate."""
+    log_a = oscillating()[kind]
+    exact = log_permanent(log_a).value
+    rounding = 1e-9 * exact.abs().clamp(min=1)
+    plain, fine = log_bethe_permanent(log_a), log_bethe_permanent(log_a.clone().requires_grad_())
+    assert_close(fine.value, plain.value, 1e-4)
+    assert fine.residual.max() < 1e-4
+    for found in (plain, fine, *(log_bethe_permanent(log_a, t) for t in (1e-1, 1e-3)),
+                  *(log_bethe_permanent(log_a, iterations=i) for i in (1, 5, 30))):
+        assert (found.value <= exact + rounding).all()
+    assert (exact - fine.value <= log_a.shape[-1] * math.log(2) / 2 + 0.02).all()
+
+
+def test_gradients_where_messages_oscillate_are_finite_differences():
+    log_a = oscillating()["named"].requires_grad_()
+    (gradient,) = torch.autograd.grad(log_bethe_permanent(log_a).value.sum(), log_a)
+    direction, step = draw(12, 12, seed=53), 1e-4
+    above, below = (log_bethe_permanent(log_a.detach() + side * step * direction, 1e-12, 20_000).value
+                    for side in (1, -1))
+    assert_close((gradient * direction).sum(), ((above - below) / (2 * step))[0], 1e-5)
+
+
+def test_a_gradient_that_has_not_settled_is_refused():
+    log_a = oscillating()["named"]
+    assert log_bethe_permanent(log_a, iterations=3).residual > 0.1  # a bound, and the residual tells
+    with pytest.raises(Refusal, match="iterations=1000, log_permanent"):
+        log_bethe_permanent(log_a.requires_grad_(), iterations=3)
+    log_bethe_permanent(log_a, iterations=1000)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_scaling_a_row_or_a_column_moves_the_value_alone(method):
     log_a, row, column = draw(4, 5, 5, seed=10), draw(4, 5, 1, seed=11), draw(4, 1, 5, seed=12)
