@@ -47,6 +47,7 @@ docs: quarto ready
 bench: ready
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/information.py
+	$(BIN)/python benchmarks/plans.py
 
 clean:
 	rm -rf _docs _proc nbdev.yml .quarto build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .last_checked
