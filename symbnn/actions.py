@@ -181,7 +181,7 @@ class SignedPermutation:
     def __hash__(self) -> int:
         return hash((*self.index.tolist(), *self.sign.tolist()))
 
-# %% ../nbs/02_actions.ipynb #ba3fa1eb-0
+# %% ../nbs/02_actions.ipynb #4db31366-0
 class Action:
     """A homomorphism of `group` into the signed permutations of tensors of shape `shape`.
 
@@ -191,7 +191,7 @@ class Action:
 
     def __init__(self, group: Group, shape: Sequence[int], rule: Callable[[Element], SignedPermutation],
                  name: str = "action") -> None:
-        check_kind(group, Group, "The group of an action", "Cyclic(4)", {SpatialAction: "the group of it, space.group"})
+        check_kind(group, Group, "The group of an action", "Cyclic(4), or the group of another action, action.group")
         check_shape(shape, "The shape that a group acts on", "a tuple such as (3,) or (1, 28, 28)")
         self.group, self.shape, self.rule, self.name = group, tuple(shape), rule, name
         self.numel = math.prod(self.shape)  # number of coordinates
