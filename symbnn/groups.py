@@ -48,7 +48,7 @@ def require(holds: bool, invariant: str, received: str, cause: str, fix: str) ->
     if not holds:
         raise _refusal(invariant, received, cause, fix)
 
-# %% ../nbs/01_groups.ipynb #5251f6f7-0
+# %% ../nbs/01_groups.ipynb #21a46b4e-0
 def check_kind(value: object, kinds: type | tuple[type, ...], name: str, fix: str,
                near: Mapping[type | tuple[type, ...], str] | None = None) -> None:
     """Raise `Refusal` unless `value` is of one of the `kinds`. `near` has a fix of its own for kinds of near misses."""
@@ -57,13 +57,17 @@ def check_kind(value: object, kinds: type | tuple[type, ...], name: str, fix: st
         return
     mended = next((advice for kind, advice in (near or {}).items() if isinstance(value, kind)), fix)
     is_class = isinstance(value, type)
-    title = f"the class {value.__name__}" if is_class else f"a {type(value).__name__}"
+    title = f"the class {value.__name__}" if is_class else _with_article(type(value))
     shown = f", {_shortened(value)}" if isinstance(value, (str, bytes, int, float, tuple, list)) else ""
     cause = "a value that was not there, or an argument left out" if value is None else (
         "a class where one of its values belongs" if is_class else
         "another kind of object, or arguments in another order")
-    raise Refusal(f"{name} is a {' or '.join(kind.__name__ for kind in kinds)}", received=title + shown, cause=cause,
+    raise Refusal(f"{name} is {' or '.join(map(_with_article, kinds))}", received=title + shown, cause=cause,
                   fix=mended)
+
+
+def _with_article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'AEIOUaeiou' else 'a'} {kind.__name__}"
 
 
 def check_tensor(value: object, name: str, variable: str, near: Mapping[type, str] | None = None) -> None:

@@ -188,7 +188,7 @@ class MutualInformation:
         return f"I {side} {self.value.item():.4g} ± {self.standard_error:.2g} of at most {self.ceiling:.4g} nats " + (
             f"({self.method}: {self.reason})")
 
-# %% ../nbs/11_mutual_information.ipynb #7e74ebf9-0
+# %% ../nbs/11_mutual_information.ipynb #60da312a-0
 class InformationEstimator:
     """I = KL(q || q^G) of a network's posterior, prepared for repeated use; `mutual_information` uses it once.
 
@@ -202,7 +202,7 @@ class InformationEstimator:
         if method not in get_args(Method):
             _refuse(f"The method is one of {', '.join(get_args(Method))}", repr(method), "a misspelt name",
                     'method="auto"')
-        check_count(K, "The number K of alternatives that are compared", "K=64", least=2)
+        check_count(K, "A comparison needs K >= 2 alternatives: their number K", "K=64", least=2)
         self.network, self.action, self.K, self._priors_checked = network, action, K, False
         _check_preserved(network, action)
         factors, self._excluded = _factors(network, action)
@@ -313,7 +313,7 @@ class InformationEstimator:
 
     def __call__(self, draws: int = 64, generator: torch.Generator | None = None) -> MutualInformation:
         """The estimate from fresh draws of the weights, in pieces that bound the memory. `Refusal` below two draws."""
-        check_count(draws, "The number of draws, for a standard error,", "draws=64", least=2)
+        check_count(draws, "A standard error needs two draws: their number", "draws=64", least=2)
         check_kind(generator, (torch.Generator, NoneType), "The source of randomness",
                    "torch.Generator().manual_seed(0)")
         together = max(1, _PIECE // max(n**2 for n in _sizes(self.classes) or [256]))

@@ -176,7 +176,7 @@ def symmetrize(network: nn.Module, action: NetworkAction, barycentre: Barycentre
     """A copy of the network with invariant posteriors; otherwise `symmetrize_`, and raises the same `Refusal`s."""
     return symmetrize_(copy.deepcopy(network), action, barycentre, only)
 
-# %% ../nbs/08_symmetrization.ipynb #40bff049-0
+# %% ../nbs/08_symmetrization.ipynb #e53b3df0-0
 _DRAWS_AT_ONCE = 64  # of `mutual_information`, to bound memory
 
 
@@ -235,7 +235,7 @@ class OrbitMixture:
 
         Source: theorem "what the weights know about the group". Raises `Refusal` for fewer than two draws.
         """
-        check_count(draws, "The number of draws, for a standard error,", "draws=256", least=2)
+        check_count(draws, "A standard error needs two draws: their number", "draws=256", least=2)
         values, at_identity = [], self.elements.index(self.action.group.identity())
         for start in range(0, draws, _DRAWS_AT_ONCE):
             logs = self.log_densities(sample_weights(self.network, min(_DRAWS_AT_ONCE, draws - start), generator))

@@ -37,7 +37,7 @@ MAKE = r"network_action\(network, action\)"
 FIELD = r"field\(rotations\(\), \(1, 28, 28\)\)"
 CASES = {
     "groups": [
-        (lambda: check_kind(None, int, "A", "one"), r"A is a int. Received: a NoneType"),
+        (lambda: check_kind(None, int, "A", "one"), r"A is an int. Received: a NoneType"),
         (lambda: check_kind(Cyclic, Cyclic, "A", "Cyclic(4)"), r"the class Cyclic.*Cyclic\(4\)"),
         (lambda: check_tensor(torch.zeros(2, 2).to_sparse(), "A", "x"), r"x.to_dense\(\)"),
         (lambda: check_count(True, "n", "n=2"), "n=2"), (lambda: check_count(2.0, "n", "n=2"), "n=2"),
