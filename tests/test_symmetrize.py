@@ -387,7 +387,7 @@ REFUSED = {
     "input action": (lambda: symmetrize(dense(), ON_SET), r"network_action\(network, action\)"),
     "one draw": (lambda: OrbitMixture(*pair("set, invariant")).mutual_information(1), "two draws"),
     "norms": (lambda: OrbitMixture(*pair("C4 regular")), "'1\\.[a-z_]*', which the group moves"),
-    "mixture of another": (lambda: OrbitMixture(dense(), pair("odd")[1]), "another network"),
+    "mixture of another": (lambda: OrbitMixture(dense(), pair("C4 regular")[1]), "another network"),
 }
 
 
