@@ -7,19 +7,32 @@ __all__ = ['SignedPermutation', 'Action', 'check_action', 'natural_action', 'reg
            'rotations', 'rotations_and_flips', 'flips', 'half_turns', 'time_reversal', 'shifts', 'translations',
            'FieldAction', 'field']
 
-# %% ../nbs/02_actions.ipynb #0609c615-0
+# %% ../nbs/02_actions.ipynb #8a3ead2f-0
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import field as attribute
 from functools import partial
 from itertools import accumulate
+from types import NoneType
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from .groups import Cyclic, Dihedral, Element, Group, Product, Refusal, Symmetric, left_regular
+from symbnn.groups import (
+    Cyclic,
+    Dihedral,
+    Element,
+    Group,
+    Product,
+    Refusal,
+    Symmetric,
+    check_kind,
+    check_shape,
+    check_tensor,
+    left_regular,
+)
 
 # %% ../nbs/02_actions.ipynb #9f62bd73-0
 def _check_tables(index: Tensor, sign: Tensor) -> None:
@@ -168,7 +181,7 @@ class SignedPermutation:
     def __hash__(self) -> int:
         return hash((*self.index.tolist(), *self.sign.tolist()))
 
-# %% ../nbs/02_actions.ipynb #8c3107c5-0
+# %% ../nbs/02_actions.ipynb #4db31366-0
 class Action:
     """A homomorphism of `group` into the signed permutations of tensors of shape `shape`.
 
@@ -178,6 +191,8 @@ class Action:
 
     def __init__(self, group: Group, shape: Sequence[int], rule: Callable[[Element], SignedPermutation],
                  name: str = "action") -> None:
+        check_kind(group, Group, "The group of an action", "Cyclic(4), or the group of another action, action.group")
+        check_shape(shape, "The shape that a group acts on", "a tuple such as (3,) or (1, 28, 28)")
         self.group, self.shape, self.rule, self.name = group, tuple(shape), rule, name
         self.numel = math.prod(self.shape)  # number of coordinates
         self._keep = group.order * self.numel <= 2**22  # tables of all elements: at most 36 MiB
@@ -202,6 +217,7 @@ class Action:
 
     def act(self, g: Element, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """Apply the map of `g` to the trailing axes of `x`, of shape `(..., *shape)`."""
+        check_tensor(x, "What a group acts on", "x")
         if not self.shape:
             return self(g)(x.unsqueeze(-1)).squeeze(-1)
         if tuple(x.shape[-len(self.shape):]) != self.shape:
@@ -213,6 +229,7 @@ class Action:
     @staticmethod
     def trivial(group: Group, shape: Sequence[int]) -> "Action":
         """The action that moves nothing."""
+        check_shape(shape, "The shape that a group acts on", "a tuple such as (3,) or (1, 28, 28)")
         return Action(group, shape, partial(_unmoved, SignedPermutation.identity(math.prod(shape))), "trivial")
 
     @staticmethod
@@ -306,7 +323,7 @@ def sign_change(n: int) -> Action:
 def _signs(n: int, g: int) -> SignedPermutation:
     return SignedPermutation(torch.arange(n), torch.full((n,), 1 - 2 * g))
 
-# %% ../nbs/02_actions.ipynb #8e878bea-0
+# %% ../nbs/02_actions.ipynb #af218005-0
 @dataclass(frozen=True)
 class SpatialAction:
     """A group acting on the axes of a grid: turns and flips about the centre, then a circular shift.
@@ -355,6 +372,7 @@ class SpatialAction:
         return SpatialAction(self.group, self.ndim, self.point, shift, self.name)
 
     def _check_axes(self, size: Sequence[int]) -> None:
+        check_shape(size, "The size of a grid in pixels", "whole numbers of pixels, such as 28, 28", least=1)
         if len(size) != self.ndim:
             raise Refusal(f"'{self.name}' acts on grids of {self.ndim} axes", received=f"the size {tuple(size)}",
                           cause="the tensor has another number of spatial axes", fix="choose the action for these axes")
@@ -452,7 +470,7 @@ def translations(*size: int) -> SpatialAction:
     still = partial(_unmoved, SignedPermutation.identity(len(size)))
     return SpatialAction(Product(*map(Cyclic, size)), len(size), still, tuple, "translations")
 
-# %% ../nbs/02_actions.ipynb #32af3a4c-0
+# %% ../nbs/02_actions.ipynb #edc0d2cc-0
 class FieldAction(Action):
     """A group acting on feature maps of shape `(C, *size)`: on the channels by one action, on the pixels by another."""
 
@@ -468,5 +486,13 @@ class FieldAction(Action):
 
 
 def field(space: SpatialAction, shape: Sequence[int], channels: Action | None = None) -> FieldAction:
-    """The action on feature maps of shape `(C, *size)`, with the channels left alone unless `channels` is given."""
+    """The action on feature maps of shape `(C, *size)`, with the channels left alone unless `channels` is given.
+
+    Raises `Refusal` for a size that the group does not act on.
+    """
+    check_kind(space, SpatialAction, "The action on pixels", "field(rotations(), (1, 28, 28))", {
+        Action: "the action as it is, which acts on inputs already",
+        Group: "an action of the group, such as field(rotations(), (1, 28, 28))"})
+    check_shape(shape, "The shape of a feature map, (C, H, W) or (C, L)", "field(rotations(), (1, 28, 28))", least=1)
+    check_kind(channels, (Action, NoneType), "The action on channels", "regular_channels(space.group, copies)")
     return FieldAction(channels or Action.trivial(space.group, shape[:1]), space, shape[1:])

@@ -7,13 +7,15 @@ __all__ = ['FORMAT', 'VERSION', 'DESCRIPTION', 'MARGIN', 'check_folder', 'write_
            'read_checkpoint', 'has_checkpoint', 'check_continued', 'load_tensors', 'family_name', 'describe_network',
            'network_tensors', 'optimizer_tensors', 'load_optimizer', 'save_network', 'load_network']
 
-# %% ../nbs/15b_checkpoints.ipynb #ee824a45-0
+# %% ../nbs/15b_checkpoints.ipynb #6e945eac-0
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import get_args
 
 import torch
@@ -21,11 +23,12 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from .expansion import ARRANGEMENT, Arrangement
+from .expansion import ARRANGEMENT, Arrangement, arrangement_of, mark_arrangement
 from .families import FAMILIES
-from .groups import Refusal, require
-from .layers import bayesianize, variational_tensors
+from .groups import Refusal, check_kind, require
+from .layers import VariationalTensor, bayesianize, variational_tensors
 from .models import Architecture, build
+from .network_actions import check_network
 
 # %% ../nbs/15b_checkpoints.ipynb #d1c733e5-0
 FORMAT, VERSION = "symbnn checkpoint", 1
@@ -104,7 +107,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], description: dict
     except OSError as error:
         raise _refuse_folder(folder, error) from error
 
-# %% ../nbs/15b_checkpoints.ipynb #2ac76d81-0
+# %% ../nbs/15b_checkpoints.ipynb #f711270f-0
 @dataclass(frozen=True)
 class Checkpoint:
     """What was read: tensors by name (on the CPU), and the description as it stands in the JSON file."""
@@ -132,6 +135,8 @@ def read_checkpoint(folder: Path | str) -> Checkpoint:
 
     Raises `Refusal` for anything missing, of another format or version, truncated or altered.
     """
+    check_kind(folder, (str, Path), "The folder of a checkpoint", 'read_checkpoint("runs/my_run")', {
+        Mapping: "network.load_state_dict(state), which needs no checkpoint", Checkpoint: "the checkpoint as it is"})
     folder = Path(folder)
     folder = folder.parent if folder.name == DESCRIPTION else folder
     try:
@@ -172,11 +177,20 @@ def check_continued(stored: dict, wanted: dict) -> None:
             "; ".join(differing), "another run's folder, or an edit",
             "repeat the settings of the checkpoint, or train into a new folder")
 
-# %% ../nbs/15b_checkpoints.ipynb #82a42f98-0
+# %% ../nbs/15b_checkpoints.ipynb #01fccb56-0
 def load_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy `tensors` into the network's `state_dict`. Raises `Refusal` unless names, shapes and dtypes all agree."""
-    own = _distinct(network)
-    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    """Copy `tensors` into the network's `state_dict`. Raises `Refusal` unless names, shapes and dtypes all agree.
+
+    The marks of an expansion come along: a layer without one gets it, and keeps its own where the file has none.
+    """
+    check_network(network)
+    check_kind(tensors, Mapping, "The tensors of a network",
+               'load_tensors(network, read_checkpoint(folder).part("network"))', {
+                   Checkpoint: 'checkpoint.part("network")', nn.Module: "network.state_dict()"})
+    own, layers = _distinct(network), dict(network.named_modules())
+    marks = {name for name in own.keys() ^ tensors.keys() if name.rpartition(".")[2] == ARRANGEMENT
+             and name.rpartition(".")[0] in layers}
+    missing, unknown = sorted(own.keys() - tensors.keys() - marks), sorted(tensors.keys() - own.keys() - marks)
     other = [
         f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype} for {tuple(own[name].shape)} {own[name].dtype}"
         for name in sorted(own.keys() & tensors.keys())
@@ -191,6 +205,8 @@ def load_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
                 cause="the checkpoint of another architecture, family, prior or precision",
                 fix="build the network with the checkpoint's own architecture, as `load_network` does",
             )
+    for name in marks & tensors.keys():
+        mark_arrangement(layers[name.rpartition(".")[0]], get_args(Arrangement)[0])  # its value is loaded
     network.load_state_dict(tensors, strict=False)  # further names of a tensor are not in the file
 
 
@@ -203,7 +219,7 @@ def family_name(network: nn.Module) -> str | None:
 
 def describe_network(network: nn.Module, architecture: Architecture | None) -> dict:
     """What `load_network` needs, as JSON values."""
-    arrangement = getattr(network, ARRANGEMENT, None)
+    arrangement = arrangement_of(network)
     made = {"architecture": architecture and architecture.as_dict(), "family": family_name(network)}
     return {**made, "arrangement": arrangement} if arrangement else made
 
@@ -251,6 +267,10 @@ def load_optimizer(network: nn.Module, optimizer: torch.optim.Optimizer, tensors
 
 def save_network(folder: Path | str, network: nn.Module, architecture: Architecture, notes: dict | None = None) -> None:
     """Write a Bayesian network as a checkpoint of its own, for networks that were made and not trained."""
+    check_kind(folder, (str, Path), "The folder of a checkpoint", "save_network(folder, network, architecture)")
+    check_network(network)
+    check_kind(architecture, (Architecture, NoneType), "The architecture of a network",
+               "the Architecture that it was built from, or None", {str: 'PRESETS["name"], from symbnn.models'})
     description = {**describe_network(network, architecture), "notes": notes or {}}
     write_checkpoint(Path(folder), network_tensors(network), description)
 
@@ -265,6 +285,8 @@ def load_network(checkpoint: Checkpoint | Path | str) -> nn.Module:
     Raises `Refusal` for damaged checkpoints, and for networks that no `Architecture` describes: build those yourself
     and use `load_tensors(network, read_checkpoint(folder).part("network"))`.
     """
+    check_kind(checkpoint, (Checkpoint, str, Path), "The checkpoint", 'load_network("runs/my_run")', {
+        Mapping: "network.load_state_dict(state), on a network of its kind", nn.Module: "the network as it is"})
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
     described, family = checkpoint.description.get("architecture"), checkpoint.description.get("family")
     if described is None or not isinstance(family, str) or family not in FAMILIES:
@@ -293,5 +315,8 @@ def load_network(checkpoint: Checkpoint | Path | str) -> nn.Module:
     if arrangement is not None:
         require(arrangement in get_args(Arrangement), f"The arrangement is one of {', '.join(get_args(Arrangement))}",
                 f"{arrangement!r} ({checkpoint.folder})", "an edited file", "train again")
-        setattr(network, ARRANGEMENT, arrangement)
+        unmarked = network.modules() if arrangement_of(network) is None else ()  # a file from before there were marks
+        for layer in unmarked:
+            if any(isinstance(part, VariationalTensor) for part in layer.children()):
+                mark_arrangement(layer, arrangement)
     return network

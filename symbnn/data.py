@@ -6,7 +6,7 @@
 __all__ = ['IDX_TYPES', 'PARTS', 'SOURCES', 'DATASETS', 'AUGMENTATIONS', 'TABLE_LIMIT', 'Split', 'Dataset', 'stratified_order',
            'split_training', 'read_idx', 'Source', 'load', 'epoch_generator', 'Batches', 'batches']
 
-# %% ../nbs/14_data.ipynb #41243c2a-0
+# %% ../nbs/14_data.ipynb #71954e9a-0
 import gzip
 import hashlib
 import math
@@ -16,16 +16,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from .actions import Action, SignedPermutation
-from .groups import ENUMERABLE, Refusal
+from .actions import Action, SignedPermutation, SpatialAction
+from .groups import ENUMERABLE, Refusal, check_kind
 
-# %% ../nbs/14_data.ipynb #e706a9eb-0
+# %% ../nbs/14_data.ipynb #dee28d10-0
+def _as_numbers(inputs: Tensor) -> str:
+    """What to type for inputs and labels of the right types; bytes are pixels, other whole numbers may be anything."""
+    if inputs.is_floating_point():
+        return "labels.long()"
+    if inputs.dtype == torch.uint8:
+        return "inputs / 255 for pixels, labels.long()"
+    return "inputs.float() for measurements, nn.functional.one_hot(inputs).float() for token ids; labels.long()"
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Inputs and labels, checked: as many labels as inputs, at least one, inputs finite, labels int64 from 0 up.
@@ -60,8 +70,8 @@ class Split:
             raise Refusal(
                 "Inputs are floating-point numbers and labels are int64",
                 received=f"{inputs.dtype} and {labels.dtype}",
-                cause="raw pixel bytes, or labels read as floating-point numbers",
-                fix="inputs / 255 as float32, labels.long()",
+                cause="raw pixel bytes, whole numbers such as token ids, or labels read as floating-point numbers",
+                fix=_as_numbers(inputs),
             )
         bad = (~torch.isfinite(inputs).flatten(1).all(1)).nonzero().flatten()
         if len(bad):
@@ -397,7 +407,7 @@ def load(
     train, validation = split_training(training, validation_size=validation_size, train_size=train_size, seed=seed)
     return Dataset(name, train, validation, test, classes)
 
-# %% ../nbs/14_data.ipynb #684f8b30-0
+# %% ../nbs/14_data.ipynb #00447782-0
 AUGMENTATIONS = ("full", "random", "none")
 TABLE_LIMIT = 2**25  # entries of the table of maps (300 MB); beyond it they are made batch by batch
 
@@ -508,6 +518,13 @@ def batches(
     return Batches(split, batch_size, rows, turns, _Maps(action, elements, split.inputs.device))
 
 
+def _an_action(shape: tuple[int, ...]) -> str:
+    """What to type for an action on inputs of this shape."""
+    if len(shape) == 3:
+        return f"action=field({'rotations' if shape[1] == shape[2] else 'flips'}(), {shape}) for images"
+    return f"an Action on the shape {shape}, such as Action.trivial(Cyclic(1), {shape})"
+
+
 def _check(split: Split, batch_size: int, augmentation: str, action: Action | None, output: Action | None) -> None:
     if augmentation not in AUGMENTATIONS:
         raise Refusal(
@@ -518,6 +535,8 @@ def _check(split: Split, batch_size: int, augmentation: str, action: Action | No
         )
     if batch_size < 1:
         raise Refusal("A batch has an input", received=str(batch_size), cause="a typing slip", fix="batch_size >= 1")
+    check_kind(action, (Action, NoneType), "The action on inputs", f"action=field(flips(), {split.shape})",
+               {SpatialAction: f"action=field(space, {split.shape})"})
     if augmentation == "none":
         return
     if action is None or tuple(action.shape) != split.shape:
@@ -525,9 +544,7 @@ def _check(split: Split, batch_size: int, augmentation: str, action: Action | No
             f"Augmentation needs an action on one input, of shape {split.shape}",
             received="no action" if action is None else f"an action on shape {action.shape}",
             cause="no action was given, or it was made for another data set",
-            fix='augmentation="none" for data without a symmetry'
-            + (f", or action=field(rotations(), {split.shape}) for images" if len(split.shape) == 3 else
-               f", or an Action on the shape {split.shape}, such as Action.trivial(Cyclic(1), {split.shape})"),
+            fix='augmentation="none" for data without a symmetry, or ' + _an_action(split.shape),
         )
     if output is not None and any(
         output(g) != SignedPermutation.identity(math.prod(output.shape)) for g in output.group.generators()

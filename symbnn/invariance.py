@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Orbits', 'parameter_actions', 'Drift', 'drift', 'check_prior', 'ProjectedGradients', 'keep_invariant', 'Tied', 'tie']
 
-# %% ../nbs/05b_invariance.ipynb #668dc75f-0
+# %% ../nbs/05b_invariance.ipynb #dd1841fd-0
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .binding import copy_network
 from .closedness import Closure, Family, LinearMap, rounding_tolerance
 from .groups import Element, Refusal
 from .layers import variational_tensors
-from .network_actions import NetworkAction
+from .network_actions import NetworkAction, check_acting
 
 # %% ../nbs/05b_invariance.ipynb #cc5c3152-0
 def _components(maps: Sequence[Tensor], n: int) -> Tensor:
@@ -101,9 +101,10 @@ def _with_signs(map: SignedPermutation) -> Tensor:
     n, negative = map.size, map.sign < 0
     return torch.cat([map.index + n * negative, map.index + n * ~negative])
 
-# %% ../nbs/05b_invariance.ipynb #1850c2c8-0
+# %% ../nbs/05b_invariance.ipynb #099cc006-0
 def _check_names(network: nn.Module, action: NetworkAction) -> None:
     """Refuse an action of another network."""
+    check_acting(network, action)
     shapes = {name: tuple(tensor.posterior.shape) for name, tensor in variational_tensors(network).items()}
     wrong = sorted(name for name, shape in shapes.items()
                    if name not in action.parameters or action.parameters[name].shape != shape)
@@ -137,9 +138,10 @@ class Drift(NamedTuple):
 @torch.no_grad()
 def drift(network: nn.Module, action: NetworkAction) -> Drift:
     """The distance of all posterior and norm parameters from Fix(G), computed in float64 on the CPU."""
+    moves = parameter_actions(network, action)
     parameters = {name: p.to("cpu", torch.float64) for name, p in network.named_parameters()}
     away = squares = 0.0
-    for name, move in parameter_actions(network, action).items():
+    for name, move in moves.items():
         away += float((parameters[name] - Orbits(move).project(parameters[name])).square().sum())
         squares += float(parameters[name].square().sum())
     return Drift(away**0.5, (away / squares) ** 0.5 if squares else 0.0)

@@ -6,9 +6,10 @@
 __all__ = ['Coordinates', 'Kind', 'Method', 'infonce', 'unit_log_densities', 'unit_coordinates', 'MutualInformation',
            'InformationEstimator', 'mutual_information', 'symmetrized_elbo']
 
-# %% ../nbs/11_mutual_information.ipynb #832db860-0
+# %% ../nbs/11_mutual_information.ipynb #812c7b12-0
 import math
 from collections.abc import Mapping
+from types import NoneType
 from dataclasses import dataclass
 from typing import Literal, NoReturn, get_args
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .families import Family, Laplace, LogNormal, MeanFieldGaussian
-from .groups import Product, Refusal, Symmetric
+from .groups import Product, Refusal, Symmetric, check_count, check_kind
 from .invariance import check_prior
 from .layers import variational_tensors
-from .network_actions import NetworkAction, intertwining_error
+from .network_actions import NetworkAction, check_acting, intertwining_error
 from .objectives import ELBO
 from .permanents import EXACT_UNITS, log_bethe_permanent, log_capacity, log_permanent, propose
 from .permutations import units
@@ -187,7 +188,7 @@ class MutualInformation:
         return f"I {side} {self.value.item():.4g} ± {self.standard_error:.2g} of at most {self.ceiling:.4g} nats " + (
             f"({self.method}: {self.reason})")
 
-# %% ../nbs/11_mutual_information.ipynb #2361c190-0
+# %% ../nbs/11_mutual_information.ipynb #60da312a-0
 class InformationEstimator:
     """I = KL(q || q^G) of a network's posterior, prepared for repeated use; `mutual_information` uses it once.
 
@@ -197,11 +198,11 @@ class InformationEstimator:
     """
 
     def __init__(self, network: nn.Module, action: NetworkAction, method: Method = "auto", K: int = 64) -> None:
+        check_acting(network, action)
         if method not in get_args(Method):
             _refuse(f"The method is one of {', '.join(get_args(Method))}", repr(method), "a misspelt name",
                     'method="auto"')
-        if K < 2:
-            _refuse("A comparison needs K >= 2 alternatives", f"K={K}", "a count that was computed", "K=64")
+        check_count(K, "A comparison needs K >= 2 alternatives: their number K", "K=64", least=2)
         self.network, self.action, self.K, self._priors_checked = network, action, K, False
         _check_preserved(network, action)
         factors, self._excluded = _factors(network, action)
@@ -312,8 +313,9 @@ class InformationEstimator:
 
     def __call__(self, draws: int = 64, generator: torch.Generator | None = None) -> MutualInformation:
         """The estimate from fresh draws of the weights, in pieces that bound the memory. `Refusal` below two draws."""
-        if draws < 2:
-            _refuse("A standard error needs two draws", f"draws={draws}", "a computed count", "draws=64")
+        check_count(draws, "A standard error needs two draws: their number", "draws=64", least=2)
+        check_kind(generator, (torch.Generator, NoneType), "The source of randomness",
+                   "torch.Generator().manual_seed(0)")
         together = max(1, _PIECE // max(n**2 for n in _sizes(self.classes) or [256]))
         counts = [min(together, draws - start) for start in range(0, draws, together)]
         values = torch.cat([self.values(sample_weights(self.network, n, generator), generator) for n in counts])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_LABEL', 'Likelihood', 'Categorical', 'Gaussian', 'ELBO', 'elbo', 'violations']
 
-# %% ../nbs/05_exactness.ipynb #3555cc28-0
+# %% ../nbs/05_exactness.ipynb #54e34cd0-0
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import inf, log, pi
@@ -15,15 +15,16 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .actions import Action
 from .closedness import Family, rounding_tolerance
-from .groups import Element, Refusal
+from .groups import Element, Refusal, check_kind, check_tensor
 from .layers import kl_per_datum, variational_tensors
-from .network_actions import NetworkAction, intertwining_error
+from .network_actions import NetworkAction, check_acting, check_network, intertwining_error
 from .sampling import predict, sample_weights
 
-# %% ../nbs/05_exactness.ipynb #b8539243-0
+# %% ../nbs/05_exactness.ipynb #4cde7a23-0
 class Likelihood(ABC):
     """How outputs explain targets; log-probabilities in nats."""
 
@@ -63,13 +64,17 @@ class Categorical(Likelihood):
     def log_prob(self, outputs: Float[Tensor, "S B classes"], targets: Int[Tensor, " B"]) -> Float[Tensor, "S B"]:
         """Minus the cross-entropy of the logits. Raises `Refusal` for targets that are not (B,) integers, and on the
         CPU for labels out of range (on a GPU, where looking would mean waiting, CUDA stops the program)."""
+        check_tensor(outputs, "The batch of outputs", "outputs")
+        check_tensor(targets, "The batch of labels", "targets")
         if outputs.ndim != 3 or outputs.shape[-1] < 2:
             raise Refusal(
                 "Outputs are logits of at least two classes, one vector for each draw and datum",
                 received=f"outputs {tuple(outputs.shape)}",
                 cause="one logit for two classes, of which softmax makes the probability 1, or outputs for pixels",
                 fix="nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten()) for one label an image"
-                if outputs.ndim > 3 else "two logits, or torch.cat([torch.zeros_like(z), z], -1) of the one logit z",
+                if outputs.ndim > 4 else "a mean over positions inside the network, such as x.mean(1) of features "
+                "(N, T, C), for one label an input" if outputs.ndim == 4 else
+                "a last layer with an output for each class, such as nn.Linear(features, 2)",
             )
         if targets.shape != outputs.shape[1:2] or targets.is_floating_point():
             received = f"{targets.dtype} of shape {tuple(targets.shape)}"
@@ -98,12 +103,14 @@ class Categorical(Likelihood):
 
 def _check_noise(noise: Real | Tensor) -> None:
     """Raise `Refusal` unless these are one or several standard deviations, positive and finite."""
-    real = isinstance(noise, Real) or (isinstance(noise, Tensor) and not noise.is_complex() and noise.numel() > 0)
+    real = isinstance(noise, Real) or (
+        isinstance(noise, Tensor) and not noise.is_complex() and not noise.is_meta and noise.numel() > 0)
     if not real or not bool(torch.all((0 < noise) & (noise < inf)) if isinstance(noise, Tensor) else 0 < noise < inf):
         raise Refusal(
             "The noise of a Gaussian likelihood is a positive standard deviation",
             received=f"noise={noise}",
-            cause="a logarithm, a list or an array, a value that was rounded to zero, or a step that went past zero",
+            cause="a logarithm, a list or an array, a tensor without numbers (on the device meta), a value that was "
+            "rounded to zero, or a step that went past zero",
             fix="a number or a tensor of standard deviations in units of the target; for one that is learnt "
             "Gaussian(log_noise.exp()), made anew in each step",
         )
@@ -148,6 +155,8 @@ class Gaussian(Likelihood):
     def log_prob(self, outputs: Float[Tensor, "S B ..."], targets: Float[Tensor, "B ..."]) -> Float[Tensor, "S B"]:
         """log N(target; output, noise^2), summed over coordinates. Raises `Refusal` rather than broadcast targets or
         noise, and for a tensor of noise that is no longer positive."""
+        check_tensor(outputs, "The batch of outputs", "outputs")
+        check_tensor(targets, "The batch of targets", "targets")
         if outputs.shape[1:] != targets.shape:
             raise Refusal(
                 "Targets have the shape of the outputs of one draw",
@@ -160,7 +169,7 @@ class Gaussian(Likelihood):
         squares = (residuals / noise).square() + (log(2 * pi) + 2 * noise.log())
         return -0.5 * squares.flatten(2).sum(-1) if squares.ndim > 2 else -0.5 * squares
 
-# %% ../nbs/05_exactness.ipynb #652912f6-0
+# %% ../nbs/05_exactness.ipynb #b48b19e4-0
 class ELBO(NamedTuple):
     """The evidence lower bound in nats per datum, and its parts: elbo = expected_log_likelihood - kl_weight * kl."""
 
@@ -183,6 +192,13 @@ def elbo(
     Source: arXiv 1505.05424, equation 2, divided by the number of data. Raises `Refusal` where outputs and targets
     do not match, for num_data < 1, and for a weight that is not a finite number of at least 0.
     """
+    check_network(network)
+    check_tensor(outputs, "The batch of outputs", "outputs", {nn.Module: "elbo(network, outputs, targets, num_data)"})
+    check_tensor(targets, "The batch of targets", "targets")
+    check_kind(num_data, Real, "The number of data", "num_data=len(split.labels), times |G| under full augmentation",
+               {DataLoader: "num_data=len(loader.dataset), times |G| under full augmentation"})
+    check_kind(likelihood, Likelihood, "The likelihood", "likelihood=Categorical(), or likelihood=Gaussian(0.1)")
+    check_kind(kl_weight, (Real, Tensor), "The weight of the divergence", "kl_weight=1.0, which is the ELBO")
     if not 0 <= kl_weight < float("inf"):
         raise Refusal(
             "The weight of the divergence is a finite number, not negative",
@@ -200,7 +216,7 @@ def elbo(
     fit, kl = likelihood.mean_log_likelihood(outputs, targets), kl_per_datum(network, num_data)
     return ELBO(fit, kl, fit - kl_weight * kl)
 
-# %% ../nbs/05_exactness.ipynb #ae52e1dd-0
+# %% ../nbs/05_exactness.ipynb #49980677-0
 def violations(
     network: nn.Module,
     action: NetworkAction,
@@ -217,6 +233,10 @@ def violations(
     norms, count as part of the function. Raises `Refusal` for a network without variational layers, for an action of
     another network and for targets that the output action cannot move.
     """
+    check_acting(network, action)
+    check_tensor(inputs, "The batch of inputs", "inputs")
+    check_tensor(targets, "The batch of targets", "targets")
+    check_kind(likelihood, Likelihood, "The likelihood", "likelihood=Categorical(), or likelihood=Gaussian(0.1)")
     tensors, generator = variational_tensors(network), torch.Generator(inputs.device).manual_seed(0)
     checks = {
         "intertwining": _intertwining_fault(network, action, inputs[:16], generator),

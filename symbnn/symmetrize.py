@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Barycentre', 'average', 'symmetrize_', 'symmetrize', 'OrbitMixture', 'orbit_average']
 
-# %% ../nbs/08_symmetrization.ipynb #f3f99b2f-0
+# %% ../nbs/08_symmetrization.ipynb #9493c4b3-0
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import NoneType
 from typing import Literal, get_args
 
 import torch
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 from .actions import Action
 from .binding import copy_network
 from .families import Family, FullGaussian, Laplace, LogNormal, MeanFieldGaussian, PointMass
-from .groups import Refusal
+from .groups import Refusal, check_count, check_kind
 from .invariance import Orbits, Tied
-from .layers import variational_tensors
-from .metrics import Estimate, OrbitPredictions, check_probabilities
-from .network_actions import NetworkAction
+from .layers import VariationalTensor, variational_tensors
+from .metrics import Estimate, OrbitPredictions, check_predictions
+from .network_actions import NetworkAction, check_acting
 from .sampling import Weights, sample_weights
 
-# %% ../nbs/08_symmetrization.ipynb #66edced8-0
+# %% ../nbs/08_symmetrization.ipynb #6c4945bf-0
 Barycentre = Literal["geometric", "arithmetic", "projection"]
 
 
@@ -96,6 +97,10 @@ def _check(family: Family, action: Action, barycentre: Barycentre) -> None:
     def refuse(invariant: str, received: str, cause: str, fix: str) -> None:
         raise Refusal(invariant, received=received, cause=cause, fix=fix)
 
+    check_kind(family, Family, "What is averaged", "average(tensor.posterior, action.parameters[name])", {
+        VariationalTensor: "tensor.posterior", nn.Module: "symmetrize(network, action) for a whole network"})
+    check_kind(action, Action, "The action on the weights of one tensor", "action.parameters[name]", {
+        NetworkAction: "action.parameters[name], such as action.parameters[\"0.weight\"]"})
     name = type(family).__name__
     if barycentre not in get_args(Barycentre):
         refuse(f"The barycentre is one of {', '.join(get_args(Barycentre))}", repr(barycentre), "a misspelt name",
@@ -121,15 +126,15 @@ def _check(family: Family, action: Action, barycentre: Barycentre) -> None:
         refuse("Each weight has a mean of its own", f"{tuple(family.loc.shape)} means for {family.shape} weights",
                "means stored once for many weights", "store one mean a weight; scales may be shared")
 
-# %% ../nbs/08_symmetrization.ipynb #f1fb799a-0
+# %% ../nbs/08_symmetrization.ipynb #1ef5a4b5-0
 def _deterministic(network: nn.Module, action: NetworkAction) -> dict[str, Tensor]:
     """Parameters and running statistics that the group moves and that have no posterior, by plain name.
 
     Raises `Refusal` unless the action covers all tensors with a posterior.
     """
+    check_acting(network, action)
     posteriors = variational_tensors(network)
-    known = action.parameters if isinstance(action, NetworkAction) else {}
-    missing = sorted(posteriors.keys() - known.keys())
+    missing = sorted(posteriors.keys() - action.parameters.keys())
     if missing:
         raise Refusal("The action moves every weight of the network", received=f"{action!r:.80}, which lacks {missing}",
                       cause="the action of another network, or one on the inputs alone",
@@ -149,8 +154,9 @@ def symmetrize_(network: nn.Module, action: NetworkAction, barycentre: Barycentr
     the network stays valid; its moments are the caller's. Nothing is written where `Refusal` is raised: for whatever
     `average` refuses, for another network's action, and for names in `only` that do not exist.
     """
-    posteriors = {name: tensor.posterior for name, tensor in variational_tensors(network).items()}
+    check_kind(only, (Collection, NoneType), "The tensors to treat", 'only=["0.weight"]')
     others = _deterministic(network, action)
+    posteriors = {name: tensor.posterior for name, tensor in variational_tensors(network).items()}
     chosen = (posteriors.keys() | others.keys()) if only is None else set(only)
     if unknown := sorted(chosen - posteriors.keys() - others.keys()):
         raise Refusal("Tensors are named as in the plain network", received=f"{unknown}", cause="a misspelt name",
@@ -170,7 +176,7 @@ def symmetrize(network: nn.Module, action: NetworkAction, barycentre: Barycentre
     """A copy of the network with invariant posteriors; otherwise `symmetrize_`, and raises the same `Refusal`s."""
     return symmetrize_(copy_network(network), action, barycentre, only)
 
-# %% ../nbs/08_symmetrization.ipynb #565fe877-0
+# %% ../nbs/08_symmetrization.ipynb #e53b3df0-0
 _DRAWS_AT_ONCE = 64  # of `mutual_information`, to bound memory
 
 
@@ -192,6 +198,12 @@ class OrbitMixture:
 
     def log_densities(self, weights: Weights) -> Float[Tensor, "G S"]:
         """log q(rho(g)^-1 theta) in nats, float64, for every element and every draw (S, *shape) of all weights."""
+        check_kind(weights, Mapping, "The drawn weights", "sample_weights(network, draws=16)")
+        missing = sorted(variational_tensors(self.network).keys() - weights.keys())
+        if missing:
+            raise Refusal("A density is one of all weights together", received=f"draws without {missing}",
+                          cause="a part of the weights, or those of another network",
+                          fix="sample_weights(network, draws=16)")
         posteriors = {n: t.posterior.in_dtype(torch.float64)
                       for n, t in variational_tensors(self.network).items()}
         wide = {name: weights[name].double() for name in posteriors}
@@ -223,9 +235,7 @@ class OrbitMixture:
 
         Source: theorem "what the weights know about the group". Raises `Refusal` for fewer than two draws.
         """
-        if draws < 2:
-            raise Refusal("A standard error needs two draws", received=f"draws={draws}", cause="a computed count",
-                          fix="draws=256")
+        check_count(draws, "A standard error needs two draws: their number", "draws=256", least=2)
         values, at_identity = [], self.elements.index(self.action.group.identity())
         for start in range(0, draws, _DRAWS_AT_ONCE):
             logs = self.log_densities(sample_weights(self.network, min(_DRAWS_AT_ONCE, draws - start), generator))
@@ -240,6 +250,6 @@ def orbit_average(predictions: OrbitPredictions) -> OrbitPredictions:
     All metrics then apply to q^G: its defect is 0, and its NLL is that of the averaged probabilities (the score
     `over="orbit"` of the original is the average of scores, which is not smaller). Raises `Refusal` on bad input.
     """
-    check_probabilities(predictions.probabilities)
+    check_predictions(predictions)
     mean = predictions.probabilities.mean(2, keepdim=True).expand_as(predictions.probabilities)
     return OrbitPredictions(mean, predictions.elements, predictions.mode)

@@ -1,6 +1,7 @@
 """Orbit expansion: invariance of networks and posteriors, blocks against their formula, scales, priors, refusals."""
 
 import copy
+import io
 import math
 import pickle
 
@@ -22,9 +23,11 @@ from symbnn.actions import (
     shifts,
     translations,
 )
-from symbnn.expansion import block_turn, expand, expanded_action
+from symbnn.checkpoints import load_tensors, network_tensors
+from symbnn.expansion import ARRANGEMENT, arrangement_of, block_turn, expand, expanded_action
 from symbnn.families import BlockGaussian, FullGaussian, Laplace, LogNormal, MeanFieldGaussian
 from symbnn.groups import Cyclic, Dihedral, Product, Refusal, Symmetric
+from symbnn.invariance import drift
 from symbnn.layers import (
     bayesianize,
     isotropic,
@@ -32,7 +35,7 @@ from symbnn.layers import (
     random_means,
     variational_tensors,
 )
-from symbnn.network_actions import intertwining_error, network_action
+from symbnn.network_actions import NetworkAction, intertwining_error, network_action
 from symbnn.sampling import apply_weights, mean_weights, sample_weights
 from tolerances import assert_close, exact32, exact64
 
@@ -545,16 +548,112 @@ class TestRefusals:
             expanded_action(expand(*CASES["cnn D4"]()), action)
 
 
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-def test_the_action_of_another_arrangement_is_refused(arrangement, tmp_path):
-    """It would be another action: the drift of an invariant expansion under it is not 0."""
+def rolled_cnn() -> tuple[nn.Module, NetworkAction]:
+    """A network with two hidden convolutions, under whose second copies move by g^2 if they are row_rolled."""
     network = bayesianize(small_cnn().double(), prior=isotropic(1.0))
-    action = network_action(network, field(rotations(), (1, 8, 8)))
-    wide = expand(network, action, arrangement)
-    for other in ARRANGEMENTS:
-        for copied in (wide, copy.deepcopy(wide), pickle.loads(pickle.dumps(wide))):
+    return network, network_action(network, field(rotations(), (1, 8, 8)))
+
+
+def copied(wide: nn.Module, small: nn.Module, action: NetworkAction) -> dict[str, nn.Module]:
+    """The expanded network after everything that people do with networks."""
+    other = "regular" if arrangement_of(wide) == "row_rolled" else "row_rolled"
+    loaded, file = expand(small, action, other), io.BytesIO()
+    loaded.load_state_dict(wide.state_dict())
+    checkpointed = expand(small, action, other)
+    load_tensors(checkpointed, {n.removeprefix("network/"): t.clone() for n, t in network_tensors(wide).items()})
+    torch.save(wide.state_dict(), file)
+    file.seek(0)
+    from_file = expand(small, action, other)
+    from_file.load_state_dict(torch.load(file, weights_only=True))
+    return {"itself": wide, "deepcopy": copy.deepcopy(wide), "pickle": pickle.loads(pickle.dumps(wide)),
+            "layers in a new container": nn.Sequential(*wide), "mean": posterior_mean_network(wide),
+            "made Bayesian again": bayesianize(posterior_mean_network(wide)), "half": copy.deepcopy(wide).half(),
+            "state_dict": loaded, "file": from_file, "checkpoint": checkpointed}
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+def test_the_action_of_another_arrangement_is_refused(arrangement):
+    """It would be another action: the drift of an invariant expansion under it is not 0."""
+    network, action = rolled_cnn()
+    for how, wide in copied(expand(network, action, arrangement), network, action).items():
+        assert arrangement_of(wide) == arrangement, how
+        for other in ARRANGEMENTS:
             if other == arrangement:
-                expanded_action(copied, action, other)
+                expanded_action(wide, action, other)
             else:
                 with pytest.raises(Refusal, match=rf"expanded_action\(network, action, '{arrangement}'\)"):
-                    expanded_action(copied, action, other)
+                    expanded_action(wide, action, other)
+
+
+def without_marks(state: dict) -> dict:
+    return {name: tensor for name, tensor in state.items() if not name.endswith(ARRANGEMENT)}
+
+
+def strip(network: nn.Module) -> nn.Module:
+    """Without marks, as a network that was built by hand."""
+    for module in network.modules():
+        module._buffers.pop(ARRANGEMENT, None)
+        module._load_state_dict_pre_hooks.clear()
+    return network
+
+
+def test_a_network_without_a_mark():
+    """Its arrangement is asked for where the action depends on it, and the fix that is named works."""
+    network, action = rolled_cnn()
+    wide = expand(network, action, "row_rolled")
+    for arrangement in ARRANGEMENTS:
+        bare = strip(copy.deepcopy(wide))
+        with pytest.raises(Refusal, match=rf"expand\(network, action, '{arrangement}'\), and load the weights"):
+            expanded_action(bare, action, arrangement)
+    mended = expand(network, action, "row_rolled")
+    mended.load_state_dict(bare.state_dict())  # an older state_dict, without marks
+    acting = expanded_action(mended, action, "row_rolled")
+    assert drift(mended, acting).relative < 1e-12
+    one_hidden = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.ReLU(), nn.Linear(3, 2))
+    flat = network_action(one_hidden, field(rotations(), (1, 8, 8)))
+    acting = [expanded_action(strip(expand(one_hidden, flat)), flat, arrangement) for arrangement in ARRANGEMENTS]
+    for name, rule in acting[0].parameters.items():
+        assert all(other.parameters[name].agrees_with(rule) for other in acting)
+    turned, by_flips = CASES["cnn D4"]()
+    bare = strip(expand(turned, by_flips))
+    expanded_action(bare, by_flips, "block_diagonal")  # not abelian, so never row_rolled
+    with pytest.raises(Refusal, match="abelian"):
+        expanded_action(bare, by_flips, "row_rolled")
+
+
+def test_older_states_are_loaded_and_contradictions_refused():
+    network, action = rolled_cnn()
+    wide, other = expand(network, action, "block_diagonal"), expand(network, action, "block_diagonal")
+    other.load_state_dict(without_marks(wide.state_dict()))
+    load_tensors(other, without_marks(wide.state_dict()))
+    assert arrangement_of(other) == "block_diagonal" and arrangement_of(network) is None
+    bare = strip(expand(network, action, "regular"))
+    load_tensors(bare, wide.state_dict())
+    assert arrangement_of(bare) == "block_diagonal"
+    mixed = nn.Sequential(*wide[:3], *expand(network, action, "row_rolled")[3:])
+    with pytest.raises(Refusal, match="block_diagonal and row_rolled"):
+        expanded_action(mixed, action, "row_rolled")
+    next(buffer for name, buffer in wide.named_buffers() if name.endswith(ARRANGEMENT)).fill_(9)
+    with pytest.raises(Refusal, match="number 9"):
+        arrangement_of(wide)
+
+
+WRONG_REQUESTS = {
+    "input action": (lambda wide, action: (wide, action.input), r"network_action\(network, action\)"),
+    "no action": (lambda wide, action: (wide, None), r"network_action\(network, action\)"),
+    "swapped": (lambda wide, action: (action, wide), "arguments in another order"),
+    "no network": (lambda wide, action: (None, action), "a torch network"),
+    "misspelt": (lambda wide, action: (wide, action, "diagonal"), "block_diagonal"),
+    "in a container": (lambda wide, action: (nn.Sequential(nn.Identity(), wide), action), r"expand\(network"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_REQUESTS)
+def test_wrong_arguments(case):
+    network, action = rolled_cnn()
+    arguments, fix = WRONG_REQUESTS[case]
+    with pytest.raises(Refusal, match=fix):
+        expanded_action(*arguments(expand(network, action), action))
+    if "container" not in case:
+        with pytest.raises(Refusal, match=fix):
+            expand(*arguments(network, action))

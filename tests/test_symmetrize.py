@@ -384,10 +384,10 @@ REFUSED = {
         Symmetric(4), (2, 2), SignedPermutation.sending, "all")), "each block onto one block"),
     "names": (lambda: symmetrize(*pair("C4 regular"), only=["9.weight"]), "misspelt"),
     "other network": (lambda: symmetrize(dense(), pair("C4 regular")[1]), "another network|another tensor"),
-    "input action": (lambda: symmetrize(dense(), ON_SET), "the action of another network"),
+    "input action": (lambda: symmetrize(dense(), ON_SET), r"network_action\(network, action\)"),
     "one draw": (lambda: OrbitMixture(*pair("set, invariant")).mutual_information(1), "two draws"),
     "norms": (lambda: OrbitMixture(*pair("C4 regular")), "'1\\.[a-z_]*', which the group moves"),
-    "mixture of another": (lambda: OrbitMixture(dense(), pair("odd")[0]), "another network"),
+    "mixture of another": (lambda: OrbitMixture(dense(), pair("C4 regular")[1]), "another network"),
 }
 
 
