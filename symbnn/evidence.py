@@ -28,7 +28,7 @@ from .layers import posterior_mean_network, variational_tensors
 from .objectives import Categorical, Gaussian, Likelihood
 from .relaxed import PerCopy, TiedPath
 
-# %% ../nbs/13_evidence.ipynb #fc21c938-0
+# %% ../nbs/13_evidence.ipynb #613cf494-0
 LogPrecisions = dict[str, Tensor]  # parameter name -> log d of its prior N(0, I / d), float64 of shape ()
 
 
@@ -42,11 +42,13 @@ def _precisions(names: Iterable[str], values: LogPrecisions) -> LogPrecisions:
     mapping = isinstance(values, Mapping)
     names = dict.fromkeys([*names, *(values if mapping else ())])
     missing = [name for name in names if not (mapping and name in values and known(values[name]))]
-    require(mapping and not missing, "There is one finite log-precision for each tensor", f"none for {missing}" if mapping else
-            f"a {type(values).__name__}", "precisions of another network, a NaN, or a number for all",
+    require(mapping and not missing, "There is one finite log-precision for each tensor",
+            f"none for {missing}" if mapping else f"a {type(values).__name__}",
+            "precisions of another network, a NaN, or a number for all",
             "log_precisions(network), or numbers under its names")
-    return {name: value if isinstance(value := values[name], Tensor) else torch.tensor(float(value), dtype=torch.float64)
-            for name in names}
+    found = {name: values[name] for name in names}
+    return {name: value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+            for name, value in found.items()}
 
 
 def log_precisions(network: nn.Module) -> LogPrecisions:
@@ -413,7 +415,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
             "needs no curvature")
     return needed
 
-# %% ../nbs/13_evidence.ipynb #7e4d5dfb-0
+# %% ../nbs/13_evidence.ipynb #6ac0f524-0
 @dataclass(frozen=True)
 class KroneckerCurvature:
     """Eigenvalues of Kronecker factors, float64: for each tensor the pairs (of A, of B) of its independent blocks."""
@@ -526,8 +528,8 @@ def _check_calls(plain: nn.Module, layers: list[str], x: Tensor) -> None:
     seen = torch.autograd.grad(results, parameters, whole[: len(calls)], allow_unused=True, materialize_grads=True)
     near = all(bool(((a - b).abs() <= rounding_tolerance(a)).all() | ~a.isfinite().all())
                for a, b in zip(whole[len(calls):], seen, strict=True))
-    require(near, "Kronecker factors see every use of a weight: a call of its layer", "gradients that come from elsewhere",
-            "a function on layer.weight, such as F.linear, beside the layer", 'curvature="full"')
+    require(near, "Kronecker factors see every use of a weight: a call of its layer",
+            "gradients that come from elsewhere", "a function on layer.weight, such as F.linear, beside the layer", 'curvature="full"')
 
 
 @torch.no_grad()
