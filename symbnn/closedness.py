@@ -82,7 +82,7 @@ def apply_map(map: LinearMap, value: Tensor) -> Tensor:
     """The map applied along the last axis."""
     return map(value) if isinstance(map, SignedPermutation) else value @ map.to(value.device, value.dtype).T
 
-# %% ../nbs/02d_closedness.ipynb #83f1b36c-0
+# %% ../nbs/02d_closedness.ipynb #3ec64af4-0
 class Family(nn.Module):
     """A distribution over one tensor of weights, of shape `shape`, together with its parameters.
 
@@ -169,6 +169,19 @@ class Family(nn.Module):
     def rsample(self, draws: int, generator: torch.Generator | None = None) -> Float[Tensor, "draws *shape"]:
         """Reparameterised draws, `transport(noise(draws, generator))`."""
         return self.transport(self.noise(draws, generator))
+
+    def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
+        """Log-density in nats of weights `(*batch, *shape)`, computed in float32 at least."""
+        return self._at_least_single()._log_prob(theta.to(at_least_single(theta.dtype)))
+
+    def entropy(self) -> Float[Tensor, ""]:
+        """Differential entropy in nats, computed in float32 at least."""
+        return self._at_least_single()._entropy()
+
+    def _at_least_single(self) -> "Family":
+        """This member, or its twin in float32 where its parameters are of half precision."""
+        dtype = self._stored_type()
+        return self if at_least_single(dtype) == dtype else self.in_dtype(at_least_single(dtype))
 
     def kl(self, prior: "Family") -> Float[Tensor, ""]:
         """KL(self || prior) in nats: exact, summed over the tensor, in float32 at least.

@@ -415,7 +415,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
             "needs no curvature")
     return needed
 
-# %% ../nbs/13_evidence.ipynb #6ac0f524-0
+# %% ../nbs/13_evidence.ipynb #18fc3d28-0
 @dataclass(frozen=True)
 class KroneckerCurvature:
     """Eigenvalues of Kronecker factors, float64: for each tensor the pairs (of A, of B) of its independent blocks."""
@@ -529,7 +529,8 @@ def _check_calls(plain: nn.Module, layers: list[str], x: Tensor) -> None:
     near = all(bool(((a - b).abs() <= rounding_tolerance(a)).all() | ~a.isfinite().all())
                for a, b in zip(whole[len(calls):], seen, strict=True))
     require(near, "Kronecker factors see every use of a weight: a call of its layer",
-            "gradients that come from elsewhere", "a function on layer.weight, such as F.linear, beside the layer", 'curvature="full"')
+            "gradients that come from elsewhere", "F.linear(x, layer.weight) beside the layer, or the like",
+            'curvature="full"')
 
 
 @torch.no_grad()

@@ -148,7 +148,7 @@ class _Independent(Family):
         loc, log_scale = (value.expand(self.shape).flatten()[index] for value in (self.loc, self.log_scale))
         return type(self)(loc, log_scale, trainable=self.trainable)
 
-# %% ../nbs/03_families.ipynb #b0452ca5-0
+# %% ../nbs/03_families.ipynb #32cc545d-0
 def _to_natural(member: _Independent) -> dict[str, Tensor]:
     """Natural parameters of independent normals with the locations and scales of `member`."""
     precision = (-2 * member.log_scale).exp()
@@ -183,13 +183,13 @@ class MeanFieldGaussian(_Independent):
         """This law as a `torch.distributions` object with `event_shape == shape`."""
         return Independent(Normal(self.mean, self.scale), len(self.shape))
 
-    def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
+    def _log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
         """Log-density in nats of weights `(*batch, *shape)`."""
         batch = self._batch(theta)
         square = self._sum_weights(self._whiten(theta) ** 2, batch)
         return -square / 2 - self._total(self.log_scale + math.log(2 * math.pi) / 2)
 
-    def entropy(self) -> Float[Tensor, ""]:
+    def _entropy(self) -> Float[Tensor, ""]:
         """Differential entropy in nats."""
         return self._total(self.log_scale + (1 + math.log(2 * math.pi)) / 2)
 
@@ -210,7 +210,7 @@ class MeanFieldGaussian(_Independent):
         """The member with these natural parameters; `Refusal` outside the natural parameter space."""
         return cls(*_from_natural(natural), trainable=trainable)
 
-# %% ../nbs/03_families.ipynb #570f57ea-0
+# %% ../nbs/03_families.ipynb #dad89a2c-0
 class Laplace(_Independent):
     """Independent Laplace weights with location `loc` and scale b = exp(`log_scale`).
 
@@ -232,13 +232,13 @@ class Laplace(_Independent):
         first, second = pair.exponential_(generator=generator)
         return first - second
 
-    def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
+    def _log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
         """Log-density in nats of weights `(*batch, *shape)`."""
         batch = self._batch(theta)
         distance = self._sum_weights(self._whiten(theta).abs(), batch)
         return -distance - self._total(self.log_scale + math.log(2))
 
-    def entropy(self) -> Float[Tensor, ""]:
+    def _entropy(self) -> Float[Tensor, ""]:
         """Differential entropy in nats."""
         return self._total(self.log_scale + 1 + math.log(2))
 
@@ -249,7 +249,7 @@ class Laplace(_Independent):
             return self._total(near + far - ratio - 1)
         return super()._kl(prior)
 
-# %% ../nbs/03_families.ipynb #98a5a6ed-0
+# %% ../nbs/03_families.ipynb #763bc10a-0
 class LogNormal(_Independent):
     """Weights mask * exp(loc + exp(log_scale) * normal noise): frozen signs, log-normal magnitudes.
 
@@ -300,14 +300,14 @@ class LogNormal(_Independent):
         """mask * exp(loc + scale * noise), differentiable in both."""
         return self.mask * super().transport(noise).exp()
 
-    def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
+    def _log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
         """Log-density in nats of weights `(*batch, *shape)`; -inf outside the orthant of the mask."""
         batch, inside = self._batch(theta), theta * self.mask > 0
         logs = torch.where(inside, theta.abs(), 1.0).log()
         density = -self._whiten(logs) ** 2 / 2 - self.log_scale - logs - math.log(2 * math.pi) / 2
         return self._sum_weights(torch.where(inside, density, -math.inf), batch)
 
-    def entropy(self) -> Float[Tensor, ""]:
+    def _entropy(self) -> Float[Tensor, ""]:
         """Differential entropy in nats."""
         return self._total(self.loc + self.log_scale + (1 + math.log(2 * math.pi)) / 2)
 
@@ -412,7 +412,7 @@ class BlockGaussian(MeanFieldGaussian):
         return BlockGaussian(self._compact(loc, self.loc), log_scale.view(self.log_scale.shape), shape=self.shape,
                              trainable=self.trainable)
 
-# %% ../nbs/03_families.ipynb #28ef4e8c-0
+# %% ../nbs/03_families.ipynb #dde9d5c8-0
 class FullGaussian(Family):
     """Normal weights with any covariance L L^T over the flattened tensor.
 
@@ -491,11 +491,11 @@ class FullGaussian(Family):
         flat = noise.reshape(*self._batch(noise), self.numel)
         return self.loc + (flat @ self.scale_tril.T).view(noise.shape)
 
-    def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
+    def _log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
         """Log-density in nats of weights `(*batch, *shape)`."""
         return self._multivariate().log_prob(theta.reshape(*self._batch(theta), self.numel))
 
-    def entropy(self) -> Float[Tensor, ""]:
+    def _entropy(self) -> Float[Tensor, ""]:
         """Differential entropy in nats."""
         return self.factor.diagonal().sum() + self.numel * (1 + math.log(2 * math.pi)) / 2
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_LABEL', 'Likelihood', 'Categorical', 'Gaussian', 'ELBO', 'elbo', 'violations']
 
-# %% ../nbs/05_exactness.ipynb #54e34cd0-0
+# %% ../nbs/05_exactness.ipynb #f143d594-0
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import inf, log, pi
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .actions import Action
-from .closedness import Family, rounding_tolerance
+from .closedness import Family, at_least_single, rounding_tolerance
 from .groups import Element, Refusal, check_kind, check_tensor
 from .layers import kl_per_datum, variational_tensors
 from .network_actions import NetworkAction, check_acting, check_network, intertwining_error
 from .sampling import predict, sample_weights
 
-# %% ../nbs/05_exactness.ipynb #4cde7a23-0
+# %% ../nbs/05_exactness.ipynb #30a6580b-0
 class Likelihood(ABC):
     """How outputs explain targets; log-probabilities in nats."""
 
@@ -76,10 +76,10 @@ class Categorical(Likelihood):
                 "(N, T, C), for one label an input" if outputs.ndim == 4 else
                 "a last layer with an output for each class, such as nn.Linear(features, 2)",
             )
-        if targets.shape != outputs.shape[1:2] or targets.is_floating_point():
+        if targets.shape != outputs.shape[1:2] or targets.is_floating_point() or targets.is_complex():
             received = f"{targets.dtype} of shape {tuple(targets.shape)}"
             raise _labels_refused(outputs, received, "one-hot or real targets")
-        labels = targets.long().expand(outputs.shape[:2])
+        labels, outputs = targets.long().expand(outputs.shape[:2]), outputs.to(at_least_single(outputs.dtype))
         try:
             entropies = nn.functional.cross_entropy(
                 outputs.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=NO_LABEL
@@ -164,7 +164,7 @@ class Gaussian(Likelihood):
                 cause="targets without the axis of one output, which would be compared with every other datum's",
                 fix="targets[:, None] for a network with one output",
             )
-        residuals = targets - outputs
+        residuals = targets - outputs.to(at_least_single(outputs.dtype))
         noise = self.scale(residuals, targets.shape[1:])
         squares = (residuals / noise).square() + (log(2 * pi) + 2 * noise.log())
         return -0.5 * squares.flatten(2).sum(-1) if squares.ndim > 2 else -0.5 * squares

@@ -700,3 +700,16 @@ def test_members_in_another_type_share_the_gradient():
     assert wide.loc.dtype == torch.float64 and not list(wide.parameters()) and member.loc.dtype == torch.float32
     (wide.loc.sum() + wide.log_scale.sum()).backward()
     assert torch.equal(member.loc.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", [MeanFieldGaussian, Laplace, BlockGaussian, FullGaussian, LogNormal])
+def test_densities_and_entropies_of_half_precision_are_those_of_the_same_law(family, dtype):
+    """Far away, where a square or a distance overflows float16, and for a matrix, which torch does not solve in it."""
+    member = family.initial(torch.full((4, 3), 0.25, dtype=dtype), 1e-3)
+    whole = member.in_dtype(torch.float64)
+    theta = torch.full((2, 4, 3), 0.75, dtype=dtype)
+    found = member.log_prob(theta)
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert (found - whole.log_prob(theta.double())).abs().max() <= 1e-3 * found.abs().max()
+    assert abs(member.entropy() - whole.entropy()) <= 1e-4 * abs(whole.entropy())

@@ -290,3 +290,19 @@ def test_labels_that_are_none_are_refused(labels, message):
 def test_a_weight_of_the_divergence_that_cannot_be_meant(weight):
     with pytest.raises(Refusal, match="kl_weight"):
         elbo(bayesianize(nn.Linear(3, 4)), torch.zeros(1, 2, 4), torch.zeros(2, dtype=torch.int64), 2, kl_weight=weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_likelihoods_of_half_precision_outputs_are_added_up_in_single(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(2, 70_000, 10, generator=generator).to(dtype), torch.arange(70_000) % 10
+    outputs, targets = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((2, 4, 300), (4, 300)))
+    for likelihood, half, y in ((Categorical(), logits, labels), (Gaussian(0.05), outputs, targets)):
+        found, expected = (likelihood.sum_log_likelihood(x, t).double() for x, t in ((half, y), (
+            half.double(), y.double() if y.is_floating_point() else y)))
+        assert found.isfinite() and abs(found - expected) <= 1e-4 * abs(expected)
+
+
+def test_complex_labels_are_refused():
+    with pytest.raises(Refusal, match="one integer label"):
+        Categorical().log_prob(torch.zeros(1, 3, 2), torch.zeros(3, dtype=torch.complex64))
