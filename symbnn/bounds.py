@@ -9,7 +9,7 @@ __all__ = ['total_variation', 'pinsker', 'bretagnolle_huber', 'hellinger', 'log_
            'inputs_radius', 'defect_interval', 'normal_interval', 'draws_needed', 'inputs_needed', 'Bound',
            'ErrorLedger', 'ledger']
 
-# %% ../nbs/06_error_bounds.ipynb #2ab1e6ed-0
+# %% ../nbs/06_error_bounds.ipynb #2f3e03cc-0
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from .closedness import Family
 from .families import FullGaussian, Laplace, LogNormal, MeanFieldGaussian
-from .groups import Refusal
+from .groups import Refusal, check_tensor
 from .binding import layer_with
 from .layer_actions import Window, convolution_windows
 from .layers import VariationalTensor, variational_tensors
-from .network_actions import NetworkAction
+from .network_actions import NetworkAction, check_acting
 
 # %% ../nbs/06_error_bounds.ipynb #9cf14387-0
 def total_variation(p: Float[Tensor, "*n C"], q: Float[Tensor, "*n C"]) -> Float[Tensor, "*n"]:
@@ -166,14 +166,14 @@ def through_information(information: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]
     mutual information"; vacuous from I = 1/2 on."""
     return (2 * information).sqrt()
 
-# %% ../nbs/06_error_bounds.ipynb #c6912274-0
+# %% ../nbs/06_error_bounds.ipynb #55eff31a-0
 def _check_orbits(means: Float[Tensor, "*n G C"]) -> None:
     """Raise `Refusal` for predictions that agree whatever they are."""
     if means.ndim < 2 or min(means.shape[-2:]) < 2 or means.numel() == 0:
         raise Refusal("Orbits of predictions are compared over at least two group elements and two classes",
                       received=f"shape {tuple(means.shape)}, read as (..., group elements, classes)",
                       cause="one logit for two classes, predictions without their turns, or no predictions",
-                      fix="two logits, or torch.cat([torch.zeros_like(z), z], -1) of the one logit z; a group of at "
+                      fix="a last layer of two outputs, nn.Linear(features, 2), for one logit; a group of at "
                           "least two elements")
 
 
@@ -181,6 +181,11 @@ def jensen_shannon(means: Float[Tensor, "*n G C"]) -> Float[Tensor, "*n"]:
     """Jensen-Shannon divergence of the G distributions of each orbit, with equal weights, in nats:
     `@eq-jensen-shannon`, between 0 and min(log G, log C). `Refusal` for G = 1, C = 1 and for no predictions."""
     _check_orbits(means)
+    sums = means.detach().sum(-1)
+    if not bool(((means >= 0).all(-1) & ((sums - 1).abs() <= 1e-3)).all()):
+        raise Refusal("Predictions are probabilities, of sum 1 over the classes",
+                      received=f"sums from {sums.min():.3g} to {sums.max():.3g}",
+                      cause="logits, or values that are not finite", fix="means.softmax(-1)")
     entropies = torch.special.entr(means).sum(-1).mean(-1)
     return (torch.special.entr(means.mean(-2)).sum(-1) - entropies).clamp_min(0)  # rounding may fall below zero
 
@@ -198,7 +203,7 @@ def through_jensen_shannon(means: Float[Tensor, "*n G C"]) -> Float[Tensor, "*n"
     """Upper bound sqrt(2 JS) of `orbit_error`, `@eq-js-bounds`."""
     return (2 * jensen_shannon(means)).sqrt()
 
-# %% ../nbs/06_error_bounds.ipynb #82518967-0
+# %% ../nbs/06_error_bounds.ipynb #fb456c04-0
 _ENTRYWISE = (nn.ReLU, nn.Tanh, nn.Identity)  # exact types: Lipschitz 1, and 0 at 0
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
 
@@ -262,6 +267,13 @@ def through_lipschitz(
     leaky ReLU of a slope up to 1, pools in disjoint windows and flatten, whose last layer is linear. Raises `Refusal`
     for others, naming the layer, and where `push_forward_divergences` does.
     """
+    check_acting(network, action)
+    check_tensor(inputs, "The input", "x")
+    if tuple(inputs.shape[1:]) != tuple(action.input.shape) or not bool(inputs.isfinite().all()):
+        raise Refusal(f"Inputs are finite numbers of shape (N, {', '.join(map(str, action.input.shape))})",
+                      received=f"shape {tuple(inputs.shape)}" + ", with NaN or infinite values" * (
+                          not bool(inputs.isfinite().all())),
+                      cause="another data set, or damaged data", fix="the inputs that the action was made for")
     elements = action.group.elements()
     layers = list(network) if isinstance(network, nn.Sequential) else []
     weighted = [layer for layer in layers if _has_posterior(layer)]
@@ -278,11 +290,15 @@ def through_lipschitz(
         known = random and getattr(layer, "padding_mode", "zeros") in ("zeros", "circular")
         if not known and not _is_contraction(layer):
             refuse(str(layer), "a layer that may stretch distances or does not map 0 to 0")
+    shared = [tensor for layer in set(weighted) for tensor in layer._modules.values() if isinstance(
+        tensor, VariationalTensor)]
+    if len(set(shared)) < len(shared):
+        refuse("a weight of two layers", "weights tied by assignment")
     moves = (divergences or push_forward_divergences(network, action)).wasserstein2_squared
     tensors = {name: _in_double(t.posterior) for name, t in variational_tensors(network).items()}
     reach = inputs.double().flatten(1).norm(dim=1)
     gap = reach.new_zeros(len(inputs), len(elements))
-    probe = torch.zeros_like(inputs[:1])
+    probe = inputs.new_zeros(1, *inputs.shape[1:], dtype=weighted[0].weight.dtype)
     for name, layer in network._modules.items():  # named_children() leaves out the second use of a layer
         if not _has_posterior(layer):
             probe = layer(probe)

@@ -240,7 +240,7 @@ def full_curvature(
     fits = min(batch_size, (memory_limit - kept[side]) // batch[side])
     return side(plain, sizes, inputs.split(fits), likelihood)
 
-# %% ../nbs/13_evidence.ipynb #8e750387-0
+# %% ../nbs/13_evidence.ipynb #0fbfa788-0
 def _check_tensor(name: str, values: Tensor) -> None:
     """Refuse data that are no tensor with one entry for each datum."""
     known = isinstance(values, Tensor) and values.ndim > 0
@@ -293,8 +293,8 @@ def _plain(network: nn.Module, inputs: Tensor, likelihood: Likelihood) -> nn.Mod
     require(together.ndim == 2, "Each input has one vector of outputs", f"outputs {tuple(together.shape)}",
             "a network with outputs for pixels or steps", "flatten them")
     require(together.shape[1] > isinstance(likelihood, Categorical), "Labels of at least two classes", "one class",
-            "a network with one output", "an output for each class, torch.cat([torch.zeros_like(z), z], -1) of one "
-            "logit z, or Gaussian(noise)")
+            "a network with one output", "a last layer of two outputs, nn.Linear(features, 2), for one "
+            "logit, or Gaussian(noise)")
     require(bool(((together[:1] - alone).abs() <= rounding_tolerance(together)).all()),
             "A network maps each input by itself", "outputs that change with the other inputs of the batch",
             "sub-sampling or normalisation that looks at the whole batch", "choose and normalise for each input")

@@ -151,7 +151,7 @@ class _Expansion(NamedTuple):
         ]
         return torch.cat([row[0] if len(row) == 1 else torch.cat(row, 1) for row in filled])
 
-# %% ../nbs/09_orbit_expansion.ipynb #cd66a3c9-0
+# %% ../nbs/09_orbit_expansion.ipynb #8c9581d4-0
 LOCATION_SCALE = (MeanFieldGaussian, Laplace, BlockGaussian)
 
 
@@ -161,7 +161,8 @@ def _expand_family(expansion: _Expansion, name: str, family: Family, source: str
     closures = [family.is_closed_under(rule(g)) for g in group.generators()]
     if not isinstance(family, LOCATION_SCALE) or not all(closures):
         broken = [closure.reason for closure in closures if not closure]
-        no_rule = "log-normal weights have no zero mean, and a full covariance has no rule for pairs of blocks"
+        no_rule = ("log-normal weights have no zero mean, a full covariance has no rule for pairs of blocks, and a "
+                   "point has no deviation")
         raise Refusal(
             "Orbit expansion turns a distribution, and scales its mean and its deviation by different factors",
             received=f"a {type(family).__name__} for {name!r}",

@@ -238,7 +238,7 @@ def _project_buffer(key: str, orbits: Orbits, module: nn.Module, *passed: object
     if module.training:  # another tensor: the backward pass still holds the old one
         setattr(module, key, orbits.project(getattr(module, key)))
 
-# %% ../nbs/05b_invariance.ipynb #0ac76b40-0
+# %% ../nbs/05b_invariance.ipynb #8cce8307-0
 class Tied(Family):
     """Weights of one value an orbit, up to signs: the law `base` of the orbit coordinates, expanded.
 
@@ -338,10 +338,11 @@ def tie(network: nn.Module, action: NetworkAction) -> nn.Module:
     outside = [name for name, _ in network.named_parameters()] + [name for *_, name in _statistics(network, action)]
     for name in outside:
         if name in action.parameters and Orbits(action.parameters[name]).dimension < action.parameters[name].numel:
-            raise Refusal("Norms of a tied network have parameters and statistics that the group leaves alone",
+            raise Refusal("What has no posterior in a tied network is left alone by the group",
                           received=f"{name!r} under '{action.parameters[name].name}'",
-                          cause="a norm over channels that the group permutes",
-                          fix="leave the norm out, or give its channels the trivial action")
+                          cause="a norm over channels that the group permutes, or a layer that is frozen",
+                          fix="a network without that norm, or with the trivial action on its channels; for a "
+                          "layer, .requires_grad_(True) before bayesianize")
     tied = copy_network(network)
     for name, tensor in variational_tensors(tied).items():
         check_prior(name, tensor.prior, action.parameters[name])

@@ -6,7 +6,7 @@
 __all__ = ['Prior', 'CONVERTED', 'DETERMINISTIC', 'VariationalTensor', 'isotropic', 'per_tensor', 'random_means', 'fixed_means',
            'bayesianize', 'posterior_mean_network', 'is_variational', 'variational_tensors', 'kl_sum', 'kl_per_datum']
 
-# %% ../nbs/04_layers.ipynb #c4741fad-0
+# %% ../nbs/04_layers.ipynb #ed5363ae-0
 import zlib
 from collections.abc import Callable, Iterator
 from math import prod, sqrt
@@ -14,10 +14,12 @@ from math import prod, sqrt
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .binding import Placeholder, copy_network, modules_outside, plain_network
 from .families import Family, Laplace, LogNormal, MeanFieldGaussian
-from .groups import Refusal, require
+from .groups import Refusal, check_kind, require
+from .network_actions import check_network
 
 # %% ../nbs/04_layers.ipynb #d4b3725f-0
 class VariationalTensor(Placeholder):
@@ -81,7 +83,7 @@ class VariationalTensor(Placeholder):
             "apply_weights(network, x, mean_weights(network)) for the posterior mean",
         )
 
-# %% ../nbs/04_layers.ipynb #2ece2b5c-0
+# %% ../nbs/04_layers.ipynb #f8111e8f-0
 Prior = Callable[[str, Family], Family]
 
 
@@ -108,6 +110,9 @@ def isotropic(deviation: float = 1.0) -> Prior:
 
     For log-normal posteriors `deviation` is the prior median of the weight's magnitude.
     """
+    check_kind(deviation, (int, float), "The deviation of a prior", "isotropic(1.0)")
+    require(0 < deviation < float("inf"), "The deviation of a prior is a positive number", f"{deviation}",
+            "a logarithm, or weights that are meant to be fixed", "isotropic(1.0), or .requires_grad_(False)")
     return lambda name, posterior: _frozen(posterior, torch.zeros(()), deviation)
 
 
@@ -151,7 +156,7 @@ def fixed_means(means: dict[str, Tensor], deviation: float = 1.0) -> Prior:
 
     return build
 
-# %% ../nbs/04_layers.ipynb #f9020ee1-0
+# %% ../nbs/04_layers.ipynb #6b94a0f5-0
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these types; a subclass may do something else with its weights
 DETERMINISTIC = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
@@ -173,7 +178,7 @@ def _refuse_unconvertible(network: nn.Module) -> None:
     trainable, converted = _trainable(network), set()
     for name, module, key, parameter in trainable:
         title = name.rpartition(".")[0]
-        if not _is_convertible(module, key) and not isinstance(module, DETERMINISTIC):
+        if not is_lazy(parameter) and not _is_convertible(module, key) and not isinstance(module, DETERMINISTIC):
             what = f"the parameter {key!r}" if type(module) in CONVERTED else "its own parameters"
             raise Refusal(
                 "Every weight gets a posterior, so every layer with weights must be known",
@@ -183,6 +188,8 @@ def _refuse_unconvertible(network: nn.Module) -> None:
                 fix="rewrite it with nn.Linear, nn.Conv1d or nn.Conv2d, or keep it deterministic: "
                 "layer.requires_grad_(False)",
             )
+        require(not is_lazy(parameter), "Layers know their sizes",
+                f"{name!r} of a {type(module).__name__}, which has no size yet", "a lazy layer", "network(x) once on an input, and then bayesianize(network)")
         require(not parameter.is_complex(), "Families of distributions here are over real weights",
                 f"{name!r} of type {parameter.dtype}", "a network with complex weights",
                 "keep real and imaginary parts in two real layers")
@@ -211,6 +218,17 @@ def _put(module: nn.Module, key: str, value: nn.Module | nn.Parameter) -> None:
     (module._modules if isinstance(value, nn.Module) else module._parameters)[key] = value
 
 
+def _built(prior: Prior, name: str, posterior: Family) -> Family:
+    """What a builder makes of a name and a posterior. `Refusal` where it is no builder."""
+    try:
+        made = prior(name, posterior)
+    except TypeError as error:
+        raise Refusal("A prior builds a family from a name and a posterior", received=f"{error}",
+                      cause="a builder without its brackets", fix="prior=isotropic(1.0)") from error
+    check_kind(made, Family, "What a prior builds", "prior=isotropic(1.0), with its brackets")
+    return made
+
+
 def bayesianize(
     module: nn.Module, family: type[Family] = MeanFieldGaussian, scale: float = 0.05, prior: Prior | None = None
 ) -> nn.Module:
@@ -222,13 +240,19 @@ def bayesianize(
     and frozen, whatever layer they belong to. Shared tensors and layers share one posterior. Raises `Refusal`, naming
     the layer, for any other trainable parameter.
     """
+    check_network(module)
+    near = {(float, int): "bayesianize(network, scale=0.1)"}
+    check_kind(family, type, "The family", "family=MeanFieldGaussian", near)
+    check_kind(scale, (int, float, Tensor), "The scale", "scale=0.05")
+    require(prior is None or callable(prior), "The prior is a builder", f"{prior!r}", "a number, or a family",
+            "prior=isotropic(1.0)")
     _refuse_unconvertible(module)
     prior, network, made = prior or isotropic(), copy_network(module), {}
     for name, layer, key, parameter in _trainable(network):
         if _is_convertible(layer, key) and key in layer._parameters:
             if id(parameter) not in made:
                 posterior = family.initial(parameter.detach().clone(), scale)
-                tensor = VariationalTensor(posterior, prior(name, posterior))
+                tensor = VariationalTensor(posterior, _built(prior, name, posterior))
                 made[id(parameter)] = tensor.train(layer.training), parameter  # kept, so that its id stays its own
             _put(layer, key, made[id(parameter)][0])
     return network
@@ -269,6 +293,7 @@ def variational_tensors(network: nn.Module) -> dict[str, VariationalTensor]:
 
     A tensor that several layers share is there once, under its first name. Raises `Refusal` for a plain network.
     """
+    check_network(network)
     found: dict[str, VariationalTensor] = {}
     seen: set[int] = set()
     for name, tensor in _named_tensors(plain_network(network)):
@@ -292,7 +317,8 @@ def kl_sum(network: nn.Module) -> Float[Tensor, ""]:
 
 def kl_per_datum(network: nn.Module, num_data: int) -> Float[Tensor, ""]:
     """`kl_sum` divided by the number of data (of the augmented data set, if it is augmented), in nats."""
-    if num_data < 1:
+    check_kind(num_data, (int, float), "The number of data", "num_data=len(dataset)")
+    if not 1 <= num_data < float("inf"):
         raise Refusal(
             "The number of data is positive",
             received=f"num_data={num_data}",

@@ -188,7 +188,7 @@ class MutualInformation:
         return f"I {side} {self.value.item():.4g} ± {self.standard_error:.2g} of at most {self.ceiling:.4g} nats " + (
             f"({self.method}: {self.reason})")
 
-# %% ../nbs/11_mutual_information.ipynb #60da312a-0
+# %% ../nbs/11_mutual_information.ipynb #76ef2d01-0
 class InformationEstimator:
     """I = KL(q || q^G) of a network's posterior, prepared for repeated use; `mutual_information` uses it once.
 
@@ -346,7 +346,8 @@ def _check_preserved(network: nn.Module, action: NetworkAction) -> None:
         moves = action.parameters[name]
         if not all(torch.equal(moves.act(g, named[name]), named[name]) for g in action.group.generators()):
             _refuse("Every weight that the group moves has a posterior", f"{name!r}, which has none",
-                    "the scales and shifts of a norm", "norms without parameters of their own")
+                    "the scales and shifts of a norm, or a layer that is frozen",
+                    "norms with affine=False; for a layer, .requires_grad_(True) before bayesianize")
     generator = torch.Generator().manual_seed(0)
     weights = {name: tensor.posterior.mean[None].detach() for name, tensor in posteriors.items()}
     like = next(iter(weights.values()))

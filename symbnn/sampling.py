@@ -6,7 +6,7 @@
 __all__ = ['Weights', 'Estimator', 'sample_weights', 'mean_weights', 'check_inputs', 'apply_weights', 'forward', 'try_step',
            'predict']
 
-# %% ../nbs/04b_sampling.ipynb #4f6e5701-0
+# %% ../nbs/04b_sampling.ipynb #e3a812e2-0
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal, get_args
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .binding import copy_tree, eager, layer_with, own_buffers, plain_network, seeded_world
 from .families import MeanFieldGaussian
-from .groups import Refusal, require
+from .groups import Refusal, check_kind, require
 from .layers import variational_tensors
+from .network_actions import check_network
 from symbnn.plans import (
     Plan,
     Posteriors,
@@ -37,7 +38,7 @@ from symbnn.plans import (
     without_hooks,
 )
 
-# %% ../nbs/04b_sampling.ipynb #19db3d16-0
+# %% ../nbs/04b_sampling.ipynb #73f4bb0e-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
@@ -58,9 +59,9 @@ def check_inputs(x: Float[Tensor, "B ..."]) -> None:
     """`Refusal` unless inputs are one dense tensor with a non-empty axis of examples."""
     kind = type(x).__name__
     if not isinstance(x, Tensor):
-        fix = ("torch.as_tensor(x)" if hasattr(x, "__array__") else
-               "call it for each batch: for x, y in loader" if hasattr(x, "__iter__") and not isinstance(x, (
-                   dict, tuple, list)) else
+        loads = hasattr(x, "__iter__") and not isinstance(x, (dict, tuple, list, str, bytes, nn.Module))
+        fix = ("torch.as_tensor(x)" if hasattr(x, "__array__") else "predict(network, x, draws=32), in this order" if
+               isinstance(x, nn.Module) else "call it for each batch: for x, y in loader" if loads else
                "one tensor; for several, a network that takes them apart: x = torch.cat([a, b], 1), a = x[:, :k]")
         raise Refusal("Inputs are one torch tensor, examples on its first axis", received=f"a {kind}",
                       cause="an array, a data loader, or several inputs", fix=fix)
@@ -177,10 +178,12 @@ class _Bound:
 def apply_weights(network: nn.Module, x: Float[Tensor, "B ..."], weights: Weights) -> Float[Tensor, "S B ..."]:
     """Every draw on every input: the loop over draws with the plain network. `weights` as from `sample_weights` or
     `mean_weights`. A network whose outputs have no axis of examples gives (S, *outputs)."""
+    check_network(network)
+    check_inputs(x)
     _check_weights(network, weights)
     return _with_hooks(lambda: _Bound(network, x).every_draw(x, weights), network, x, False, None)
 
-# %% ../nbs/04b_sampling.ipynb #34b54a03-0
+# %% ../nbs/04b_sampling.ipynb #ee970adf-0
 class _OwnNoise:
     """A rule for estimators that give noise to single examples: every weight belongs to one layer."""
 
@@ -300,7 +303,9 @@ def forward(
             cause="a misspelt name",
             fix='use "split" unless every input must see the same draws',
         )
+    check_network(network)
     check_inputs(x)
+    check_kind(generator, (torch.Generator, type(None)), "The generator", "generator=torch.Generator().manual_seed(0)")
     return _with_hooks(lambda: _estimate(_Bound(network, x), x, draws, estimator, generator), network, x, False,
                        generator)
 
@@ -337,7 +342,7 @@ def _estimate(
     rule = apply_draws if estimator == "split" else _Local(len(padded), generator)
     return _unfold(bound.all(weights, rule)(bound.fold(padded, 1)), 1, len(padded))[:, : len(x)]
 
-# %% ../nbs/04b_sampling.ipynb #e67248cb-0
+# %% ../nbs/04b_sampling.ipynb #80e1c24b-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
@@ -386,7 +391,9 @@ def predict(
     one copy of the inputs come on top. By default it is 12 MiB on the CPU, where pieces that stay in the caches are
     fastest, and 1 GiB elsewhere. Where rows depend on each other the batch is not cut, whatever the budget.
     """
+    check_network(network)
     check_inputs(x)
+    check_kind(generator, (torch.Generator, type(None)), "The generator", "generator=torch.Generator().manual_seed(0)")
     memory = _BUDGET.get(x.device.type, 2**30) if memory is None else memory
     numbers = isinstance(memory, int) and (draws is None or isinstance(draws, int))
     if (draws is None) == (weights is None) or not numbers or memory < 1:

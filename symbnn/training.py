@@ -7,7 +7,7 @@ __all__ = ['Optimizer', 'Schedule', 'Precision', 'Select', 'Objective', 'Callbac
            'rate_factor', 'warm_up_factor', 'make_optimizer', 'choose_device', 'check_split', 'training_modes',
            'check_task', 'EpochRecord', 'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
-# %% ../nbs/16_training.ipynb #35540665-0
+# %% ../nbs/16_training.ipynb #5589854f-0
 import json
 import math
 import signal
@@ -23,9 +23,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .actions import Action, check_action
+from .actions import Action, SpatialAction, check_action
 from .binding import seeded_world
 from symbnn.checkpoints import (
     Checkpoint,
@@ -41,13 +42,13 @@ from symbnn.checkpoints import (
     write_checkpoint,
 )
 from .data import AUGMENTATIONS, Batches, Split, batches, epoch_generator
-from .groups import Refusal, require
+from .groups import Refusal, check_kind, require
 from .layers import variational_tensors
 from .plans import execution_plan
 from .sampling import Estimator, forward, predict, sample_weights, try_step
 from .models import Architecture
 from .mutual_information import InformationEstimator, Method, symmetrized_elbo
-from .network_actions import NetworkAction, unit_permutations
+from .network_actions import NetworkAction, check_network, unit_permutations
 from .objectives import ELBO, Categorical, elbo
 
 # %% ../nbs/16_training.ipynb #c643948c-0
@@ -147,7 +148,7 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
-# %% ../nbs/16_training.ipynb #ea533c4d-0
+# %% ../nbs/16_training.ipynb #ca24fb76-0
 def _is_there(device: str) -> bool:
     try:
         return torch.empty(0, device=device).device.type in ("cpu", "cuda", "mps")
@@ -178,11 +179,14 @@ def check_split(data: object, name: str) -> None:
         "a pair": "Split(torch.as_tensor(X), torch.as_tensor(y)), with integer labels y that count from 0",
         "splits": f"pass its part: {name}.train, {name}.validation or {name}.test",
         "batches": "Split(*map(torch.cat, zip(*loader))), for a loader of (input, label) batches",
+        "items": "Split(*map(torch.cat, zip(*DataLoader(dataset, 1000)))), for a data set of (input, label)",
+        "inputs": "Split(inputs, labels): train(network, Split(x, y), TrainingConfig(...))",
         "": "Split(inputs, labels) of two tensors",
     }
-    kind = ("splits" if isinstance(getattr(data, "train", None), Split) else
+    kind = ("inputs" if isinstance(data, Tensor) else "splits" if isinstance(getattr(data, "train", None), Split) else
             "a pair" if isinstance(data, (tuple, list)) and len(data) == 2 else
-            "batches" if hasattr(data, "__iter__") or hasattr(data, "__getitem__") else "")
+            "batches" if isinstance(data, DataLoader) else "items" if hasattr(data, "__getitem__") and hasattr(
+                data, "__len__") and not isinstance(data, (str, bytes, dict)) else "")
     raise Refusal(f"{name} is a Split: inputs (N, ...) and integer labels (N,), as tensors in memory",
                   received=f"a {type(data).__name__}", cause="data in another container", fix=fixes[kind])
 
@@ -444,7 +448,7 @@ def _check_same_run(stored: dict, wanted: dict) -> None:
     parts = ("data", "architecture", "family", "action", "symmetry")
     check_continued(theirs | {name: stored.get(name) for name in parts}, ours | {name: wanted[name] for name in parts})
 
-# %% ../nbs/16_training.ipynb #d094fcef-0
+# %% ../nbs/16_training.ipynb #4afedf6c-0
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
@@ -489,6 +493,14 @@ def _moved(split: Split | None, device: torch.device, dtype: torch.dtype) -> Spl
 
 def _prepare(network, data, config, action, validation, folder, resume, architecture, notes, symmetry):
     """All checks; then the run, and the validation data on its device."""
+    check_network(network)
+    check_kind(config, TrainingConfig, "The configuration", "TrainingConfig(epochs=10)",
+               {dict: "TrainingConfig(**settings)", Tensor: "train(network, Split(inputs, labels), TrainingConfig())",
+                Action: "train(network, data, TrainingConfig(), action=action)"})
+    check_kind(action, (Action, type(None)), "The action", "action=field(rotations(), data.shape)",
+               {SpatialAction: "action=field(space, data.shape)", NetworkAction: "action=network_action.input"})
+    check_kind(symmetry, (NetworkAction, type(None)), "The symmetry", "unit_permutations(network, data.shape)")
+    check_kind(architecture, (Architecture, type(None)), "The architecture", "architecture=None, or an Architecture")
     for name, split in (("data", data), ("validation", validation)):
         if split is not None or name == "data":
             check_split(split, name)
@@ -560,7 +572,7 @@ def train(
     saves and returns with status "interrupted". Raises `Refusal` before any work for settings or data that cannot be
     meant, and later when the ELBO is no longer finite or the disk is full; the last checkpoint is kept then.
     """
-    config, folder = config or TrainingConfig(), None if folder is None else Path(folder)
+    config, folder = TrainingConfig() if config is None else config, None if folder is None else Path(folder)
     run, validation = _prepare(network, data, config, action, validation, folder, resume, architecture, notes, symmetry)
     bar = tqdm(total=config.epochs * run.steps, initial=run.epoch * run.steps + run.step, unit="step",
                disable=None if progress else True)

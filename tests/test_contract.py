@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from symbnn import plans
 from symbnn.groups import Refusal
-from symbnn.layers import bayesianize, posterior_mean_network, variational_tensors
+from symbnn.layers import bayesianize, isotropic, kl_per_datum, posterior_mean_network, variational_tensors
 from symbnn.plans import execution_plan
 from symbnn.sampling import apply_weights, forward, mean_weights, predict, sample_weights
 from tolerances import assert_close, exact64
@@ -955,3 +955,25 @@ def test_networks_that_cannot_be_copied_are_refused():
     plain.last = plain(torch.zeros(2, 3))
     with pytest.raises(Refusal, match=r"detach"):
         bayesianize(plain)
+
+
+@pytest.mark.parametrize(("call", "said"), [
+    (lambda: bayesianize(None), "network"), (lambda: bayesianize(nn.Linear), "class"),
+    (lambda: bayesianize([linear()]), r"nn\.Sequential"), (lambda: bayesianize(linear(), 0.1), "scale=0.1"),
+    (lambda: bayesianize(linear(), "gaussian"), "MeanFieldGaussian"),
+    (lambda: bayesianize(linear(), scale="x"), "scale"),
+    (lambda: bayesianize(linear(), prior=isotropic), r"isotropic\(1\.0\)"),
+    (lambda: bayesianize(linear(), prior=1.0), r"isotropic\(1\.0\)"), (lambda: isotropic(0), "positive"),
+    (lambda: bayesianize(nn.Sequential(nn.LazyLinear(2), linear())), r"once"),
+    (lambda: bayesianize(nn.Sequential(linear(), nn.LazyBatchNorm1d())), r"once"),
+    (lambda: kl_per_datum(bayesianize(linear()), float("nan")), "positive"),
+    (lambda: kl_per_datum(bayesianize(linear()), None), "num_data"),
+    (lambda: predict(torch.zeros(2, 3), bayesianize(linear()), draws=2), "network"),
+    (lambda: predict(bayesianize(linear()), "x", draws=2), "tensor"),
+    (lambda: forward(bayesianize(linear()), torch.zeros(2, 3), generator=0), "manual_seed"),
+    (lambda: sample_weights(None, 2), "network"),
+])
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+def test_everyday_mistakes_are_told_what_works(call, said):
+    with pytest.raises(Refusal, match=said):
+        call()

@@ -749,7 +749,7 @@ def test_tied_networks_in_the_rest_of_the_library():
 
 def test_tie_refuses():
     network, action = bayesian(norm=True, hidden="regular")
-    with pytest.raises(Refusal, match=r"Norms.*1\.weight"):
+    with pytest.raises(Refusal, match=r"no posterior.*1\.weight"):
         tie(network, action)
     plain = plain_cnn()
     plain.insert(1, nn.BatchNorm2d(4, affine=False).double())

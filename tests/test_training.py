@@ -514,7 +514,9 @@ def test_ties_are_saved_once_and_resumed(tmp_path):
 @pytest.mark.parametrize(("data", "said"), [
     (lambda: DataLoader(TensorDataset(DATA.inputs, DATA.labels), 8), "loader"),
     (lambda: (DATA.inputs.numpy(), DATA.labels.numpy()), "as_tensor"),
-    (lambda: (DATA.inputs, DATA.labels), "as_tensor"), (lambda: TensorDataset(DATA.inputs, DATA.labels), "loader"),
+    (lambda: (DATA.inputs, DATA.labels), "as_tensor"),
+    (lambda: TensorDataset(DATA.inputs, DATA.labels), r"DataLoader\(dataset"),
+    (lambda: DATA.inputs, r"Split\(x, y\)"),
     (lambda: load("digits"), r"data\.train"), (lambda: {"x": DATA.inputs}, "Split"), (lambda: None, "NoneType"),
 ])
 def test_data_in_another_container_are_refused_with_a_way_that_works(data, said):
@@ -523,6 +525,24 @@ def test_data_in_another_container_are_refused_with_a_way_that_works(data, said)
     if data() is not None:
         with pytest.raises(Refusal, match="validation is a Split"):
             train(network(), DATA, replace(CONFIG, augmentation="none"), validation=data())
+
+
+def test_the_advice_on_data_works():
+    dataset = TensorDataset(DATA.inputs, DATA.labels)
+    for size in (1000, 8):
+        made = Split(*map(torch.cat, zip(*DataLoader(dataset, size))))
+        assert torch.equal(made.inputs, DATA.inputs) and torch.equal(made.labels, DATA.labels)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"config": {"epochs": 2}}, r"TrainingConfig\(\*\*"), ({"config": ACTION}, "action=action"),
+    ({"config": DATA.labels}, r"Split\(inputs, labels\)"), ({"config": 3}, "TrainingConfig"),
+    ({"action": rotations()}, r"field\(space"), ({"action": "C4"}, "field"), ({"symmetry": ACTION}, "unit_permutations"),
+    ({"architecture": "cnn"}, "Architecture"), ({"net": [1]}, "network"),
+])
+def test_arguments_of_other_kinds_are_refused(options, said):
+    with pytest.raises(Refusal, match=said):
+        run(**options)
 
 
 def test_tables_are_told_about_augmentation():
