@@ -6,7 +6,7 @@
 __all__ = ['Change', 'OF_EVERY_MODULE', 'Placeholder', 'modules_outside', 'plain_network', 'eager', 'no_change', 'copy_tree',
            'lead_over', 'copy_network', 'layer_with', 'seeded_world', 'own_buffers', 'bind']
 
-# %% ../nbs/01b_binding.ipynb #4908a349-0
+# %% ../nbs/01b_binding.ipynb #77fe3184-0
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +20,9 @@ from types import CellType, FunctionType, MethodType, SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .groups import Refusal, require
+from .groups import Refusal, check_kind, require
 
-# %% ../nbs/01b_binding.ipynb #590377f2-0
+# %% ../nbs/01b_binding.ipynb #9c9ae1b2-0
 class Placeholder(nn.Module):
     """A module that stands where a tensor stood (`layer.weight`), and makes way for one when something is computed."""
 
@@ -196,6 +196,7 @@ def copy_network(network: nn.Module) -> nn.Module:
 
     Raises `Refusal` where the network holds what cannot be copied, such as activations with a graph.
     """
+    check_kind(network, nn.Module, "The network", "a torch network, and the action after it")
     memo: dict[int, object] = {}
     try:
         copied = deepcopy(network, memo)

@@ -156,7 +156,7 @@ def fixed_means(means: dict[str, Tensor], deviation: float = 1.0) -> Prior:
 
     return build
 
-# %% ../nbs/04_layers.ipynb #6b94a0f5-0
+# %% ../nbs/04_layers.ipynb #662ab9aa-0
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these types; a subclass may do something else with its weights
 DETERMINISTIC = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
@@ -189,7 +189,8 @@ def _refuse_unconvertible(network: nn.Module) -> None:
                 "layer.requires_grad_(False)",
             )
         require(not is_lazy(parameter), "Layers know their sizes",
-                f"{name!r} of a {type(module).__name__}, which has no size yet", "a lazy layer", "network(x) once on an input, and then bayesianize(network)")
+                f"{name!r} of a {type(module).__name__}, which has no size yet", "a lazy layer",
+                "network(x) once on an input, and then bayesianize(network)")
         require(not parameter.is_complex(), "Families of distributions here are over real weights",
                 f"{name!r} of type {parameter.dtype}", "a network with complex weights",
                 "keep real and imaginary parts in two real layers")

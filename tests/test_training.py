@@ -537,7 +537,8 @@ def test_the_advice_on_data_works():
 @pytest.mark.parametrize(("options", "said"), [
     ({"config": {"epochs": 2}}, r"TrainingConfig\(\*\*"), ({"config": ACTION}, "action=action"),
     ({"config": DATA.labels}, r"Split\(inputs, labels\)"), ({"config": 3}, "TrainingConfig"),
-    ({"action": rotations()}, r"field\(space"), ({"action": "C4"}, "field"), ({"symmetry": ACTION}, "unit_permutations"),
+    ({"action": rotations()}, r"field\(space"), ({"action": "C4"}, "field"),
+    ({"symmetry": ACTION}, "unit_permutations"),
     ({"architecture": "cnn"}, "Architecture"), ({"net": [1]}, "network"),
 ])
 def test_arguments_of_other_kinds_are_refused(options, said):
