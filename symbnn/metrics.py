@@ -7,7 +7,7 @@ __all__ = ['Probabilities', 'Mode', 'Over', 'OrbitPredictions', 'check_probabili
            'orbit_predictions', 'accuracy', 'nll', 'brier', 'ece', 'defect_plugin', 'Estimate', 'defect_unbiased',
            'orbit_jensen_shannon', 'symmetric_kl', 'orbit_agreement', 'summarize']
 
-# %% ../nbs/07_defect.ipynb #5cc3dfcd-0
+# %% ../nbs/07_defect.ipynb #6c7c2091-0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +21,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .bounds import jensen_shannon
-from .data import Split
 from .groups import Element, Refusal, check_count, check_kind, check_tensor
 from .layers import is_variational
 from .sampling import predict, sample_weights
 from .network_actions import NetworkAction, check_acting
 
-# %% ../nbs/07_defect.ipynb #5dcdcd93-0
+# %% ../nbs/07_defect.ipynb #22f1e129-0
 Probabilities = Float[Tensor, "S N G C"]
 _TWO_LOGITS = "end the network in a layer with an output for each class, such as nn.Linear(features, 2)"
 
@@ -74,6 +73,11 @@ def check_probabilities(probabilities: Probabilities, turns: int = 1) -> None:
                "logits or log-probabilities", "apply softmax over the last axis")
 
 
+def _of_a_split(value: object, part: str) -> dict[type, str]:
+    """What to say to a value that has inputs and labels where one of them belongs."""
+    return {type(value): f"split.{part}"} if hasattr(value, "inputs") and hasattr(value, "labels") else {}
+
+
 def check_labels(probabilities: Probabilities, labels: Int[Tensor, "N"]) -> Int64[Tensor, "N"]:
     """The labels as int64 on the predictions' device; `Refusal` unless each input has one label in 0 ... C-1."""
 
@@ -82,7 +86,7 @@ def check_labels(probabilities: Probabilities, labels: Int[Tensor, "N"]) -> Int6
         raise Refusal("One class label for each input", received=received, cause=cause, fix=fix)
 
     integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    check_tensor(labels, "The batch of labels", "labels", {Split: "split.labels"})
+    check_tensor(labels, "The batch of labels", "labels", _of_a_split(labels, "labels"))
     if labels.dtype not in integers:
         refuse(str(labels.dtype), "labels that are not an integer tensor")
     if labels.shape != probabilities.shape[1:2]:
@@ -148,7 +152,7 @@ def orbit_predictions(
                 bar.update(len(turned))
     return OrbitPredictions(found, elements, mode)
 
-# %% ../nbs/07_defect.ipynb #ed27436a-0
+# %% ../nbs/07_defect.ipynb #b637749a-0
 def _check_request(network, inputs, action, draws, mode, batch_size, generator) -> None:
     def refuse(invariant: str, received: str, cause: str, fix: str) -> None:
         raise Refusal(invariant, received=received, cause=cause, fix=fix)
@@ -164,8 +168,9 @@ def _check_request(network, inputs, action, draws, mode, batch_size, generator) 
                "symbnn.layers.bayesianize(network)")
     parameter, shape = next(network.parameters()), tuple(action.input.shape)
     check_tensor(inputs, "The batch of inputs", "inputs", {
-        Split: "split.inputs", DataLoader: "each batch: for inputs, labels in loader: orbit_predictions(network, "
-        "inputs, action, draws=16)", dict: "the tensor of inputs in it"})
+        **_of_a_split(inputs, "inputs"),
+        DataLoader: "each batch: for inputs, labels in loader: orbit_predictions(network, inputs, action, draws=16)",
+        dict: "the tensor of inputs in it"})
     if tuple(inputs.shape[1:]) != shape or len(inputs) == 0:
         refuse(f"Inputs are (N, {', '.join(map(str, shape))}), the shape on which the group acts",
                f"shape {tuple(inputs.shape)}", "another data set, or a missing channel axis",
