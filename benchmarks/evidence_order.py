@@ -1,4 +1,4 @@
-"""Why the Laplace evidence ranks a convolutional and a fully connected network as it does (symbnn.evidence).
+"""Why the Laplace evidence ranks a convolutional and a fully connected network as it does (symbnn.layerwise.evidence).
 
     python benchmarks/evidence_order.py --root FOLDER_OF_MNIST          # both parts
     python benchmarks/evidence_order.py --root FOLDER_OF_MNIST few      # or one; results/evidence_order.json is updated
@@ -26,12 +26,14 @@ from pathlib import Path
 
 import torch
 
-from symbnn.data import Split
-from symbnn.evidence import laplace, log_precisions, set_log_precisions
-from symbnn.experiments import Setup, prepare
-from symbnn.layers import posterior_mean_network, variational_tensors
-from symbnn.precisions import PrecisionUpdates, evidence_precisions
-from symbnn.training import TrainingConfig, train
+from symbnn.data.splits import Split
+from symbnn.layerwise.curvature import log_precisions, set_log_precisions
+from symbnn.layerwise.evidence import laplace
+from symbnn.layerwise.precisions import PrecisionUpdates, evidence_precisions
+from symbnn.posterior.layers import posterior_mean_network, variational_tensors
+from symbnn.studies.experiments import Setup, prepare
+from symbnn.training.config import TrainingConfig
+from symbnn.training.loop import train
 
 PARTS = ("few", "study")
 LIMIT = 2**34  # bytes

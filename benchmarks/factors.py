@@ -1,4 +1,4 @@
-"""What fitting Kronecker factors costs (symbnn.evidence): seconds and memory against the size of relaxed networks.
+"""What fitting Kronecker factors costs (symbnn.layerwise.evidence): seconds and memory against the size of relaxed networks.
 
     python benchmarks/factors.py        # writes benchmarks/results/factors.json; a few minutes
 
@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from peak import peak_megabytes
 
-from symbnn.evidence import check_factors, laplace, log_precisions
-from symbnn.families import PointMass
-from symbnn.layers import bayesianize, variational_tensors
-from symbnn.relaxed import relaxed_network
+from symbnn.layerwise.curvature import log_precisions
+from symbnn.layerwise.evidence import laplace
+from symbnn.layerwise.kronecker import check_factors
+from symbnn.layerwise.paths import relaxed_network
+from symbnn.posterior.layers import bayesianize, variational_tensors
+from symbnn.posterior.point_mass import PointMass
 
 IMAGES, SHAPE, CLASSES = 200, (1, 16, 16), 10
 WIDTHS = {"CONV": (8, 16, 32), "F-FC+CONV": (2, 4, 8), "FC+CONV": (1, 2, 4)}

@@ -11,9 +11,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from symbnn.layers import bayesianize
-from symbnn.plans import execution_plan
-from symbnn.sampling import forward, predict
+from symbnn.posterior.layers import bayesianize
+from symbnn.posterior.plans import execution_plan
+from symbnn.posterior.sampling import forward, predict
 
 
 class TimeFirst(nn.Module):

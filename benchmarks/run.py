@@ -23,12 +23,13 @@ from peak import peak_megabytes
 from torch import nn
 from torch.nn import functional as F
 
-from symbnn.actions import field, rotations
-from symbnn.layers import bayesianize, kl_sum, variational_tensors
-from symbnn.metrics import orbit_predictions, summarize
-from symbnn.models import multiply_adds
-from symbnn.network_actions import network_action
-from symbnn.sampling import forward
+from symbnn.equivariance.metrics import summarize
+from symbnn.equivariance.predictions import orbit_predictions
+from symbnn.posterior.layers import bayesianize, kl_sum, variational_tensors
+from symbnn.posterior.sampling import forward
+from symbnn.symmetry.fields import field, rotations
+from symbnn.symmetry.networks import network_action
+from symbnn.training.architectures import multiply_adds
 
 BATCH, DRAWS, CLASSES, SIZE = 128, 10, 10, (1, 28, 28)
 NETWORKS = {"small": (32, 64), "expanded": (128, 256)}
@@ -177,7 +178,7 @@ def summed_variance(sample):
 
 def variance(repeats):
     """Summed variance of the gradient in the means: at the start, and after 150 steps of training on these images."""
-    from symbnn.data import load
+    from symbnn.data.sources import load
 
     split = load("fashion_mnist", train_size=2000).train
     generator = torch.Generator().manual_seed(2)

@@ -5,8 +5,9 @@ asked in both orders, it fails one of the two.
 """
 import dataclasses
 
-from symbnn.actions import Action, SpatialAction, natural_action, rotations_and_flips, translations
-from symbnn.groups import Subgroup, Symmetric
+from symbnn.symmetry.actions import Action, natural_action
+from symbnn.symmetry.fields import SpatialAction, rotations_and_flips, translations
+from symbnn.symmetry.groups import Subgroup, Symmetric
 
 ORDERS = (1, -1)  # as they are, and back to front
 

@@ -15,16 +15,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from symbnn import __version__, checkpoints, cli, comparison
-from symbnn.catalogue import STUDIES, Cost, find_study
-from symbnn.checkpoints import read_checkpoint, save_network
-from symbnn.data import PARTS
-from symbnn.experiments import ARRAYS, Setup
-from symbnn.groups import Refusal
-from symbnn.layers import bayesianize
-from symbnn.models import PRESETS, build
-from symbnn.studies import Evaluation, Spec, Study, plain
-from symbnn.training import TrainingConfig
+from symbnn import __version__, cli
+from symbnn.data.sources import PARTS
+from symbnn.errors import Refusal
+from symbnn.posterior.layers import bayesianize
+from symbnn.studies.studies import comparison
+from symbnn.studies.catalogue import STUDIES, Cost, find_study
+from symbnn.studies.experiments import ARRAYS, Setup
+from symbnn.studies.studies import Evaluation, Spec, Study, plain
+from symbnn.training.loop import checkpoints
+from symbnn.training.architectures import PRESETS, build
+from symbnn.training.checkpoints import read_checkpoint, save_network
+from symbnn.training.config import TrainingConfig
 
 NETWORK = ["--channels", "2,4", "--train-size", "64", "--batch-size", "64"]
 TRAIN = ["train", *NETWORK, "--epochs", "2", "--learning-rate", "0.02"]
