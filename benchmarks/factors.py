@@ -21,7 +21,7 @@ from symbnn.layerwise.curvature import log_precisions
 from symbnn.layerwise.evidence import laplace
 from symbnn.layerwise.kronecker import check_factors
 from symbnn.layerwise.paths import relaxed_network
-from symbnn.posterior.layers import bayesianize, variational_tensors
+from symbnn.posterior.layers import variational_tensors, with_posteriors
 from symbnn.posterior.point_mass import PointMass
 
 IMAGES, SHAPE, CLASSES = 200, (1, 16, 16), 10
@@ -32,7 +32,7 @@ def measure(kind, width, curvature):
     """One fit."""
     generator = torch.Generator().manual_seed(0)
     plain = relaxed_network(kind, SHAPE, CLASSES, channels=(width, 2 * width), strides=(1, 2), generator=generator)
-    network = bayesianize(plain, PointMass)
+    network = with_posteriors(plain, PointMass)
     x, y = torch.randn(IMAGES, *SHAPE, generator=generator), torch.randint(CLASSES, (IMAGES,), generator=generator)
     laplace(network, x[:2], y[:2], curvature=curvature)  # whatever is set up once
     start = time.perf_counter()

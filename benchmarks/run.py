@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from symbnn.equivariance.metrics import summarize
 from symbnn.equivariance.predictions import orbit_predictions
-from symbnn.posterior.layers import bayesianize, kl_sum, variational_tensors
+from symbnn.posterior.layers import kl_sum, variational_tensors, with_posteriors
 from symbnn.posterior.sampling import forward
 from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.networks import network_action
@@ -105,7 +105,7 @@ def pair(name):
     ours = convolutional(NETWORKS[name], pool_first=True)
     means = [p for layer in loop.layers if isinstance(layer, LoopLayer) for p in layer.loc]
     ours.load_state_dict(dict(zip(ours.state_dict(), means, strict=True)))
-    return loop, bayesianize(ours, scale=F.softplus(torch.tensor(-3.0)).item())
+    return loop, with_posteriors(ours, scale=F.softplus(torch.tensor(-3.0)).item())
 
 
 def batch(size=BATCH):

@@ -18,15 +18,14 @@ from typer.testing import CliRunner
 from symbnn import __version__, cli
 from symbnn.data.sources import PARTS
 from symbnn.errors import Refusal
-from symbnn.posterior.layers import bayesianize
-from symbnn.studies.studies import comparison
+from symbnn.posterior.layers import with_posteriors
 from symbnn.studies.catalogue import STUDIES, Cost, find_study
 from symbnn.studies.experiments import ARRAYS, Setup
-from symbnn.studies.studies import Evaluation, Spec, Study, plain
-from symbnn.training.loop import checkpoints
+from symbnn.studies.studies import Evaluation, Spec, Study, comparison, plain
 from symbnn.training.architectures import PRESETS, build
 from symbnn.training.checkpoints import read_checkpoint, save_network
 from symbnn.training.config import TrainingConfig
+from symbnn.training.loop import checkpoints
 
 NETWORK = ["--channels", "2,4", "--train-size", "64", "--batch-size", "64"]
 TRAIN = ["train", *NETWORK, "--epochs", "2", "--learning-rate", "0.02"]
@@ -339,7 +338,7 @@ def test_checkpoints_that_cannot_be_evaluated_are_refused(trained, tmp_path):
     refused(trained("evaluate", "run", "--draws", "0"), "draws")
     refused(trained("evaluate", "run", "--mode", "magic"), "mode")
     refused(trained("evaluate", "run", "--split", "train"), "split is one of")
-    save_network(tmp_path / "saved", bayesianize(build(PRESETS["digits"])), PRESETS["digits"])
+    save_network(tmp_path / "saved", with_posteriors(build(PRESETS["digits"])), PRESETS["digits"])
     refused(trained("evaluate", "saved"), "notes without a setup")
     tensors = next((tmp_path / "run").glob("*.safetensors"))
     other = next((tmp_path / "saved").glob("*.safetensors"))
@@ -432,7 +431,7 @@ def test_the_list_of_studies_has_their_costs(shell, monkeypatch):
     def estimate(study, speed):
         assert speed == "measured"
         if study.base.training.estimator == "shared":
-            raise Refusal("a", received="b", cause="c", fix="d")  # images that are not here
+            raise Refusal("a", got="b", cause="c", fix="d")  # images that are not here
         return Cost(1, 12e12, 15120.0)
 
     monkeypatch.setattr(cli, "step_speed", lambda: "measured")

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from symbnn.data.sources import sources as module
 from symbnn.data.batches import batches, epoch_generator
 from symbnn.data.sources import PARTS, SOURCES, Source, load, read_idx
+from symbnn.data.sources import sources as module
 from symbnn.data.splits import Dataset, Split, split_training, stratified_order
 from symbnn.errors import Refusal
 from symbnn.symmetry.actions import Action, natural_action, regular_channels

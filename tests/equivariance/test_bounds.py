@@ -18,7 +18,7 @@ from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.families import FAMILIES
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
-from symbnn.posterior.layers import VariationalTensor, bayesianize, variational_tensors
+from symbnn.posterior.layers import VariationalTensor, variational_tensors, with_posteriors
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import fixed_means, isotropic, random_means
 from symbnn.symmetry.actions import Action, natural_action, regular_channels, sign_change
@@ -330,7 +330,7 @@ def classifier(seed=0, circular=False):
 
 
 def with_scale(plain, scale):
-    return bayesianize(plain, scale=scale)
+    return with_posteriors(plain, scale=scale)
 
 
 @pytest.mark.parametrize("circular", [False, True])
@@ -350,7 +350,7 @@ def test_lipschitz_bound_of_one_linear_layer_in_closed_form():
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(9, 3)).double()
     action, x = network_action(plain, field(rotations(), (1, 3, 3))), normal(5, 1, 3, 3, seed=2)
-    network = bayesianize(plain, scale=0.2)
+    network = with_posteriors(plain, scale=0.2)
     W = plain[1].weight.detach()
     for k in range(4):
         moved = (action.parameters["1.weight"].act(k, W) - W).norm()
@@ -362,7 +362,7 @@ def test_lipschitz_recursion_against_one_written_out():
     plain = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 8),
                           nn.Tanh(), nn.Linear(8, 3)).double()
     action = network_action(plain, field(rotations(), (1, 4, 4)), hidden="regular")  # biases move as well
-    network, x = bayesianize(plain, scale=0.3), normal(2, 1, 4, 4, seed=1)
+    network, x = with_posteriors(plain, scale=0.3), normal(2, 1, 4, 4, seed=1)
     posts = {name: t.posterior for name, t in variational_tensors(network).items()}
     r = {n: math.sqrt(q.mean.square().sum().item() + 0.09 * q.numel) for n, q in posts.items()}
     for k, g in enumerate(action.group.elements()):
@@ -498,7 +498,7 @@ def test_the_bound_of_a_network_counts_reads(first, flat, reads):
     torch.manual_seed(0)
     plain = nn.Sequential(first, nn.Flatten(), nn.Linear(flat, 3, bias=False)).double()
     action, x = network_action(plain, field(half_turns(), (1, 4, 4))), normal(5, 1, 4, 4, seed=1)
-    network = bayesianize(plain, scale=0.3)
+    network = with_posteriors(plain, scale=0.3)
     posts = {name: t.posterior for name, t in variational_tensors(network).items()}
     r = {n: math.sqrt(q.mean.square().sum().item() + 0.09 * q.numel) for n, q in posts.items()}
     w = {n: (action.parameters[n].act(1, q.mean) - q.mean).norm().item() for n, q in posts.items()}
@@ -529,12 +529,12 @@ def test_lipschitz_refuses_what_it_does_not_know():
     for plain in cases:
         action = network_action(plain, field(rotations(), (1, 3, 3)))
         with pytest.raises(Refusal, match="Lipschitz bound"):
-            B.through_lipschitz(bayesianize(plain), action, torch.randn(2, 1, 3, 3))
+            B.through_lipschitz(with_posteriors(plain), action, torch.randn(2, 1, 3, 3))
     once = nn.Linear(9, 9)
     twice, action = nn.Sequential(nn.Flatten(), once, nn.ReLU(), once), network_action(
         nn.Sequential(nn.Flatten(), nn.Linear(9, 9)), field(rotations(), (1, 3, 3)))
     with pytest.raises(Refusal, match="used twice"):
-        B.through_lipschitz(bayesianize(twice), action, torch.randn(2, 1, 3, 3))
+        B.through_lipschitz(with_posteriors(twice), action, torch.randn(2, 1, 3, 3))
 
 
 # --- priors ---
@@ -566,10 +566,10 @@ def test_prior_bound_is_an_equality_for_one_curvature():
 def test_prior_gradient_gap():
     plain = classifier()
     action = network_action(plain, field(rotations(), (1, 4, 4)))
-    assert B.prior_gradient_gap(bayesianize(plain, prior=isotropic(0.3)), action).max() == 0
+    assert B.prior_gradient_gap(with_posteriors(plain, prior=isotropic(0.3)), action).max() == 0
     prior = random_means(1, spread=0.4, deviation=0.3)
     for family in (MeanFieldGaussian, BlockGaussian, Laplace):
-        network = bayesianize(plain, family, 0.1, prior)
+        network = with_posteriors(plain, family, 0.1, prior)
         found = B.prior_gradient_gap(network, action)
         assert found[0] == 0 and found[1:].min() > 0.1
         if family is not Laplace:
@@ -579,7 +579,7 @@ def test_prior_gradient_gap():
                 square = sum((moved[name] - m0[name]).square().sum() for name in m0)
                 assert_close(found[k], square.sqrt() / 0.09, 1e-10)
     uneven = fixed_means({name: torch.zeros_like(p) for name, p in plain.named_parameters()}, 0.3)
-    network = bayesianize(plain, scale=0.1, prior=uneven)
+    network = with_posteriors(plain, scale=0.1, prior=uneven)
     prior = network[0].weight.prior
     with torch.no_grad():
         prior.log_scale.data = prior.log_scale.expand(prior.shape) + 0.1 * normal(*prior.shape, seed=4)
@@ -739,7 +739,7 @@ def setting():
 
 def test_ledger_has_every_number(setting):
     plain, action, x = setting
-    network = bayesianize(plain, scale=0.3)
+    network = with_posteriors(plain, scale=0.3)
     P = orbit_predictions(network, x, action, 60, generator=seeded(0)).probabilities
     book = B.ledger(network, action, P, x, (0.08, 0.01))
     values, divergences = {b.name: b.value for b in book.bounds}, B.push_forward_divergences(network, action)
@@ -765,7 +765,7 @@ def test_ledger_has_every_number(setting):
 
 def test_ledger_standard_error(setting):
     plain, action, x = setting
-    network = bayesianize(plain, scale=0.3)
+    network = with_posteriors(plain, scale=0.3)
     books = [B.ledger(network, action, orbit_predictions(network, x, action, 64, generator=seeded(s)).probabilities)
              for s in range(60)]
     spread = torch.tensor([book.error for book in books]).double().std().item()
@@ -777,7 +777,7 @@ def test_ledger_standard_error(setting):
 def test_ledger_standard_error_where_the_error_is_linear(draws):
     """Turns that raise one class in every draw: the error is a mean of draws, the jackknife its standard error."""
     plain = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double()
-    network, action = bayesianize(plain), network_action(plain, field(flips(), (1, 2, 2)))
+    network, action = with_posteriors(plain), network_action(plain, field(flips(), (1, 2, 2)))
     raised = torch.rand(draws, 3, generator=seeded(3), dtype=torch.float64) / 2
     first = torch.stack([torch.full_like(raised, 0.3), 0.3 + raised], -1)
     book = B.ledger(network, action, torch.stack([first, 1 - first], -1))
@@ -787,7 +787,7 @@ def test_ledger_standard_error_where_the_error_is_linear(draws):
 
 def test_ledger_of_an_invariant_posterior_is_zero(setting):
     plain, action, x = setting
-    network = bayesianize(plain, scale=0.3)
+    network = with_posteriors(plain, scale=0.3)
     with torch.no_grad():
         for name, tensor in variational_tensors(network).items():
             loc = tensor.posterior.loc
@@ -805,7 +805,7 @@ def test_ledger_with_permuted_classes_and_single_precision(setting):
     plain = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 4))
     action = network_action(plain, field(rotations(), (1, 4, 4)), hidden="regular",
                             output=regular_channels(Cyclic(4), 1))
-    network, x = bayesianize(plain, scale=0.5), torch.randn(4, 1, 4, 4, generator=seeded(0))
+    network, x = with_posteriors(plain, scale=0.5), torch.randn(4, 1, 4, 4, generator=seeded(0))
     P = orbit_predictions(network, x, action, 300, generator=seeded(1)).probabilities
     single, double = B.ledger(network, action, P, x), B.ledger(network.double(), action, P.double(), x.double())
     for one, two in zip(single.bounds, double.bounds, strict=True):
@@ -815,7 +815,7 @@ def test_ledger_with_permuted_classes_and_single_precision(setting):
 
 def test_ledger_refusals(setting):
     plain, action, x = setting
-    network = bayesianize(plain, scale=0.3)
+    network = with_posteriors(plain, scale=0.3)
     P = orbit_predictions(network, x, action, 4).probabilities
     for wrong in (P[0], P[:1], P[:, :, :2]):
         with pytest.raises(Refusal, match="Predictions"):
@@ -823,7 +823,7 @@ def test_ledger_refusals(setting):
     with pytest.raises(Refusal, match="other inputs"):
         B.ledger(network, action, P, x[:2])
     with pytest.raises(Refusal, match=r"Bounds compare.*LogNormal for '0.weight'.*sign mask"):
-        B.ledger(bayesianize(plain, LogNormal), action, P)
+        B.ledger(with_posteriors(plain, LogNormal), action, P)
     other = network_action(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double(), field(rotations(), (1, 4, 4)))
     with pytest.raises(Refusal, match="another network"):
         B.ledger(network, other, P)
@@ -839,12 +839,12 @@ def test_ledger_refusals(setting):
 def test_large_groups_are_refused():
     wide = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 2))
     with pytest.raises(Refusal):
-        B.push_forward_divergences(bayesianize(wide), unit_permutations(wide, (2,)))
+        B.push_forward_divergences(with_posteriors(wide), unit_permutations(wide, (2,)))
 
 
 def test_cuda(require_cuda, setting):
     plain, action, x = setting
-    network, x = bayesianize(plain, scale=0.3).to(require_cuda), x.to(require_cuda)
+    network, x = with_posteriors(plain, scale=0.3).to(require_cuda), x.to(require_cuda)
     P = orbit_predictions(network, x, action, 20).probabilities
     book = B.ledger(network, action, P, x)
     assert all(math.isfinite(bound.value) for bound in book.bounds)

@@ -14,7 +14,7 @@ from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
-from symbnn.posterior.layers import bayesianize, variational_tensors
+from symbnn.posterior.layers import variational_tensors, with_posteriors
 from symbnn.posterior.likelihoods import Categorical, Gaussian
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import isotropic, random_means
@@ -81,7 +81,7 @@ each_case = pytest.mark.parametrize("case", CASES)
 def network_of(case, family=MeanFieldGaussian, scale=0.4):
     """A Bayesian network whose scales differ from weight to weight, and its action."""
     plain, action = CASES[case]()
-    network = bayesianize(plain, family, scale=scale)
+    network = with_posteriors(plain, family, scale=scale)
     for k, tensor in enumerate(variational_tensors(network).values()):
         log_scale = getattr(tensor.posterior, "log_scale", None)
         if log_scale is not None:
@@ -104,7 +104,7 @@ def noise_of(network, draws, seed=3):
 
 def moved_network(network, plain, action, g, family=MeanFieldGaussian):
     """A network of the same architecture whose posterior is the push-forward of this one's."""
-    moved = bayesianize(plain, family)
+    moved = with_posteriors(plain, family)
     for name, posterior in posteriors(network).items():
         pushed = posterior.push_forward(action.parameters[name](g))
         posteriors(moved)[name].load_state_dict(pushed.state_dict())
@@ -414,7 +414,7 @@ def softmax_regression(family=MeanFieldGaussian, prior=None, likelihood=CLASSES,
     linear = nn.Linear(4, 4).double()
     for k, p in enumerate(linear.parameters()):
         p.data = randn(*p.shape, seed=10 + k) if start is None else start(p)
-    network = bayesianize(nn.Sequential(front(), linear), family, scale=0.5, prior=prior)
+    network = with_posteriors(nn.Sequential(front(), linear), family, scale=0.5, prior=prior)
     action = network_action(nn.Sequential(nn.Identity(), linear), CYCLE, output=CYCLE)
     x, labels = randn(6, 4, seed=12), torch.randint(4, (6,), generator=seeded(13))
     if augment:
@@ -432,7 +432,7 @@ def reflected(family, degrees):
     along = torch.tensor([math.cos(a / 2), math.sin(a / 2)], dtype=torch.float64)
     x = 3 * randn(8, 1, seed=15) * along + 0.3 * randn(8, 2, seed=16)
     labels = (x @ along > 0).long()
-    network = bayesianize(nn.Sequential(nn.Linear(2, 1, bias=False).double(), Opposite()), family, scale=0.5)
+    network = with_posteriors(nn.Sequential(nn.Linear(2, 1, bias=False).double(), Opposite()), family, scale=0.5)
     circle = torch.arange(32, dtype=torch.float64) * 2 * math.pi / 32
     radii = torch.tensor([0.4, 0.8, 1.2, 1.6, 2.2], dtype=torch.float64)
     noise = radii[:, None, None] * torch.stack([circle.cos(), circle.sin()], -1)
@@ -515,7 +515,7 @@ def signed_regression(targets=None):
     x, y = randn(3, 2), randn(3, 1, seed=1)
     x = torch.cat([PLANE.act(g, x) for g in range(4)])
     y = torch.cat([MIRRORED.act(g, y) for g in range(4)]) if targets is None else targets
-    return violations(bayesianize(plain), action, x, y, likelihood=Gaussian(0.3))
+    return violations(with_posteriors(plain), action, x, y, likelihood=Gaussian(0.3))
 
 
 def test_targets_that_change_sign():
@@ -575,7 +575,7 @@ class Weighted(Gaussian):
 def test_every_generator_is_asked_for_violations(order):
     """S3 on three inputs and three outputs; what the exchange of two leaves in place and the cycle does not."""
     acting = reordered(natural_action(Symmetric(3)), order)
-    network = bayesianize(nn.Linear(3, 3).double(), prior=isotropic(1.0))
+    network = with_posteriors(nn.Linear(3, 3).double(), prior=isotropic(1.0))
     action = network_action(network, acting, output=acting)
     x = torch.stack([acting.act(g, torch.tensor([1.0, 2.0, 4.0]).double()) for g in acting.group.elements()])
     assert violations(network, action, x, x, likelihood=Gaussian(1.0)) == {}
@@ -611,11 +611,11 @@ def test_refusals():
     plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     signed, zeros = network_action(plain, PLANE, output=PLANE), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(Refusal, match="permuting classes"):
-        violations(bayesianize(plain), signed, randn(4, 2), zeros)
+        violations(with_posteriors(plain), signed, randn(4, 2), zeros)
     with pytest.raises(Refusal, match="own shape"):
-        violations(bayesianize(nn.Sequential(nn.Linear(2, 3)).double()), action, x, labels)
+        violations(with_posteriors(nn.Sequential(nn.Linear(2, 3)).double()), action, x, labels)
     with pytest.raises(Refusal, match="derived from"):
-        violations(bayesianize(nn.Linear(2, 3).double()), action, x, labels)
+        violations(with_posteriors(nn.Linear(2, 3).double()), action, x, labels)
     with pytest.raises(Refusal, match="variational layers"):
         violations(nn.Linear(2, 3), action, x, labels)
 

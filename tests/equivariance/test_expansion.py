@@ -18,7 +18,7 @@ from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
-from symbnn.posterior.layers import bayesianize, posterior_mean_network, variational_tensors
+from symbnn.posterior.layers import posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import isotropic, random_means
 from symbnn.posterior.sampling import apply_weights, mean_weights, sample_weights
@@ -161,7 +161,7 @@ def test_equivariant_network_and_posterior(case, arrangement):
     if arrangement == "block_diagonal":
         assert_close(outputs[0], small.mean(0))
 
-    bayesian = bayesianize(network, prior=random_means(0))
+    bayesian = with_posteriors(network, prior=random_means(0))
     for tensor in variational_tensors(bayesian).values():
         nn.init.normal_(tensor.posterior.log_scale, -2.0, generator=seeded(3))
     wide_bayesian = expand(bayesian, action, arrangement)
@@ -201,7 +201,7 @@ def test_row_rolled_before_a_flattened_head(depth):
     assert_close(outputs, outputs[:1].expand_as(outputs))
     acting = expanded_action(wide, action, "row_rolled")
     assert intertwining_error(wide, acting, x) < exact64
-    bayesian = expand(bayesianize(network), action, "row_rolled")
+    bayesian = expand(with_posteriors(network), action, "row_rolled")
     for name, tensor in variational_tensors(bayesian).items():
         assert_invariant_family(tensor.posterior, acting.parameters[name], action.group)
     assert pickle.loads(pickle.dumps(acting)).parameters["0.weight"](1) == acting.parameters["0.weight"](1)
@@ -335,7 +335,7 @@ def test_random_convolutional_networks(space, hidden, out, kernel, flat, arrange
 @pytest.mark.parametrize("arrangement", INVARIANT)
 def test_scales_of_every_layer(family, arrangement):
     network, action = CASES["cnn C4"]()
-    bayesian = bayesianize(network, family=family, scale=0.3)
+    bayesian = with_posteriors(network, family=family, scale=0.3)
     tensors = variational_tensors(expand(bayesian, action, arrangement))
     for which, start in (("posterior", 0.3), ("prior", None)):
         for name, factor in {"0.weight": 1, "0.bias": 1, "3.weight": 0.5, "8.weight": 0.5, "8.bias": 1}.items():
@@ -355,7 +355,7 @@ def test_scales_of_every_layer(family, arrangement):
 @pytest.mark.parametrize("family", [MeanFieldGaussian, Laplace])
 def test_variances_of_what_no_copy_meets_are_means_over_the_group(case, name, family):
     network, action = CASES[case]()
-    bayesian = bayesianize(network, family=family)
+    bayesian = with_posteriors(network, family=family)
     for tensor in variational_tensors(bayesian).values():
         nn.init.normal_(tensor.posterior.log_scale, -1.0, generator=seeded(3))
     wide, acting = expand(bayesian, action), action.parameters[name].absolute()
@@ -367,7 +367,7 @@ def test_variances_of_what_no_copy_meets_are_means_over_the_group(case, name, fa
 
 def test_divergence_of_regular_blocks():
     network, action = CASES["cnn D4"]()
-    bayesian = bayesianize(network)
+    bayesian = with_posteriors(network)
     small, wide = variational_tensors(bayesian), variational_tensors(expand(bayesian, action))
     for name, factor in {"0.weight": 8, "0.bias": 8, "3.weight": 64, "8.bias": 1}.items():
         assert_close(wide[name].kl() / small[name].kl(), torch.tensor(float(factor)))
@@ -375,7 +375,7 @@ def test_divergence_of_regular_blocks():
 
 def test_tiny_scales_stay_finite():
     network, action = CASES["mlp S4 to S4"]()
-    bayesian = bayesianize(network.float(), scale=1e-30)
+    bayesian = with_posteriors(network.float(), scale=1e-30)
     for tensor in variational_tensors(bayesian).values():
         tensor.posterior.log_scale.data.fill_(-200.0)
     for tensor in variational_tensors(expand(bayesian, action, "block_diagonal")).values():
@@ -384,7 +384,7 @@ def test_tiny_scales_stay_finite():
 
 def test_a_prior_builder_is_used():
     network, action = CASES["cnn C4"]()
-    wide = expand(bayesianize(network), action, prior=isotropic(2.0))
+    wide = expand(with_posteriors(network), action, prior=isotropic(2.0))
     for tensor in variational_tensors(wide).values():
         assert_close(tensor.prior.scale, torch.full(tensor.prior.shape, 2.0, dtype=torch.float64))
         assert not tensor.prior.trainable and not list(tensor.prior.parameters())
@@ -417,8 +417,8 @@ def test_batch_norm_in_training_mode_normalises_each_copy_by_its_own_batch():
 
 def test_expanded_networks_train_and_are_saved():
     network, action = CASES["cnn C4"]()
-    bayesian = expand(bayesianize(network), action)
-    again = expand(bayesianize(small_cnn()), action, "block_diagonal")
+    bayesian = expand(with_posteriors(network), action)
+    again = expand(with_posteriors(small_cnn()), action, "block_diagonal")
     again.load_state_dict(bayesian.state_dict())
     x = random_inputs(action)
     weights = sample_weights(bayesian, 2, seeded())
@@ -453,7 +453,7 @@ def test_a_layer_called_twice():
 
 def test_on_a_gpu(require_cuda):
     network, action = CASES["residual C4"]()
-    wide, x = expand(bayesianize(network.cuda()), action, "block_diagonal"), random_inputs(action).cuda()
+    wide, x = expand(with_posteriors(network.cuda()), action, "block_diagonal"), random_inputs(action).cuda()
     assert next(wide.parameters()).is_cuda
     assert_close(apply_weights(wide, x, mean_weights(wide))[0], orbit(network, action, x).mean(0))
 
@@ -504,7 +504,7 @@ class TestRefusals:
             nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 2)
         )
         self.refused("layer '2'", network, network_action(network, field(flips(), (1, 6, 6))))
-        bayesian = bayesianize(network)
+        bayesian = with_posteriors(network)
         self.refused("layer '2'", bayesian, network_action(bayesian, field(flips(), (1, 6, 6))))
 
     def test_tied_tensors(self):
@@ -518,13 +518,13 @@ class TestRefusals:
     @pytest.mark.parametrize("family", [LogNormal, FullGaussian])
     def test_family(self, family):
         network = mlp()
-        bayesian = bayesianize(network, family=family)
+        bayesian = with_posteriors(network, family=family)
         self.refused(family.__name__, bayesian, network_action(bayesian, Action.trivial(Cyclic(2), (4,))))
 
     @pytest.mark.parametrize("order", ORDERS)
     def test_blocks_that_the_group_tears_apart(self, order):
         network, action = network_pair(small_cnn(), field(reordered(rotations_and_flips(), order), (1, 8, 8)))
-        bayesian = bayesianize(network)
+        bayesian = with_posteriors(network)
         tensor = variational_tensors(bayesian)["0.weight"]
         rows = torch.zeros(3, 1, 3, 1, dtype=torch.float64)
         tensor.posterior = BlockGaussian(tensor.posterior.loc, rows)
@@ -540,7 +540,7 @@ class TestRefusals:
 
 def rolled_cnn() -> tuple[nn.Module, NetworkAction]:
     """A network with two hidden convolutions, under whose second copies move by g^2 if they are row_rolled."""
-    network = bayesianize(small_cnn().double(), prior=isotropic(1.0))
+    network = with_posteriors(small_cnn().double(), prior=isotropic(1.0))
     return network, network_action(network, field(rotations(), (1, 8, 8)))
 
 
@@ -557,7 +557,7 @@ def copied(wide: nn.Module, small: nn.Module, action: NetworkAction) -> dict[str
     from_file.load_state_dict(torch.load(file, weights_only=True))
     return {"itself": wide, "deepcopy": copy.deepcopy(wide), "pickle": pickle.loads(pickle.dumps(wide)),
             "layers in a new container": nn.Sequential(*wide), "mean": posterior_mean_network(wide),
-            "made Bayesian again": bayesianize(posterior_mean_network(wide)), "half": copy.deepcopy(wide).half(),
+            "made Bayesian again": with_posteriors(posterior_mean_network(wide)), "half": copy.deepcopy(wide).half(),
             "state_dict": loaded, "file": from_file, "checkpoint": checkpointed}
 
 

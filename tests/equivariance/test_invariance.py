@@ -19,7 +19,7 @@ from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
-from symbnn.posterior.layers import bayesianize, kl_sum, posterior_mean_network, variational_tensors
+from symbnn.posterior.layers import kl_sum, posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.likelihoods import Gaussian
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import random_means
@@ -172,7 +172,7 @@ def plain_cnn(norm=False, dtype=torch.float64):
 
 
 def bayesian(family=MeanFieldGaussian, hidden="trivial", space=None, prior=None, **options):
-    network = bayesianize(plain_cnn(**options), family, 0.1, prior)
+    network = with_posteriors(plain_cnn(**options), family, 0.1, prior)
     return network, network_action(network, field(space or rotations(), (1, 4, 4)), hidden=hidden)
 
 
@@ -213,7 +213,7 @@ def test_parameters_move_as_the_push_forward_says(family, hidden):
 
 def test_signs_move_locations_and_not_scales():
     torch.manual_seed(0)
-    network = bayesianize(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double())
+    network = with_posteriors(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double())
     hidden = Action(Cyclic(2), (3,), lambda g: SignedPermutation([0, 1, 2], [1 - 2 * g, 1, 1]), "one sign")
     action = network_action(network, Action.trivial(Cyclic(2), (2,)), hidden={"0": hidden})
     moves = parameter_actions(network, action)
@@ -244,13 +244,13 @@ def test_shared_parameters_move_as_one_or_are_refused():
 def test_refused_parameter_actions():
     action = bayesian()[1]
     with pytest.raises(Refusal, match="triangular"):
-        parameter_actions(bayesianize(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten()), FullGaussian),
+        parameter_actions(with_posteriors(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten()), FullGaussian),
                           network_action(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten()),
                                          field(rotations(), (1, 4, 4))))
     with pytest.raises(Refusal, match="sign mask"):
         parameter_actions(bayesian(LogNormal)[0], action)
     with pytest.raises(Refusal, match="derived from"):
-        parameter_actions(bayesianize(nn.Sequential(nn.Linear(4, 4))), action)
+        parameter_actions(with_posteriors(nn.Sequential(nn.Linear(4, 4))), action)
 
 
 def test_drift_is_the_distance_from_the_group_mean():
@@ -272,7 +272,7 @@ def test_drift_is_the_distance_from_the_group_mean():
 def pixel_pair():
     """The network, action, datum and SymPy gradient of two pixels under exchange with a change of signs."""
     torch.manual_seed(0)
-    network = bayesianize(nn.Sequential(nn.Linear(2, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False)).double())
+    network = with_posteriors(nn.Sequential(nn.Linear(2, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False)).double())
     swap = SignedPermutation([1, 0], [-1, -1])
     source = Action(Cyclic(2), (2,), lambda g: swap if g else SignedPermutation.identity(2), "exchange")
     action = network_action(network, source)
@@ -337,7 +337,7 @@ def test_coupled_noise_equals_the_projection(family, hidden):
 
 def test_unbiased_for_the_augmented_objective_and_less_noisy():
     """One linear layer with Gaussian likelihood, where the expected gradient over noise is known."""
-    network = bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(4, 1, bias=False)).double(), scale=0.4)
+    network = with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(4, 1, bias=False)).double(), scale=0.4)
     action = network_action(network, field(rotations(), (1, 2, 2)))
     posterior = put_in_fix(network, action)[1].weight.posterior
     x, y, draws = random(3, 1, 2, 2, seed=1), random(3, seed=2), 4000
@@ -367,7 +367,7 @@ OPTIMISERS = {
 def small(family=MeanFieldGaussian):
     torch.manual_seed(1)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    network = bayesianize(plain, family, 0.2)
+    network = with_posteriors(plain, family, 0.2)
     action = network_action(network, field(rotations(), (1, 2, 2)))
     return put_in_fix(network, action), action
 
@@ -529,13 +529,13 @@ def test_refusals_name_the_condition():
     network, action = bayesian(LogNormal)
     with pytest.raises(Refusal, match="A4"):
         keep_invariant(network, action)
-    network = bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double(), FullGaussian)
+    network = with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).double(), FullGaussian)
     action = network_action(network, field(rotations(), (1, 2, 2)))
     with torch.no_grad():
         network[1].weight.posterior.loc.zero_()
     with pytest.raises(Refusal, match="triangular"):
         keep_invariant(network, action)
-    other = bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double())
+    other = with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double())
     with pytest.raises(Refusal, match="derived from"):
         keep_invariant(other, action)
 
@@ -696,7 +696,7 @@ def test_every_draw_of_a_tied_network_is_equivariant(family):
 
 def test_vanishing_orbits_of_a_network_are_zero():
     torch.manual_seed(0)
-    network = bayesianize(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double())
+    network = with_posteriors(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double())
     hidden = Action(Cyclic(2), (3,), lambda g: SignedPermutation([0, 1, 2], [1 - 2 * g, 1, 1]), "one sign")
     tied = tie(network, network_action(network, Action.trivial(Cyclic(2), (2,)), hidden={"0": hidden}))
     weights = sample_weights(tied, 3, seeded())
@@ -707,7 +707,7 @@ def test_tied_networks_train_save_and_resume(tmp_path):
     architecture = Architecture("cnn", (1, 4, 4), 3, (4,))
 
     def fresh():
-        network = bayesianize(build(architecture, seeded()), MeanFieldGaussian, 0.1)
+        network = with_posteriors(build(architecture, seeded()), MeanFieldGaussian, 0.1)
         action = network_action(network, field(rotations(), (1, 4, 4)), hidden="regular")
         return tie(network, action), action
 
@@ -754,7 +754,7 @@ def test_tie_refuses():
         tie(network, action)
     plain = plain_cnn()
     plain.insert(1, nn.BatchNorm2d(4, affine=False).double())
-    network = bayesianize(plain)
+    network = with_posteriors(plain)
     with pytest.raises(Refusal, match="running_mean"):
         tie(network, network_action(network, field(rotations(), (1, 4, 4)), hidden="regular"))
     network, action = bayesian(norm=True)
@@ -766,7 +766,7 @@ def test_tie_refuses():
     with pytest.raises(Refusal, match="share a scale"):
         tie(network, action)
     with pytest.raises(Refusal, match="derived from"):
-        tie(bayesianize(nn.Sequential(nn.Linear(4, 4))), action)
+        tie(with_posteriors(nn.Sequential(nn.Linear(4, 4))), action)
 
 
 def test_marginals_of_independent_families():

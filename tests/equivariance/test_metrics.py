@@ -25,7 +25,7 @@ from symbnn.equivariance.predictions import OrbitPredictions, check_labels, chec
 from symbnn.errors import Refusal
 from symbnn.estimates import Estimate
 from symbnn.posterior.divergences import jensen_shannon, orbit_error, through_jensen_shannon
-from symbnn.posterior.layers import bayesianize
+from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.sampling import sample_weights
 from symbnn.symmetry.actions import regular_channels
 from symbnn.symmetry.fields import field, rotations
@@ -358,7 +358,7 @@ def which_way_up():
 def setting():
     plain, action = which_way_up()
     x = torch.randn(7, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return plain, bayesianize(plain, scale=0.3), action, x
+    return plain, with_posteriors(plain, scale=0.3), action, x
 
 
 def slow_predictions(plain, network, action, x, draws, mode, batch_size, seed):
@@ -416,7 +416,7 @@ def averaged():
 def test_an_equivariant_network_is_seen_as_one(setting):
     """Weights averaged over the group and almost no noise: turned back, the predictions do not depend on the turn."""
     plain, action = averaged()
-    predictions = orbit_predictions(bayesianize(plain, scale=1e-14), setting[3], action, 3, "fresh")
+    predictions = orbit_predictions(with_posteriors(plain, scale=1e-14), setting[3], action, 3, "fresh")
     P = predictions.probabilities
     assert_close(P, P[:, :, :1].expand(P.shape), exact64)
     assert P[0, :, 0].std(-1).min() > 1e-3  # and they do depend on the class
@@ -426,7 +426,7 @@ def test_an_equivariant_network_is_seen_as_one(setting):
 def test_invariant_posterior_of_a_network_at_eight_draws():
     """An exactly invariant law whose draws are not invariant: the unbiased defect is 0, the plug-in one is not."""
     plain, action = averaged()
-    network, x = bayesianize(plain, scale=0.3), torch.randn(64, 1, 4, 4, dtype=torch.float64)
+    network, x = with_posteriors(plain, scale=0.3), torch.randn(64, 1, 4, 4, dtype=torch.float64)
     P = orbit_predictions(network, x, action, 8, "fresh", 1, torch.Generator().manual_seed(0)).probabilities
     value, error = defect_unbiased(P)
     within_standard_errors(value, 0.0, error, k=3)
@@ -449,7 +449,7 @@ def test_repeatable_and_float32(setting):
         return orbit_predictions(network, x, action, 3, "fresh", 3, torch.Generator().manual_seed(2)).probabilities
 
     assert torch.equal(run(), run())
-    single = orbit_predictions(bayesianize(plain.float(), scale=0.1), x.float(), action, 2)
+    single = orbit_predictions(with_posteriors(plain.float(), scale=0.1), x.float(), action, 2)
     plain.double()
     assert single.probabilities.dtype == torch.float32
     check_probabilities(single.probabilities)
@@ -485,7 +485,7 @@ def test_batch_statistics_and_dropout_are_off_in_either_mode():
         head = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)
         plain = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), layer, *head)
         action = network_action(plain.eval(), field(rotations(), (1, 4, 4)))
-        network, x = bayesianize(plain), torch.randn(5, 1, 4, 4)
+        network, x = with_posteriors(plain), torch.randn(5, 1, 4, 4)
         found = [orbit_predictions(mode, x, action, 2, generator=torch.Generator().manual_seed(0)).probabilities
                  for mode in (network.eval(), network.train())]
         check_probabilities(found[0])
@@ -498,11 +498,11 @@ def test_signs_on_the_output_and_other_outputs_are_refused(setting):
     plain = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1))
     maps = network_action(plain, field(rotations(), (1, 4, 4)))
     with pytest.raises(Refusal, match="logits"):
-        orbit_predictions(bayesianize(plain), x.float(), maps, 2)
+        orbit_predictions(with_posteriors(plain), x.float(), maps, 2)
     smaller, _ = which_way_up()
     smaller[4] = nn.Linear(16, 5).double()
     with pytest.raises(Refusal, match="logits"):
-        orbit_predictions(bayesianize(smaller), x, action, 2)
+        orbit_predictions(with_posteriors(smaller), x, action, 2)
 
 
 TWO_LOGITS = r"nn\.Linear\(features, 2\)"
@@ -526,7 +526,7 @@ def test_orbits_that_agree_whatever_they_are(bound, shape):
 def test_one_logit_is_refused_before_the_first_prediction():
     plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Tanh(), nn.Linear(3, 1))
     action, x = network_action(plain, field(rotations(), (1, 4, 4))), torch.full((5, 1, 4, 4), 0.5)
-    network = bayesianize(plain)
+    network = with_posteriors(plain)
     network.register_forward_pre_hook(lambda *_: pytest.fail("predicted"))
     with pytest.raises(Refusal, match=f"two classes.*one logit.*{TWO_LOGITS}"):
         orbit_predictions(network, x, action, 2)
@@ -543,12 +543,12 @@ def test_outputs_for_pixels_are_called_that():
     plain = nn.Conv2d(1, 3, 3, padding=1)
     maps, x = network_action(plain, field(rotations(), (1, 6, 6))), torch.zeros(16, 1, 6, 6)
     with pytest.raises(Refusal, match=r"one vector of logits.*\(3, 6, 6\) of one input.*pixels.*nn\.Flatten"):
-        orbit_predictions(bayesianize(plain), x, maps, 4)
+        orbit_predictions(with_posteriors(plain), x, maps, 4)
 
 
 def test_cuda(require_cuda, setting):
     plain, network, action, x = setting
-    network = bayesianize(plain).to(require_cuda)
+    network = with_posteriors(plain).to(require_cuda)
     found = orbit_predictions(network, x, action, 3)
     assert found.probabilities.device.type == "cuda"
     assert summarize(found, torch.zeros(7, dtype=torch.int64))["nll_nats"] > 0

@@ -18,7 +18,7 @@ from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
-from symbnn.posterior.layers import bayesianize, kl_sum, variational_tensors
+from symbnn.posterior.layers import kl_sum, variational_tensors, with_posteriors
 from symbnn.posterior.likelihoods import Categorical
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.point_mass import PointMass
@@ -203,7 +203,7 @@ def convolutional(family=MeanFieldGaussian, channels=(4, 4), norm=True, prior=No
         plain(normal(20, 1, 6, 6, seed=9))
         nn.init.normal_(plain[1].weight, generator=seeded(3))
         nn.init.normal_(plain[1].bias, generator=seeded(4))
-    network = bayesianize(plain.eval(), family, scale=scale, prior=prior)
+    network = with_posteriors(plain.eval(), family, scale=scale, prior=prior)
     return spread(network)
 
 
@@ -222,14 +222,14 @@ def spread(network):
 def dense(inputs=4, hidden=8, out=4, family=MeanFieldGaussian, **options):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, out)).double()
-    return spread(bayesianize(plain, family, **({"scale": 0.3} | options)))
+    return spread(with_posteriors(plain, family, **({"scale": 0.3} | options)))
 
 
 def series():
     torch.manual_seed(0)
     around = dict(padding=1, padding_mode="circular")
     layers = [nn.Conv1d(2, 6, 3, **around), nn.ReLU(), nn.Conv1d(6, 4, 3, **around), nn.Tanh(), nn.Flatten()]
-    return spread(bayesianize(nn.Sequential(*layers, nn.Linear(24, 3)).double(), scale=0.2))
+    return spread(with_posteriors(nn.Sequential(*layers, nn.Linear(24, 3)).double(), scale=0.2))
 
 
 ON_SET = natural_action(Symmetric(4))
@@ -400,7 +400,7 @@ def test_norms_that_one_generator_moves_are_refused():
     """Of S3 on three channels the exchange of two leaves these scales in place, the cycle does not."""
     plain = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2)).double()
     plain[1].weight.data.copy_(torch.tensor([1.0, 1.0, 2.0]))
-    network = bayesianize(plain).eval()
+    network = with_posteriors(plain).eval()
     with pytest.raises(Refusal, match=r"'1\.weight', which the group moves"):
         OrbitMixture(network, unit_permutations(network, (1, 4, 4)))
 
@@ -493,7 +493,7 @@ def grid_information(q, action):
 def test_information_against_integration(family):
     q = family(torch.tensor([1.0, -0.3]).double(), torch.tensor([0.1, -0.4]).double())
     exchange = natural_action(Symmetric(2))
-    network = bayesianize(nn.Linear(2, 1, bias=False).double(), family)
+    network = with_posteriors(nn.Linear(2, 1, bias=False).double(), family)
     network.weight.posterior = family(q.loc.view(1, 2), q.log_scale.view(1, 2))
     found = OrbitMixture(network, network_action(network, exchange)).mutual_information(20_000, seeded())
     exact = grid_information(q, exchange)
@@ -552,7 +552,7 @@ def test_disjoint_supports_give_all_of_log_g():
 def test_thousands_of_weights_in_float32():
     """Log-densities near 10^4: float32 would be off by thousandths; the same draws in float64 are the reference."""
     torch.manual_seed(0)
-    single = bayesianize(nn.Sequential(nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 3)), scale=1.0)
+    single = with_posteriors(nn.Sequential(nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 3)), scale=1.0)
     with torch.no_grad():
         single[0].weight.posterior.loc.mul_(0.3)
     double, action = copy.deepcopy(single).double(), network_action(single, regular_channels(Cyclic(4), 16))
@@ -644,7 +644,7 @@ def ring_problem(prior, augmented=True, family=MeanFieldGaussian):
     plain = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     with torch.no_grad():
         plain[2].weight.mul_(4)
-    network, action = bayesianize(plain, family, scale=0.4, prior=prior), network_action(plain, RING)
+    network, action = with_posteriors(plain, family, scale=0.4, prior=prior), network_action(plain, RING)
     x = 2 * normal(6, 4, seed=6)
     with torch.no_grad():
         y = plain(x).argmax(-1)
@@ -670,7 +670,7 @@ def test_with_an_equivariant_output():
     action, x = network_action(plain, swap, output=swap), 2 * normal(4, 2, seed=6)
     y = plain(x).argmax(-1)
     x, labels = torch.cat([x, action.input.act((1, 0), x)]), torch.cat([y, 1 - y])
-    network = bayesianize(plain, scale=0.5)
+    network = with_posteriors(plain, scale=0.5)
     gain, information, error = both_sides(network, action, x, labels)
     assert information > 0.3
     within_standard_errors(gain, information, error)
@@ -714,13 +714,13 @@ def test_a_count_of_batches_is_left_alone():
     plain = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                           nn.Linear(2, 2))
     plain[1].num_batches_tracked.fill_(2**24 + 1)  # no float32
-    network = bayesianize(plain)
+    network = with_posteriors(plain)
     action = network_action(network, field(rotations(), (1, 4, 4)))
     assert symmetrize(network, action)[1].num_batches_tracked == 2**24 + 1
 
 
 def test_point_masses_have_a_projection_and_no_other_average():
-    network = bayesianize(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(32, 2)), PointMass)
+    network = with_posteriors(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(), nn.Linear(32, 2)), PointMass)
     action = network_action(network, field(rotations(), (1, 4, 4)))
     made = symmetrize(network, action, "projection")
     assert all(t.posterior.is_invariant_under(action.parameters[n]) for n, t in variational_tensors(made).items())

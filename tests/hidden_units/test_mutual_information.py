@@ -23,7 +23,7 @@ from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
-from symbnn.posterior.layers import bayesianize, variational_tensors
+from symbnn.posterior.layers import variational_tensors, with_posteriors
 from symbnn.posterior.likelihoods import Categorical, Gaussian
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import isotropic, random_means
@@ -52,7 +52,7 @@ def spread_means(network, separation, seed=0):
 def two_layers(units=5, separation=0.7, inputs=4, family=MeanFieldGaussian, dtype=torch.float64, seed=0, prior=None):
     torch.manual_seed(seed)
     plain = nn.Sequential(nn.Linear(inputs, units), nn.Tanh(), nn.Linear(units, 1)).to(dtype)
-    network = bayesianize(plain, family, scale=1.0, prior=prior or isotropic(1.0))
+    network = with_posteriors(plain, family, scale=1.0, prior=prior or isotropic(1.0))
     return spread_means(network, separation, seed)
 
 
@@ -101,7 +101,7 @@ def one_hidden(kind):
 @pytest.mark.parametrize("kind", ("linear", "convolutional"))
 def test_density_matrix_gives_the_density_of_every_permutation(family, kind):
     plain, shape = one_hidden(kind)
-    network = bayesianize(plain.double(), family, scale=0.4, prior=isotropic(1.0))
+    network = with_posteriors(plain.double(), family, scale=0.4, prior=isotropic(1.0))
     if family is LogNormal:
         with torch.no_grad():
             for tensor in variational_tensors(network).values():
@@ -157,7 +157,7 @@ def test_laplace_in_pieces(monkeypatch):
 
 @pytest.mark.parametrize("mu", (0.0, 0.5, 1.5, 4.0))
 def test_two_component_mixture_by_quadrature(mu):
-    network = bayesianize(nn.Sequential(nn.Linear(1, 1, bias=False)).double(), MeanFieldGaussian, 1.0, isotropic(1.0))
+    network = with_posteriors(nn.Sequential(nn.Linear(1, 1, bias=False)).double(), MeanFieldGaussian, 1.0, isotropic(1.0))
     with torch.no_grad():
         network[0].weight.posterior.loc.fill_(mu)
     found = mutual_information(network, network_action(network, sign_change(1)), draws=10_000, generator=generator(2))
@@ -275,7 +275,7 @@ def test_importance_at_two_has_the_moments_of_all_cases(method):
 def test_infonce_over_a_listed_group_has_the_moments_of_its_elements():
     """Exchanged inputs of one layer: the other element is e or g, with equal chances."""
     torch.manual_seed(0)
-    network = bayesianize(nn.Linear(2, 1, bias=False).double(), scale=0.7)
+    network = with_posteriors(nn.Linear(2, 1, bias=False).double(), scale=0.7)
     action = network_action(network, natural_action(Symmetric(2)))
     weights = sample_weights(network, 2, generator(8))
     estimator = InformationEstimator(network, action, "infonce", K=2)
@@ -445,7 +445,7 @@ def deep(widths=(2, 3, 4, 3), scale=0.5):
     torch.manual_seed(0)
     hidden = [layer for n, m in itertools.pairwise(widths) for layer in (nn.Linear(n, m), nn.Tanh())]
     network = nn.Sequential(*hidden, nn.Linear(widths[-1], 1)).double()
-    return spread_means(bayesianize(network, MeanFieldGaussian, scale=scale, prior=isotropic(1.0)), 0.4)
+    return spread_means(with_posteriors(network, MeanFieldGaussian, scale=scale, prior=isotropic(1.0)), 0.4)
 
 
 def test_subgroups_of_deep_networks_bound_from_below():
@@ -487,7 +487,7 @@ def test_the_heavier_subgroup_is_taken():
 def convolutional(scale=0.3, dtype=torch.float64):
     torch.manual_seed(1)
     plain = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
-    return bayesianize(plain.to(dtype), MeanFieldGaussian, scale=scale, prior=isotropic(1.0))
+    return with_posteriors(plain.to(dtype), MeanFieldGaussian, scale=scale, prior=isotropic(1.0))
 
 
 def test_data_symmetries_by_the_same_function():
@@ -535,7 +535,7 @@ def test_auto_elsewhere():
     wide = deep((2, 3, 20, 3))
     assert InformationEstimator(wide, unit_permutations(wide, (2,))).method == "capacity"
     torch.manual_seed(0)
-    full = bayesianize(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double(), FullGaussian, 0.5,
+    full = with_posteriors(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double(), FullGaussian, 0.5,
                        isotropic(1.0))
     estimator = InformationEstimator(full, unit_permutations(full, (2,)), K=4)
     assert estimator.method == "infonce" and "FullGaussian" in estimator.reason
@@ -558,7 +558,7 @@ def test_draws_are_taken_in_pieces(monkeypatch):
     network = two_layers()
     monkeypatch.setattr("symbnn.hidden_units.mutual_information._PIECE", 50)
     seen = []
-    monkeypatch.setattr("symbnn.posterior.sampling.sample_weights",
+    monkeypatch.setattr("symbnn.hidden_units.mutual_information.sample_weights",
                         lambda n, draws, g: (seen.append(draws), sample_weights(n, draws, g))[1])
     found = mutual_information(network, permuted(network), draws=5, generator=generator())
     assert seen == [2, 2, 1] and found.value.requires_grad
@@ -636,7 +636,7 @@ def test_what_is_refused_and_what_is_proposed():
 
 def test_correlated_families_are_refused_by_name():
     torch.manual_seed(0)
-    network = bayesianize(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), FullGaussian, 0.5, isotropic(1.0))
+    network = with_posteriors(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), FullGaussian, 0.5, isotropic(1.0))
     with pytest.raises(Refusal, match="FullGaussian"):
         mutual_information(network, unit_permutations(network, (2,)), "permanent")
 
@@ -665,7 +665,7 @@ class Residual(nn.Module):
 
 
 def test_an_action_that_is_wrong_for_one_generator_is_refused():
-    network = bayesianize(nn.Linear(4, 2).double())
+    network = with_posteriors(nn.Linear(4, 2).double())
     right = network_action(network, natural_action(Symmetric(4)))
     for bad in right.group.generators():
         output = Action(right.group, (2,), lambda g, bad=bad: SignedPermutation([g == bad, g != bad], [1, 1]))
@@ -675,7 +675,7 @@ def test_an_action_that_is_wrong_for_one_generator_is_refused():
 
 def test_units_tied_by_a_sum_are_left_to_infonce_or_enumeration():
     torch.manual_seed(0)
-    network = bayesianize(Residual().double(), MeanFieldGaussian, 0.5, isotropic(1.0))
+    network = with_posteriors(Residual().double(), MeanFieldGaussian, 0.5, isotropic(1.0))
     action = unit_permutations(network, (2,))
     with pytest.raises(Refusal, match="share weights"):
         InformationEstimator(network, action, "permanent")
@@ -689,7 +689,7 @@ def test_norms_with_parameters_are_refused(scales):
     plain = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2))
     with torch.no_grad():
         plain[1].weight.copy_(torch.tensor(scales))
-    network = bayesianize(plain, MeanFieldGaussian, 0.5, isotropic(1.0)).eval()
+    network = with_posteriors(plain, MeanFieldGaussian, 0.5, isotropic(1.0)).eval()
     with pytest.raises(Refusal, match="has a posterior"):
         mutual_information(network, unit_permutations(network, (1, 4, 4)))
 
@@ -712,7 +712,7 @@ def test_fresh_norms_and_frozen_layers_do_not_count(norm, frozen):
         plain[0].weight.requires_grad_(False)
         with torch.no_grad():
             plain[0].weight.copy_(plain[0].weight[:1].expand(5, 4))  # all units alike
-    network = bayesianize(plain, MeanFieldGaussian, 1.0, isotropic(1.0)).train()
+    network = with_posteriors(plain, MeanFieldGaussian, 1.0, isotropic(1.0)).train()
     action = unit_permutations(network, (4,))
     kept = {name: value.clone() for name, value in network.named_buffers()}
     found = mutual_information(network, action, draws=64, generator=generator(1))
@@ -730,7 +730,7 @@ def test_units_without_any_posterior_are_named():
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.fill_(parameter.flatten()[0].item())
-    network = bayesianize(plain, MeanFieldGaussian, 1.0, isotropic(1.0))
+    network = with_posteriors(plain, MeanFieldGaussian, 1.0, isotropic(1.0))
     estimator = InformationEstimator(network, unit_permutations(network, (4,)))
     assert "no weight of the units of '0'" in estimator._excluded
     assert not estimator.whole

@@ -21,7 +21,7 @@ from symbnn.errors import Refusal, check_count, check_kind, check_shape, check_t
 from symbnn.hidden_units.mutual_information import mutual_information
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.independent import MeanFieldGaussian
-from symbnn.posterior.layers import bayesianize, variational_tensors
+from symbnn.posterior.layers import variational_tensors, with_posteriors
 from symbnn.posterior.likelihoods import Categorical, Gaussian
 from symbnn.posterior.sampling import forward, predict
 from symbnn.symmetry.actions import Action
@@ -33,7 +33,7 @@ from symbnn.training.checkpoints import load_network, load_tensors, read_checkpo
 SHAPE = (1, 4, 4)
 torch.manual_seed(0)
 plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.ReLU(), nn.Linear(3, 2))
-network, turns = bayesianize(plain), field(rotations(), SHAPE)
+network, turns = with_posteriors(plain), field(rotations(), SHAPE)
 action = network_action(network, turns)
 x, y = torch.rand(4, *SHAPE), torch.tensor([0, 1, 1, 0])
 loader = DataLoader(TensorDataset(x, y), batch_size=2)
@@ -206,11 +206,11 @@ def test_a_last_layer_with_two_outputs_has_an_action():
         def forward(self, x):
             return self.last(self.inner(x).mean(1))
 
-    tokens = bayesianize(Tokens())
+    tokens = with_posteriors(Tokens())
     assert Categorical().log_prob(predict(tokens, torch.rand(4, 5, 4), draws=2), y).shape == (2, 4)
     with pytest.raises(Refusal, match=re.escape("x.mean(1)")):
         Categorical().log_prob(torch.zeros(2, 4, 5, 3), y)
-    one = bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(16, 1)))
+    one = with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(16, 1)))
     with pytest.raises(Refusal, match=re.escape("nn.Linear(features, 2)")):
         orbit_predictions(one, x, network_action(one, turns), 2)
     assert isinstance(tensor.posterior, MeanFieldGaussian) and np.isfinite(found.probabilities.numpy()).all()

@@ -11,7 +11,8 @@ import yaml
 from book import BOOK, INDEX, LIBRARY, README, ROOT, chapters, read
 
 CROSS_REFERENCES = ("eq", "sec", "fig", "tbl", "thm", "lem", "cor", "prp", "def", "exm", "cnj", "lst")
-MODULES = [path.stem for path in sorted(LIBRARY.glob("*.py")) if not path.stem.startswith("_")]
+MODULES = [".".join(path.relative_to(LIBRARY).with_suffix("").parts) for path in sorted(LIBRARY.rglob("*.py"))
+           if not path.stem.startswith("_")]
 
 
 def prose(source: str) -> str:

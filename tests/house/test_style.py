@@ -24,29 +24,56 @@ def test_oldest_grammar(path):
 
 
 def module_of(notebook) -> str | None:
-    """The module that a chapter exports."""
+    """The module that a chapter exports, by its name in the package."""
     code = "\n".join(cell.source for cell in read(notebook).cells if cell.cell_type == "code")
-    found = re.search(r"^#\| *default_exp +(\w+)", code, re.M)
+    found = re.search(r"^#\| *default_exp +([\w.]+)", code, re.M)
     return found and found[1]
 
 
-def imports(module: str) -> set[str]:
-    """Every module that an exported one imports, those of this package by their own names."""
-    found = set()
-    for node in ast.walk(ast.parse((LIBRARY / f"{module}.py").read_text())):
+def imports(module: str) -> dict[str, set[str]]:
+    """What an exported module imports: full names of modules, and the names that are taken from each."""
+    found: dict[str, set[str]] = {}
+    package = ["symbnn", *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse((LIBRARY / f"{module.replace('.', '/')}.py").read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
+            found.update({name.name: set() for name in node.names})
         elif isinstance(node, ast.ImportFrom):
-            whole = "symbnn." + (node.module or "") if node.level else node.module or ""
-            found |= {f"symbnn.{name.name}" for name in node.names} if whole in ("symbnn", "symbnn.") else {whole}
+            above = package[: len(package) - node.level + 1] if node.level else []
+            whole = ".".join([*above, *([node.module] if node.module else [])])
+            found.setdefault(whole, set()).update(name.name for name in node.names)
     return found
 
 
-def test_chapters_import_only_from_chapters_above():
-    modules = [module for path in chapters(BOOK) if (module := module_of(path))]
-    for position, module in enumerate(modules):
-        ours = {name.split(".")[1] for name in imports(module) if name.startswith("symbnn.")}
-        below = ours & set(modules[position:])
-        assert not below, f"symbnn.{module} imports from {sorted(below)}, which come later in the book"
-        extra = {name.split(".")[0] for name in imports(module)} & NOT_AT_RUN_TIME
-        assert not extra, f"symbnn.{module} imports {sorted(extra)}, which are not required to run the package"
+BOOK_ORDER = [module for path in chapters(BOOK) if (module := module_of(path))]
+
+
+@pytest.mark.parametrize("module", BOOK_ORDER)
+def test_a_module_imports_only_from_modules_above(module):
+    taken = imports(module)
+    ours = {name.removeprefix("symbnn.") for name in taken if name.startswith("symbnn.")}
+    unknown = ours - set(BOOK_ORDER)
+    assert not unknown, f"symbnn.{module} imports {sorted(unknown)}, which no chapter exports"
+    below = ours & set(BOOK_ORDER[BOOK_ORDER.index(module):])
+    assert not below, f"symbnn.{module} imports from {sorted(below)}, which come later in the book"
+    private = {f"{name}.{taken_name}" for name, names in taken.items() if name.startswith("symbnn")
+               for taken_name in names if taken_name.startswith("_") and taken_name != "__version__"}
+    assert not private, f"symbnn.{module} imports private names: {sorted(private)}"
+    extra = {name.split(".")[0] for name in taken} & NOT_AT_RUN_TIME
+    assert not extra, f"symbnn.{module} imports {sorted(extra)}, which are not required to run the package"
+
+
+@pytest.mark.parametrize("path", [path for path in chapters(BOOK) if module_of(path)], ids=lambda path: path.stem)
+def test_a_chapter_is_called_as_its_module(path):
+    folder, name = (re.sub(r"^\d+[a-z]?_", "", part) for part in (path.parent.name, path.stem))
+    assert module_of(path) in (name, f"{folder}.{name}")
+
+
+def test_no_public_name_means_two_things():
+    where: dict[str, list[str]] = {}
+    for module in BOOK_ORDER:
+        tree = ast.parse((LIBRARY / f"{module.replace('.', '/')}.py").read_text())
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(module)
+    twice = {name: modules for name, modules in where.items() if len(modules) > 1}
+    assert not twice, f"public names defined in several modules: {twice}"

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from symbnn.data.splits import Split
 from symbnn.errors import Refusal
-from symbnn.layerwise import evidence as E, precisions as R
+from symbnn.layerwise import evidence as E
+from symbnn.layerwise import precisions as R
 from symbnn.layerwise.paths import TiedPath, pathways, relaxed_network
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
-from symbnn.posterior.layers import bayesianize, kl_sum, variational_tensors
+from symbnn.posterior.layers import kl_sum, variational_tensors, with_posteriors
 from symbnn.posterior.likelihoods import Categorical, Gaussian
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.point_mass import PointMass
@@ -54,7 +55,7 @@ def started(plain: nn.Module, seed: int = 0, gain: float = 0.5) -> nn.Module:
 
 def with_precisions(plain: nn.Module, seed: int = 0) -> nn.Module:
     """A network of point masses with a different precision for each tensor."""
-    network = bayesianize(plain, PointMass)
+    network = with_posteriors(plain, PointMass)
     E.set_log_precisions(network, {name: value for name, value in zip(
         variational_tensors(network), 0.7 * normal(len(variational_tensors(network)), seed=seed))})
     return network
@@ -192,7 +193,7 @@ def test_factors_are_means_over_positions_and_sums_over_data():
     plain = started(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 2, 3, stride=2), nn.Tanh(),
                                   nn.Flatten(), nn.Linear(18, 3)))
     x = normal(7, 1, 8, 8)
-    fitted = spectra(E.kronecker_curvature(bayesianize(plain, PointMass), x, batch_size=3))
+    fitted = spectra(E.kronecker_curvature(with_posteriors(plain, PointMass), x, batch_size=3))
     for name, (A, B) in factors_by_hand(plain, x).items():
         a, b = torch.linalg.eigvalsh(A), torch.linalg.eigvalsh(B)
         assert_close(fitted[f"{name}.weight"], torch.outer(a, b).flatten().sort().values, 1e-10)  # of eigenvalues
@@ -217,7 +218,7 @@ def test_a_grouped_convolution_is_its_parts():
                                                                                           grouped[0].bias))
     apart.head.load_state_dict(grouped[3].state_dict())
     assert_close(apart(x), grouped(x))
-    one, two = (spectra(E.kronecker_curvature(bayesianize(each, PointMass), x)) for each in (grouped, apart))
+    one, two = (spectra(E.kronecker_curvature(with_posteriors(each, PointMass), x)) for each in (grouped, apart))
     for kind in ("weight", "bias"):
         both = torch.cat([two[f"first.{kind}"], two[f"second.{kind}"]]).sort().values
         assert_close(one[f"0.{kind}"], both, 1e-10)  # of eigenvalues
@@ -232,7 +233,7 @@ def without_cross_terms(curvature: E.FullCurvature | E.KernelCurvature, d) -> to
 def test_close_to_the_full_matrix():
     dense = started(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), gain=0.3)
     for plain, x in ((convolutional(gain=0.3), normal(300, 1, 8, 8)), (dense, normal(300, 6))):
-        network = bayesianize(plain, PointMass)
+        network = with_posteriors(plain, PointMass)
         d = {name: torch.tensor(2.0).double() for name in variational_tensors(network)}
         full, factors = E.full_curvature(network, x), E.kronecker_curvature(network, x).log_det(d)
         blocks = without_cross_terms(full, d)
@@ -250,7 +251,7 @@ def test_the_full_matrix_is_a_sum_of_squared_jacobians():
                                                                          retain_graph=True)]) for f in outputs]
         p, J = outputs.softmax(-1).detach(), torch.stack(gradients)
         expected += J.T @ (p.diag() - torch.outer(p, p)) @ J
-    assert_close(E.full_curvature(bayesianize(plain, PointMass), x, batch_size=3).matrix, expected)
+    assert_close(E.full_curvature(with_posteriors(plain, PointMass), x, batch_size=3).matrix, expected)
 
 
 # The two sides of the Gauss-Newton matrix
@@ -328,7 +329,7 @@ def test_the_smaller_side_that_fits_is_taken():
     with pytest.raises(Refusal, match=r"at most 226 weights, or at most 90 inputs"):
         E.full_curvature(network, many, memory_limit=weights - 1)
     with pytest.raises(Refusal, match="one class"):
-        E.full_curvature(bayesianize(nn.Linear(3, 1).double(), PointMass), normal(2, 3))
+        E.full_curvature(with_posteriors(nn.Linear(3, 1).double(), PointMass), normal(2, 3))
 
 
 def test_hundreds_of_thousands_of_weights_and_few_data():
@@ -344,7 +345,7 @@ def test_hundreds_of_thousands_of_weights_and_few_data():
 @with_factors
 @pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(NOISE)])
 def test_one_drawn_target_gives_the_factors_in_the_mean(likelihood):
-    network, x, far = bayesianize(started(nn.Linear(3, 4)), PointMass), normal(20, 3), torch.tensor(25.0).double()
+    network, x, far = with_posteriors(started(nn.Linear(3, 4)), PointMass), normal(20, 3), torch.tensor(25.0).double()
     # At a huge precision log det(I + G / d) is the trace of G over d, which is linear in the estimate.
 
     def trace(**how):
@@ -358,7 +359,7 @@ def test_one_drawn_target_gives_the_factors_in_the_mean(likelihood):
 
 @with_factors
 def test_batches_make_no_difference():
-    network, x = bayesianize(convolutional(), PointMass), normal(10, 1, 8, 8)
+    network, x = with_posteriors(convolutional(), PointMass), normal(10, 1, 8, 8)
     one, other = (spectra(E.kronecker_curvature(network, x, batch_size=size)) for size in (3, 10))
     for name in one:
         assert_close(one[name], other[name], 1e-10)  # of eigenvalues
@@ -369,12 +370,12 @@ def test_a_network_of_one_layer_and_training_mode():
     network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
     x = normal(12, 4)
     network(x)
-    fitted = E.laplace(bayesianize(network, PointMass).train(), x, labels(12))
+    fitted = E.laplace(with_posteriors(network, PointMass).train(), x, labels(12))
     assert set(fitted.curvature.factors) == {"0.weight", "0.bias"}
-    alone = bayesianize(nn.Conv2d(2, 3, 1, groups=1, bias=False).double(), PointMass)
+    alone = with_posteriors(nn.Conv2d(2, 3, 1, groups=1, bias=False).double(), PointMass)
     with pytest.raises(Refusal, match="one vector of outputs"):
         E.kronecker_curvature(alone, normal(2, 2, 3, 3))
-    assert set(E.kronecker_curvature(bayesianize(nn.Linear(4, 3).double(), PointMass), x).factors) == {"weight", "bias"}
+    assert set(E.kronecker_curvature(with_posteriors(nn.Linear(4, 3).double(), PointMass), x).factors) == {"weight", "bias"}
 
 
 # The evidence in the precisions
@@ -447,7 +448,7 @@ def test_the_evidence_rises_in_every_step_to_its_stationary_point(curvature):
 def test_saturated_predictions_give_finite_numbers_in_float32():
     plain = convolutional().float()
     plain[5].weight.data *= 1e5
-    network, x = bayesianize(plain, PointMass), normal(12, 1, 8, 8).float()
+    network, x = with_posteriors(plain, PointMass), normal(12, 1, 8, 8).float()
     assert (plain(x).softmax(-1) == 0).any()
     for curvature in ("exact", "sampled", "full"):
         fitted = E.laplace(network, x, plain(x).argmax(-1), curvature=curvature)
@@ -463,15 +464,15 @@ def test_saturated_predictions_give_finite_numbers_in_float32():
 @with_factors
 def test_precisions_agree_between_single_and_double():
     plain, x = convolutional(), normal(20, 1, 8, 8)
-    values = [E.laplace(bayesianize(plain.to(dtype), PointMass), x.to(dtype), labels(20)).log_evidence(
-        E.log_precisions(bayesianize(plain, PointMass))) for dtype in (torch.float64, torch.float32)]
+    values = [E.laplace(with_posteriors(plain.to(dtype), PointMass), x.to(dtype), labels(20)).log_evidence(
+        E.log_precisions(with_posteriors(plain, PointMass))) for dtype in (torch.float64, torch.float32)]
     assert_close(values[1], values[0], 1e-5)  # float32, summed over a few hundred terms
     assert values[1].dtype == torch.float64
 
 
 @with_factors
 def test_on_cuda(require_cuda):
-    network, x = bayesianize(convolutional(), PointMass), normal(20, 1, 8, 8)
+    network, x = with_posteriors(convolutional(), PointMass), normal(20, 1, 8, 8)
     values = []
     for device in ("cpu", require_cuda):
         moved = network.to(device)
@@ -565,7 +566,7 @@ NAN = [math.nan, math.inf]
 @pytest.mark.parametrize("curvature", ["exact", "sampled", "full"])
 def test_data_that_are_not_finite_are_named(curvature, bad):
     plain = started(nn.Linear(4, 3))
-    network, x, y = bayesianize(plain, PointMass), normal(9, 4), normal(9, 3)
+    network, x, y = with_posteriors(plain, PointMass), normal(9, 4), normal(9, 3)
     broken, missing = x.clone(), y.clone()
     broken[0, 2] = broken[7, 1] = missing[8, 0] = bad
     with pytest.raises(Refusal, match=r"Inputs are finite.*2 of 9 inputs"):
@@ -586,7 +587,7 @@ def test_data_that_are_not_finite_are_named(curvature, bad):
 @pytest.mark.parametrize("fit", [E.full_curvature, E.kronecker_curvature])
 def test_one_logit_has_no_evidence(fit):
     with pytest.raises(Refusal, match=r"two classes.*nn\.Linear\(features, 2\)"):
-        fit(bayesianize(started(nn.Linear(4, 1)), PointMass), normal(9, 4))
+        fit(with_posteriors(started(nn.Linear(4, 1)), PointMass), normal(9, 4))
 
 
 class LateRoot(nn.Module):
@@ -606,7 +607,7 @@ def test_gradients_that_are_not_finite_are_named(fit):
     x = normal(9, 4)
     x[8] = 0
     with pytest.raises(Refusal, match="without a slope"):
-        fit(bayesianize(started(LateRoot()), PointMass), x)
+        fit(with_posteriors(started(LateRoot()), PointMass), x)
 
 
 # One noise for each output
@@ -708,7 +709,7 @@ HIDDEN = {  # from a probe by NaN, or by one datum
 def test_weights_that_meet_unseen_are_refused(name, likelihood):
     """A NaN that `where` stops, a mask that leaves the first datum one element, a use that nothing depends on."""
     made, shape = HIDDEN[name]
-    network, x = bayesianize(started(made()), PointMass), normal(9, *shape)
+    network, x = with_posteriors(started(made()), PointMass), normal(9, *shape)
     if name == "mask":
         x[0, 1:] = 0
     with pytest.raises(Refusal, match=r'inputs for one datum.*curvature="full"; or sharing="expand"'):
@@ -732,7 +733,7 @@ class Aside(nn.Module):
 @with_factors
 @pytest.mark.parametrize("how, match", [("function", "every use of a weight"), ("table", "1 inputs for 9 data")])
 def test_uses_that_are_no_calls_on_the_data_are_refused(how, match):
-    network = bayesianize(started(Aside(how)), PointMass)
+    network = with_posteriors(started(Aside(how)), PointMass)
     for likelihood in (Categorical(), Gaussian(NOISE)):
         with pytest.raises(Refusal, match=match):
             E.kronecker_curvature(network, normal(9, 4), likelihood)
@@ -744,7 +745,7 @@ def test_a_frozen_tensor_leaves_the_factors_of_its_layer_as_they_are():
         plain = started(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)))
         plain[0].weight.requires_grad_(not frozen)
         plain[2].bias.requires_grad_(not frozen)
-        return bayesianize(plain, PointMass)
+        return with_posteriors(plain, PointMass)
 
     for sampled in (False, True):
         some, every = (E.kronecker_curvature(made(frozen), normal(9, 4), sampled=sampled).factors
@@ -758,7 +759,7 @@ def test_a_frozen_tensor_leaves_the_factors_of_its_layer_as_they_are():
 def test_weights_tied_by_assignment_are_refused_by_factors():
     plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     plain[2].weight = plain[0].weight
-    network, x, y = bayesianize(started(plain), PointMass), normal(9, 4), labels(9)
+    network, x, y = with_posteriors(started(plain), PointMass), normal(9, 4), labels(9)
     for curvature in ("exact", "sampled"):
         with pytest.raises(Refusal, match=r"0\.weight' and '2\.weight', which are one tensor"):
             E.laplace(network, x, y, curvature=curvature)
@@ -768,7 +769,7 @@ def test_weights_tied_by_assignment_are_refused_by_factors():
 @with_factors
 @pytest.mark.parametrize("curvature", ["exact", "full"])
 def test_data_and_options_that_do_not_fit_are_refused_with_what_works(curvature):
-    network = bayesianize(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), PointMass)
+    network = with_posteriors(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), PointMass)
     x, y, evaluate = normal(9, 4).float(), labels(9), partial(E.laplace, network, curvature=curvature)
     for dtype in (torch.float16, torch.float64, torch.int64, torch.uint8):
         with pytest.raises(Refusal, match=r"inputs\.to\(torch\.float32\)"):
@@ -792,7 +793,7 @@ def test_data_and_options_that_do_not_fit_are_refused_with_what_works(curvature)
 
 
 def test_precisions_are_finite_numbers_one_for_each_tensor():
-    network = bayesianize(nn.Linear(4, 3), PointMass)
+    network = with_posteriors(nn.Linear(4, 3), PointMass)
     fitted, d = E.laplace(network, normal(9, 4).float(), labels(9), curvature="full"), E.log_precisions(network)
     numbers = {name: float(value) for name, value in d.items()}
     assert_close(fitted.log_evidence(numbers), fitted.log_evidence(d), 1e-12)
@@ -822,7 +823,7 @@ MEETING = {
 @pytest.mark.parametrize("name", MEETING)
 def test_weights_that_meet_in_one_datum_have_to_be_asked_for(name, likelihood):
     made, shape = MEETING[name]
-    network, x = bayesianize(started(made()), PointMass), normal(9, *shape)
+    network, x = with_posteriors(started(made()), PointMass), normal(9, *shape)
     y = labels(9) if isinstance(likelihood, Categorical) else normal(9, 3)
     for curvature in ("exact", "sampled"):
         with pytest.raises(Refusal, match=r'inputs for one datum.*curvature="full"; or sharing="expand"'):
@@ -848,7 +849,7 @@ class Silent(nn.Module):
 @with_factors
 def test_a_dead_unit_does_not_separate():
     with pytest.raises(Refusal, match="5 inputs for one datum"):
-        E.kronecker_curvature(bayesianize(started(Silent()), PointMass), normal(9, 5, 4), Gaussian(NOISE))
+        E.kronecker_curvature(with_posteriors(started(Silent()), PointMass), normal(9, 5, 4), Gaussian(NOISE))
 
 
 @with_factors
@@ -859,7 +860,7 @@ def test_positions_of_convolutions_and_groups_are_no_sharing():
     tied = started(nn.Sequential(TiedPath(1, 2, on_pixels, on_pixels), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3)))
     for plain, x in ((pooled, normal(9, 1, 8, 8)), (relaxed("C4-CONV+F-FC"), normal(9, 1, 8, 8)),
                      (tied, normal(9, 1, 4, 4))):
-        network = bayesianize(plain, PointMass)
+        network = with_posteriors(plain, PointMass)
         one, two = (spectra(E.kronecker_curvature(network, x, sharing=how)) for how in (None, "expand"))
         assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -885,7 +886,7 @@ class TwoSizes(nn.Module):
 @with_factors
 def test_the_mean_over_positions_needs_one_number_of_them():
     for plain, shape in ((TokensFirst(), (5, 4)), (TwoSizes(), (1, 6, 6))):
-        network, x = bayesianize(started(plain), PointMass), normal(9, *shape)
+        network, x = with_posteriors(started(plain), PointMass), normal(9, *shape)
         with pytest.raises(Refusal, match="same number of positions"):
             E.kronecker_curvature(network, x, sharing="expand", batch_size=4)
 
@@ -923,7 +924,7 @@ WRONG = {
 @pytest.mark.parametrize("reason", WRONG)
 def test_networks_whose_factors_would_be_wrong_are_refused(reason):
     with pytest.raises(Refusal, match=reason):
-        E.kronecker_curvature(bayesianize(WRONG[reason].double(), PointMass), normal(6, 1, 8, 8))
+        E.kronecker_curvature(with_posteriors(WRONG[reason].double(), PointMass), normal(6, 1, 8, 8))
 
 
 @with_factors
@@ -939,8 +940,8 @@ def test_why_circular_padding_is_refused(monkeypatch):
 def test_precisions_of_other_priors_are_refused():
     for prior, family in ((random_means(0), MeanFieldGaussian), (isotropic(), Laplace), (isotropic(), LogNormal)):
         with pytest.raises(Refusal, match=r"N\(0, I / d\)"):
-            E.log_precisions(bayesianize(nn.Linear(3, 2), family, prior=prior))
-    network = bayesianize(nn.Linear(3, 2), prior=lambda name, posterior: MeanFieldGaussian(
+            E.log_precisions(with_posteriors(nn.Linear(3, 2), family, prior=prior))
+    network = with_posteriors(nn.Linear(3, 2), prior=lambda name, posterior: MeanFieldGaussian(
         torch.zeros(posterior.shape), torch.linspace(0, 1, posterior.numel).view(posterior.shape), trainable=False))
     with pytest.raises(Refusal, match=r"N\(0, I / d\)"):
         E.log_precisions(network)
@@ -955,12 +956,12 @@ def test_precisions_of_other_priors_are_refused():
 def test_without_curvlinops_the_commands_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "curvlinops", None)
     with pytest.raises(Refusal, match=r"--no-deps curvlinops-for-pytorch==3\.0\.1"):
-        E.kronecker_curvature(bayesianize(nn.Linear(3, 2), PointMass), torch.zeros(2, 3))
+        E.kronecker_curvature(with_posteriors(nn.Linear(3, 2), PointMass), torch.zeros(2, 3))
 
 
 @with_factors
 def test_bytes_of_factors_are_known_before(monkeypatch):
-    network, x, seen = bayesianize(convolutional(), PointMass), normal(4, 1, 8, 8), []
+    network, x, seen = with_posteriors(convolutional(), PointMass), normal(4, 1, 8, 8), []
     predicted = E.factor_bytes(network)
     assert predicted == {"0": 8 * (9**2 + 4**2), "2": 2 * 8 * (18**2 + 2**2), "5": 8 * (36**2 + 3**2)}
     eigenvalues = E._eigenvalues
@@ -970,7 +971,7 @@ def test_bytes_of_factors_are_known_before(monkeypatch):
     assert sum(seen) == sum(predicted.values()) and needed == sum(seen) + 16 * 36**2
     with pytest.raises(Refusal, match=r"36 rows of layer '5'.*at most 35 numbers"):
         E.kronecker_curvature(network, x, memory_limit=needed - 1)
-    assert E.factor_bytes(bayesianize(nn.Linear(5, 2), PointMass)) == {"": 4 * (25 + 4)}
+    assert E.factor_bytes(with_posteriors(nn.Linear(5, 2), PointMass)) == {"": 4 * (25 + 4)}
 
 
 # Learning precisions
@@ -997,7 +998,7 @@ def test_the_elbos_precision_minimises_the_divergence(family):
         return MeanFieldGaussian(torch.zeros(posterior.shape).double(), torch.zeros(posterior.shape).double(),
                                  trainable=False)
 
-    network = bayesianize(plain, family, 0.3, prior)
+    network = with_posteriors(plain, family, 0.3, prior)
     best = R.elbo_precisions(network)
     E.set_log_precisions(network, best)
     least, step = kl_sum(network).item(), 1e-3
@@ -1015,7 +1016,7 @@ def test_the_elbos_precision_minimises_the_divergence(family):
 
 
 def test_the_elbo_refuses_point_masses():
-    network = bayesianize(nn.Linear(3, 2), PointMass)
+    network = with_posteriors(nn.Linear(3, 2), PointMass)
     for ask in (R.elbo_precisions, R.posterior_dimensions):
         with pytest.raises(Refusal, match=r"point|Point"):
             ask(network)
@@ -1028,7 +1029,7 @@ MAP = TrainingConfig(epochs=9, batch_size=30, estimator="shared", draws=1, augme
 def small(family=PointMass, seed: int = 0, prior=None):
     start = torch.Generator().manual_seed(seed)
     plain = relaxed_network("FC+CONV", (1, 6, 6), 3, channels=(2,), strides=(2,), generator=start)
-    return bayesianize(plain, family, 0.01, prior or isotropic())
+    return with_posteriors(plain, family, 0.01, prior or isotropic())
 
 
 def test_updates_keep_their_schedule_and_ceiling():
@@ -1073,7 +1074,7 @@ def learn(where: bool):
     data = bars(400, where)
     plain = relaxed_network("FC+CONV", (1, 6, 6), 4, channels=(4,), strides=(1,),
                             generator=torch.Generator().manual_seed(0))
-    network = bayesianize(plain, PointMass)
+    network = with_posteriors(plain, PointMass)
     updates = R.PrecisionUpdates(partial(R.evidence_precisions, inputs=data.inputs, targets=data.labels,
                                          curvature="sampled"), 10, 3)
     config = TrainingConfig(epochs=80, batch_size=100, estimator="shared", draws=1, learning_rate=0.02,
@@ -1120,7 +1121,7 @@ def test_report_by_widths():
     with pytest.raises(Refusal, match=r"point|Point"):
         R.learned_equivariance(small())
     with pytest.raises(Refusal, match="relaxed layers"):
-        R.learned_equivariance(bayesianize(nn.Linear(3, 2)))
+        R.learned_equivariance(with_posteriors(nn.Linear(3, 2)))
 
 
 @settings(max_examples=20)

@@ -32,7 +32,7 @@ from symbnn.layerwise.paths import (
     relaxed_network,
 )
 from symbnn.posterior.independent import Laplace
-from symbnn.posterior.layers import bayesianize, posterior_mean_network, variational_tensors
+from symbnn.posterior.layers import posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, sample_weights
 from symbnn.symmetry.actions import Action, regular_channels, sign_change
 from symbnn.symmetry.fields import field, rotations, rotations_and_flips, shifts, translations
@@ -447,7 +447,7 @@ def test_pathways_names_every_weight_of_the_layers_once():
         listed = [name for paths in found.values() for names in paths.values() for name in names]
         head = {"hidden.weight", "hidden.bias", "head.weight", "head.bias"}
         assert sorted([*listed, *head]) == sorted(name for name, _ in network.named_parameters())
-        assert pathways(bayesianize(network)) == found
+        assert pathways(with_posteriors(network)) == found
 
 
 def test_pathways_of_one_layer_and_of_none():
@@ -622,7 +622,7 @@ def test_kinds():
 @each_kind
 def test_variational_twins(kind):
     network, x = small(kind), normal(5, 2, 8, 8)
-    bayesian = bayesianize(network, scale=0.1)
+    bayesian = with_posteriors(network, scale=0.1)
     assert list(variational_tensors(bayesian)) == [name for name, _ in network.named_parameters()]
     assert_close(apply_weights(bayesian, x, mean_weights(bayesian)), network(x)[None])
     assert torch.equal(posterior_mean_network(bayesian)(x), network(x))
@@ -640,12 +640,12 @@ def test_variational_twins(kind):
 @pytest.mark.parametrize(("estimator", "draws"), [("shared", 3), ("split", 1), ("flipout", 3), ("local", 1)])
 def test_estimators_agree_with_the_plain_network_as_scales_vanish(kind, estimator, draws):
     network, x = small(kind), normal(5, 2, 8, 8)
-    outputs = forward(bayesianize(network, scale=1e-30), x, 3, estimator, seeded(3))
+    outputs = forward(with_posteriors(network, scale=1e-30), x, 3, estimator, seeded(3))
     assert outputs.shape == (draws, 5, 3)
     assert_close(outputs, network(x).expand(draws, 5, 3), 10 * exact64)
 
 
 def test_twins_of_another_family_train():
-    network = bayesianize(small("F-FC+CONV"), Laplace, 0.1)
+    network = with_posteriors(small("F-FC+CONV"), Laplace, 0.1)
     forward(network, normal(4, 2, 8, 8), 2, "split", seeded()).square().sum().backward()
     assert all(parameter.grad.any() for parameter in network.parameters())

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from symbnn.errors import Refusal
 from symbnn.posterior import plans
-from symbnn.posterior.layers import bayesianize, kl_per_datum, posterior_mean_network, variational_tensors
+from symbnn.posterior.layers import kl_per_datum, posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.plans import execution_plan
 from symbnn.posterior.priors import isotropic
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, predict, sample_weights
@@ -154,7 +154,7 @@ def made(name, **options):
         nn.init.zeros_(plain.gate.weight)
     if name == "norms":
         plain.eval()
-    return plain, bayesianize(plain, scale=0.3, **options), torch.randn(shape, dtype=torch.float64), plan
+    return plain, with_posteriors(plain, scale=0.3, **options), torch.randn(shape, dtype=torch.float64), plan
 
 
 def loop(plain, x, weights, state=None):
@@ -238,7 +238,7 @@ def test_inputs_that_tell_nothing_do_not_mislead(x):
     apply_weights(network, x.double(), sample_weights(network, 2, seeded()))  # the first look at the network
     weights = sample_weights(network, 4, seeded(1))
     assert_close(apply_weights(network, real, weights), loop(plain, real, weights), UNSEEN)
-    narrow = bayesianize(plain, scale=1e-9)  # draws that hardly differ
+    narrow = with_posteriors(plain, scale=1e-9)  # draws that hardly differ
     apply_weights(narrow, x.double(), sample_weights(narrow, 2, seeded()))
     assert_close(apply_weights(narrow, real, weights), loop(plain, real, weights), UNSEEN)
 
@@ -281,7 +281,7 @@ def test_a_trial_in_the_networks_own_precision():
                           (lambda m, x: m.a(x.float().transpose(0, 1)).transpose(0, 1), False)):
         torch.manual_seed(0)
         plain, x = Written(run, a=linear()), torch.randn(4, 5, 3)
-        network = bayesianize(plain)
+        network = with_posteriors(plain)
         assert execution_plan(network, x).together is together
         weights = sample_weights(network, 3, seeded())
         assert_close(apply_weights(network, x, weights), loop(plain, x, weights), 1e-5)
@@ -290,7 +290,7 @@ def test_a_trial_in_the_networks_own_precision():
 def test_half_precision_equals_the_loop():
     torch.manual_seed(0)
     plain = nn.Sequential(linear(3, 8), nn.ReLU(), linear(8, 2)).bfloat16()
-    network, x = bayesianize(plain), torch.randn(5, 3).bfloat16()
+    network, x = with_posteriors(plain), torch.randn(5, 3).bfloat16()
     assert execution_plan(network, x).together
     weights = sample_weights(network, 3, seeded())
     assert_close(apply_weights(network, x, weights).float(), loop(plain, x, weights).float(), 2e-2)
@@ -324,7 +324,7 @@ class Checkpointed(nn.Module):
 def test_a_backward_pass_that_recomputes_has_its_weights(estimator, reentrant):
     def gradients(active):
         torch.manual_seed(0)
-        network = bayesianize(Checkpointed(active, reentrant).double())
+        network = with_posteriors(Checkpointed(active, reentrant).double())
         x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)  # reentrant: some input has a gradient
         torch.manual_seed(1)
         forward(network, x, 3, estimator, seeded()).square().sum().backward()
@@ -399,7 +399,7 @@ class Counts(nn.Module):
 @pytest.mark.parametrize("modes", ["train", "eval", "frozen norm"])
 def test_a_prediction_changes_neither_buffers_nor_modes_nor_the_worlds_generator(modes):
     torch.manual_seed(0)
-    network = bayesianize(nn.Sequential(
+    network = with_posteriors(nn.Sequential(
         conv(2, 4), nn.BatchNorm2d(4), nn.Dropout(0.5), Counts(), nn.InstanceNorm2d(4, track_running_stats=True),
         nn.Flatten(), linear(36, 2)).double())
     network.train(modes != "eval")
@@ -418,7 +418,7 @@ def test_a_step_in_training_mode_moves_statistics_as_the_loop_does():
     plain = nn.Sequential(conv(2, 4), norms[0], nn.ReLU(), conv(4, 4), norms[1]).double()
     x = torch.randn(6, 2, 7, 7, dtype=torch.float64)
     for estimator, draws in (("shared", 3), ("split", 3)):
-        network, looped = bayesianize(plain), copy.deepcopy(plain)
+        network, looped = with_posteriors(plain), copy.deepcopy(plain)
         weights = sample_weights(network, draws, seeded())
         pieces = [x] * draws if estimator == "shared" else x.chunk(draws)
         tensors = [{name: weight[s] for name, weight in weights.items()} for s in range(draws)]
@@ -430,7 +430,7 @@ def test_a_step_in_training_mode_moves_statistics_as_the_loop_does():
 
 
 def test_batch_statistics_leave_two_rows_in_each_run():
-    network = bayesianize(nn.Sequential(linear(3, 4), nn.BatchNorm1d(4), linear(4, 2))).train()
+    network = with_posteriors(nn.Sequential(linear(3, 4), nn.BatchNorm1d(4), linear(4, 2))).train()
     x = torch.randn(5, 3)
     assert torch.isfinite(forward(network, x, 4, "split")).all()
     assert len(forward(network, x[:2], 4, "split")[0]) == 2
@@ -448,10 +448,10 @@ def test_looking_at_constants_is_no_looking_at_values():
     torch.manual_seed(0)
     plain, x = Written(reads_a_constant, a=linear()), torch.randn(6, 3)
     plain.register_buffer("table", torch.ones(2, 2))
-    assert execution_plan(bayesianize(plain), x).together
+    assert execution_plan(with_posteriors(plain), x).together
     for look in (lambda h: bool(torch.isfinite(h).all()), lambda h: h.tolist(), lambda h: h.numpy(), lambda h: h[h > 9],
                  lambda h: torch.equal(h, h), lambda h: h.nonzero()):
-        network = bayesianize(Written(lambda m, x, look=look: (h := m.a(x), look(h.detach()))[0], a=linear()))
+        network = with_posteriors(Written(lambda m, x, look=look: (h := m.a(x), look(h.detach()))[0], a=linear()))
         plan = execution_plan(network, x)
         assert plan.separable and not plan.in_pieces and not plan.together
         assert len(forward(network, x, 3, "split")[0]) == 6  # a run of rows is a batch of its own
@@ -460,8 +460,8 @@ def test_looking_at_constants_is_no_looking_at_values():
 def test_networks_that_are_off_can_be_trained():
     torch.manual_seed(0)
     off = nn.Sequential(linear(3, 1), nn.ReLU(), linear(1, 2))  # one unit: in most trials off for all rows
-    assert execution_plan(bayesianize(off), torch.rand(6, 3)).together
-    constant = bayesianize(Written(lambda m, x: 0 * m.a(x), a=linear()))
+    assert execution_plan(with_posteriors(off), torch.rand(6, 3)).together
+    constant = with_posteriors(Written(lambda m, x: 0 * m.a(x), a=linear()))
     plan = execution_plan(constant, torch.rand(6, 3))
     assert not plan.together and "do not depend" in str(plan)
     assert len(forward(constant, torch.rand(6, 3), 3, "split")[0]) == 6
@@ -484,19 +484,19 @@ def test_dropout_does_not_hide_where_rows_are_and_other_noise_runs_draw_by_draw(
     x = torch.randn(6, 5, 3)
     dropouts = nn.Sequential(linear(), nn.Dropout(0.3), Written(lambda m, x: F.dropout(m.a(x), 0.2, m.training),
                                                               a=linear()))
-    plan = execution_plan(bayesianize(dropouts).train(), x)
+    plan = execution_plan(with_posteriors(dropouts).train(), x)
     assert plan.together and plan.random
     first = Written(lambda m, x: F.dropout(m.a(x.transpose(0, 1)).transpose(0, 1), 0.2, m.training), a=linear())
-    assert not execution_plan(bayesianize(first).train(), x).together
+    assert not execution_plan(with_posteriors(first).train(), x).together
     for noisy in (RandomDepth(linear()), Written(lambda m, x: m.a(x)[torch.randperm(len(x))], a=linear()),
                   Written(lambda m, x: m.a(x) + torch.rand(len(x), 1, 1).argsort(0), a=linear()),
                   Written(lambda m, x: m.a(x) * torch.bernoulli(torch.tensor(0.5)), a=linear())):
-        network = bayesianize(noisy).train()
+        network = with_posteriors(noisy).train()
         plan = execution_plan(network, x)
         assert not plan.together and not plan.in_pieces and plan.random
         assert len(forward(network, x, 3, "split")[0]) == 6
-        assert execution_plan(bayesianize(RandomDepth(linear())).eval(), x).together
-    coins = forward(bayesianize(Written(lambda m, x: 0 * m.a(x) + torch.rand(()), a=linear())), x, 50)
+        assert execution_plan(with_posteriors(RandomDepth(linear())).eval(), x).together
+    coins = forward(with_posteriors(Written(lambda m, x: 0 * m.a(x) + torch.rand(()), a=linear())), x, 50)
     assert len(coins[:, 0, 0, 0].unique()) == 50  # a coin for each draw, as in the loop
 
 
@@ -513,9 +513,9 @@ def test_compiled_networks_predict_and_train(backend):
         ours, theirs = (forward(one, x, 2, estimator, seeded()) for one in (compiled, network))
         assert_close(ours, theirs, UNSEEN)
     apply_weights(compiled, x, weights).sum().backward()
-    inside = bayesianize(nn.Sequential(torch.compile(nn.Sequential(linear(), nn.ReLU()), backend=backend), linear()))
+    inside = with_posteriors(nn.Sequential(torch.compile(nn.Sequential(linear(), nn.ReLU()), backend=backend), linear()))
     assert len(predict(inside, x.float(), draws=2)) == 2
-    in_place = bayesianize(plain)
+    in_place = with_posteriors(plain)
     in_place.compile(backend=backend)
     assert_close(apply_weights(in_place, x, weights), loop(plain, x, weights), UNSEEN)
 
@@ -530,7 +530,7 @@ def test_conversion_keeps_what_a_layer_has():
     layer.register_buffer("note", torch.ones(2))
     layer.inner = nn.Tanh()
     plain = nn.Sequential(layer, linear()).double()
-    network, x = bayesianize(plain), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    network, x = with_posteriors(plain), torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.equal(network[0].note, torch.ones(2, dtype=torch.float64))
     assert isinstance(network[0].inner, nn.Tanh)
     assert (network[0].in_features, network[0].weight.shape, network[0].weight.dtype, network[0].weight.device) == (
@@ -550,7 +550,7 @@ def test_frozen_weights_stay_deterministic_and_frozen():
     plain = nn.Sequential(linear(), nn.ReLU(), linear(), nn.Linear(3, 2))
     plain[0].requires_grad_(False)
     plain[2].bias.requires_grad_(False)
-    network = bayesianize(plain)
+    network = with_posteriors(plain)
     assert list(variational_tensors(network)) == ["2.weight", "3.weight", "3.bias"]
     assert not network[0].weight.requires_grad
     assert not network[2].bias.requires_grad
@@ -568,7 +568,7 @@ def test_ties_are_one_posterior():
     assigned[2].weight = assigned[0].weight
     for plain, count in ((two_names, 2), (assigned, 3)):
         plain, x = plain.double(), torch.randn(4, 3, dtype=torch.float64)
-        network = bayesianize(plain)
+        network = with_posteriors(plain)
         assert len(variational_tensors(network)) == count
         assert network[0].weight is network[2].weight
         weights = sample_weights(network, 3, seeded())
@@ -590,7 +590,7 @@ def test_ties_are_one_posterior():
     (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), "NestedTensor"),
 ])
 def test_inputs_of_other_kinds_are_refused_with_a_way_that_works(x, said):
-    network = bayesianize(linear())
+    network = with_posteriors(linear())
     for call in (lambda: predict(network, x, draws=2), lambda: forward(network, x, 2), lambda: apply_weights(
             network, x, mean_weights(network))):
         with pytest.raises(Refusal, match=said):
@@ -599,7 +599,7 @@ def test_inputs_of_other_kinds_are_refused_with_a_way_that_works(x, said):
 
 @pytest.mark.parametrize("output", [lambda y: {"logits": y}, lambda y: (y, y), lambda y: [y], lambda y: None])
 def test_outputs_of_other_kinds_are_refused_with_a_way_that_works(output):
-    network, x = bayesianize(Written(lambda m, x: output(m.a(x)), a=linear())), torch.randn(4, 3)
+    network, x = with_posteriors(Written(lambda m, x: output(m.a(x)), a=linear())), torch.randn(4, 3)
     for call in (lambda: predict(network, x, draws=2), lambda: forward(network, x, 2), lambda: forward(
             network, x, 2, "split")):
         with pytest.raises(Refusal, match=r"returns one tensor"):
@@ -607,7 +607,7 @@ def test_outputs_of_other_kinds_are_refused_with_a_way_that_works(output):
 
 
 def test_the_networks_own_errors_come_through():
-    network = bayesianize(linear())
+    network = with_posteriors(linear())
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         predict(network, torch.zeros(4, 5), draws=2)
 
@@ -645,7 +645,7 @@ GRADIENTS = {
 def test_gradients_decide_too(name):
     torch.manual_seed(0)
     plain = Written(GRADIENTS[name], a=linear()).double()
-    network, x = bayesianize(plain), torch.randn(6, 3, dtype=torch.float64)
+    network, x = with_posteriors(plain), torch.randn(6, 3, dtype=torch.float64)
     parameters, weights = list(network.parameters()), sample_weights(network, 3, seeded(1))
     ours, theirs = apply_weights(network, x, weights), loop(plain, x, weights)
     assert_close(ours, theirs, UNSEEN)
@@ -664,7 +664,7 @@ def test_a_forward_pass_may_take_gradients():
             return -torch.autograd.grad(torch.tanh(m.a(x)).sum(), x, create_graph=True)[0]
 
     plain = Written(force, a=linear()).double()
-    network, x = bayesianize(plain), torch.randn(6, 3, dtype=torch.float64)
+    network, x = with_posteriors(plain), torch.randn(6, 3, dtype=torch.float64)
     weights = sample_weights(network, 3, seeded(1))
     assert_close(apply_weights(network, x, weights), loop(plain, x, weights), UNSEEN)
     assert_close(predict(network, x, weights=weights, memory=1), loop(plain, x, weights), UNSEEN)
@@ -681,7 +681,7 @@ MODES = {
 def test_code_that_asks_for_the_mode_of_a_child(name, training):
     torch.manual_seed(0)
     plain = Written(MODES[name], a=linear(), b=nn.Sequential(nn.Tanh()), n=nn.BatchNorm1d(3)).double().train(training)
-    network, x = bayesianize(plain), torch.randn(6, 3, dtype=torch.float64)
+    network, x = with_posteriors(plain), torch.randn(6, 3, dtype=torch.float64)
     weights = sample_weights(network, 3, seeded(1))
     assert_close(apply_weights(network, x, weights), loop(plain, x, weights), UNSEEN)
     assert_close(predict(network, x, weights=weights, memory=1), loop(plain.eval(), x, weights), UNSEEN)
@@ -715,7 +715,7 @@ class Configured(nn.Module):
 def test_what_a_network_is_set_to_is_looked_at_again(name):
     torch.manual_seed(0)
     plain, x = Configured().double(), torch.randn(6, 3, dtype=torch.float64)
-    network = bayesianize(plain)
+    network = with_posteriors(plain)
     weights = sample_weights(network, 3, seeded(1))
     for changed in (plain, network):
         assert_close(predict(network, x, weights=weights, memory=1), loop(plain, x, weights), UNSEEN)
@@ -728,7 +728,7 @@ def test_what_a_network_is_set_to_is_looked_at_again(name):
 
 
 def test_an_annealed_number_is_not_looked_at_again_and_plans_are_few():
-    network, x = bayesianize(Written(lambda m, x: m.a(x) * m.temperature, a=linear())), torch.randn(6, 3)
+    network, x = with_posteriors(Written(lambda m, x: m.a(x) * m.temperature, a=linear())), torch.randn(6, 3)
     for step in range(100):
         network.temperature = 1.0 + step
         apply_weights(network, x, mean_weights(network))
@@ -757,7 +757,7 @@ class Filled(nn.Module):
 
 def test_trials_leave_nothing_behind_and_predictions_no_buffers():
     torch.manual_seed(0)
-    network, x = bayesianize(Filled()), torch.randn(6, 3)
+    network, x = with_posteriors(Filled()), torch.randn(6, 3)
     execution_plan(network, x)
     assert network.mean is None and not network.table and not network.seen
     predict(network, x, draws=2)
@@ -806,7 +806,7 @@ def reached(kind):
 def test_layers_are_found_wherever_they_are_kept(kind):
     torch.manual_seed(0)
     plain, x = reached(kind).double(), torch.randn(6, 3, dtype=torch.float64)
-    network = bayesianize(plain)
+    network = with_posteriors(plain)
     weights = sample_weights(network, 3, seeded(1))
     expected = torch.stack([x @ w.T + b for w, b in zip(weights["a.weight"], weights["a.bias"])])
     assert_close(apply_weights(network, x, weights), expected, UNSEEN)
@@ -827,7 +827,7 @@ WRITES = {
 def test_forward_passes_that_write_change_only_their_own_copies(name, memory):
     torch.manual_seed(0)
     plain = Written(WRITES[name], a=linear()).double()
-    network, x = bayesianize(plain, scale=0.3), torch.randn(6, 3, dtype=torch.float64)
+    network, x = with_posteriors(plain, scale=0.3), torch.randn(6, 3, dtype=torch.float64)
     weights = sample_weights(network, 18, seeded(1))
     kept = {key: weight.clone() for key, weight in weights.items()} | {"x": x.clone()}
     expected = loop(plain, x, {key: weight.detach().clone() for key, weight in weights.items()})
@@ -848,7 +848,7 @@ JOINS = {
 def test_rows_that_are_joined_for_some_values_only(name):
     torch.manual_seed(0)
     plain, quiet = Written(JOINS[name], a=linear()).double(), 0.01 * torch.rand(6, 3, dtype=torch.float64)
-    network = bayesianize(plain)
+    network = with_posteriors(plain)
     predict(network, quiet, draws=2)
     loud = 30 * torch.randn(6, 3, dtype=torch.float64)
     loud[2, 1] = torch.nan if "gaps" in name else 1.0
@@ -861,7 +861,7 @@ def test_small_columns_count():
     """In float32, where one column is a million times larger than the one that is mixed."""
     scale = torch.tensor([1e6, 1.0, 1.0])
     plain = Written(lambda m, x: m.a(x.float()) * scale + torch.cat([0 * x[:, :2], x[:, 2:].flip(0)], 1), a=linear())
-    network, x = bayesianize(plain), torch.randn(6, 3)
+    network, x = with_posteriors(plain), torch.randn(6, 3)
     weights = sample_weights(network, 3, seeded(1))
     for memory in (1, None):
         found = predict(network, x, weights=weights, memory=memory)
@@ -871,7 +871,7 @@ def test_small_columns_count():
 def test_statistics_are_moved_once_where_a_hook_changes_what_it_sees():
     torch.manual_seed(0)
     plain = nn.Sequential(linear(), nn.BatchNorm1d(3), linear()).double()
-    network, x = bayesianize(plain), torch.randn(6, 3, dtype=torch.float64)
+    network, x = with_posteriors(plain), torch.randn(6, 3, dtype=torch.float64)
     network[0].register_forward_hook(lambda module, inputs, output: output.flip(0))
     apply_weights(network, x, sample_weights(network, 3, seeded()))
     assert network[1].num_batches_tracked == 3
@@ -895,7 +895,7 @@ class Recorded(nn.Module):
 def test_hooks_belong_to_the_copy():
     torch.manual_seed(0)
     plain, x = Recorded().double(), torch.randn(6, 3, dtype=torch.float64)
-    network = bayesianize(plain)
+    network = with_posteriors(plain)
     weights = sample_weights(network, 3, seeded(1))
     a = torch.stack([x @ w.T + b for w, b in zip(weights["a.weight"], weights["a.bias"])])
     expected = torch.stack([h @ w.T + b + h for h, w, b in zip(a, weights["b.weight"], weights["b.bias"])])
@@ -908,7 +908,7 @@ def test_hooks_belong_to_the_copy():
 def test_scripted_parts_are_evaluated_and_kept():
     torch.manual_seed(0)
     part = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Dropout(0.5)))
-    network, x = bayesianize(nn.Sequential(linear(), part, linear())).train(), torch.randn(6, 3)
+    network, x = with_posteriors(nn.Sequential(linear(), part, linear())).train(), torch.randn(6, 3)
     weights = sample_weights(network, 3, seeded(1))
     before, world = {name: value.clone() for name, value in network.state_dict().items()}, torch.get_rng_state()
     one, other = (predict(network, x, weights=weights, memory=memory) for memory in (1, None))
@@ -919,7 +919,7 @@ def test_scripted_parts_are_evaluated_and_kept():
 
 def test_predictions_do_not_touch_the_worlds_generator():
     """Other threads may be drawing from it."""
-    network, x = bayesianize(nn.Sequential(linear(), nn.Dropout(0.5), linear())), torch.randn(6, 3)
+    network, x = with_posteriors(nn.Sequential(linear(), nn.Dropout(0.5), linear())), torch.randn(6, 3)
     calls = [lambda: torch.rand(64)] * 20 + [lambda: predict(copy.deepcopy(network), x, draws=2, generator=seeded())]
     drawn = torch.cat([value for found in hammered(calls * 5) for value in found if value.ndim == 1])
     assert len(drawn.unique()) > 0.999 * len(drawn)
@@ -929,7 +929,7 @@ def test_norms_under_two_names_and_views_of_one_memory():
     torch.manual_seed(0)
     norm = nn.BatchNorm1d(3)
     plain = nn.Sequential(linear(), norm, linear(), norm, linear()).double()
-    network, looped, x = bayesianize(plain), copy.deepcopy(plain), torch.randn(6, 3, dtype=torch.float64)
+    network, looped, x = with_posteriors(plain), copy.deepcopy(plain), torch.randn(6, 3, dtype=torch.float64)
     weights = sample_weights(network, 3, seeded(1))
     for s in range(3):
         functional_call(looped, {name: weight[s] for name, weight in weights.items()}, (x,))
@@ -938,7 +938,7 @@ def test_norms_under_two_names_and_views_of_one_memory():
     sharing = Written(lambda m, x: (m.whole.add_(1), m.a(x) + m.part.sum())[1], a=linear()).double()
     sharing.register_buffer("whole", torch.zeros(4, dtype=torch.float64))
     sharing.register_buffer("part", sharing.whole[:2])
-    network = bayesianize(sharing)
+    network = with_posteriors(sharing)
     assert_close(predict(network, x, weights=mean_weights(network))[0], sharing.a(x) + 2, UNSEEN)
 
 
@@ -948,30 +948,30 @@ def test_norms_under_two_names_and_views_of_one_memory():
 ])
 def test_arguments_of_other_kinds(arguments, said):
     with pytest.raises(Refusal, match=said):
-        predict(bayesianize(linear()), torch.zeros(2, 3), **arguments)
+        predict(with_posteriors(linear()), torch.zeros(2, 3), **arguments)
 
 
 def test_networks_that_cannot_be_copied_are_refused():
     plain = nn.Sequential(linear())
     plain.last = plain(torch.zeros(2, 3))
     with pytest.raises(Refusal, match=r"detach"):
-        bayesianize(plain)
+        with_posteriors(plain)
 
 
 @pytest.mark.parametrize(("call", "said"), [
-    (lambda: bayesianize(None), "network"), (lambda: bayesianize(nn.Linear), "class"),
-    (lambda: bayesianize([linear()]), r"nn\.Sequential"), (lambda: bayesianize(linear(), 0.1), "scale=0.1"),
-    (lambda: bayesianize(linear(), "gaussian"), "MeanFieldGaussian"),
-    (lambda: bayesianize(linear(), scale="x"), "scale"),
-    (lambda: bayesianize(linear(), prior=isotropic), r"isotropic\(1\.0\)"),
-    (lambda: bayesianize(linear(), prior=1.0), r"isotropic\(1\.0\)"), (lambda: isotropic(0), "positive"),
-    (lambda: bayesianize(nn.Sequential(nn.LazyLinear(2), linear())), r"once"),
-    (lambda: bayesianize(nn.Sequential(linear(), nn.LazyBatchNorm1d())), r"once"),
-    (lambda: kl_per_datum(bayesianize(linear()), float("nan")), "positive"),
-    (lambda: kl_per_datum(bayesianize(linear()), None), "num_data"),
-    (lambda: predict(torch.zeros(2, 3), bayesianize(linear()), draws=2), "network"),
-    (lambda: predict(bayesianize(linear()), "x", draws=2), "tensor"),
-    (lambda: forward(bayesianize(linear()), torch.zeros(2, 3), generator=0), "manual_seed"),
+    (lambda: with_posteriors(None), "network"), (lambda: with_posteriors(nn.Linear), "class"),
+    (lambda: with_posteriors([linear()]), r"nn\.Sequential"), (lambda: with_posteriors(linear(), 0.1), "scale=0.1"),
+    (lambda: with_posteriors(linear(), "gaussian"), "MeanFieldGaussian"),
+    (lambda: with_posteriors(linear(), scale="x"), "scale"),
+    (lambda: with_posteriors(linear(), prior=isotropic), r"isotropic\(1\.0\)"),
+    (lambda: with_posteriors(linear(), prior=1.0), r"isotropic\(1\.0\)"), (lambda: isotropic(0), "positive"),
+    (lambda: with_posteriors(nn.Sequential(nn.LazyLinear(2), linear())), r"once"),
+    (lambda: with_posteriors(nn.Sequential(linear(), nn.LazyBatchNorm1d())), r"once"),
+    (lambda: kl_per_datum(with_posteriors(linear()), float("nan")), "positive"),
+    (lambda: kl_per_datum(with_posteriors(linear()), None), "num_data"),
+    (lambda: predict(torch.zeros(2, 3), with_posteriors(linear()), draws=2), "network"),
+    (lambda: predict(with_posteriors(linear()), "x", draws=2), "tensor"),
+    (lambda: forward(with_posteriors(linear()), torch.zeros(2, 3), generator=0), "manual_seed"),
     (lambda: sample_weights(None, 2), "network"),
 ])
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")

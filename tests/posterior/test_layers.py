@@ -13,7 +13,7 @@ from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
-from symbnn.posterior.layers import bayesianize, kl_per_datum, kl_sum, posterior_mean_network, variational_tensors
+from symbnn.posterior.layers import kl_per_datum, kl_sum, posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import fixed_means, isotropic, per_tensor, random_means
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, predict, sample_weights
@@ -67,7 +67,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 def test_bare_layer_round_trip_and_draws(layer, shape, family):
     layer, x = copy.deepcopy(layer).double(), torch.randn(shape, generator=seeded(), dtype=torch.float64)
-    bayesian = bayesianize(layer, family=family)
+    bayesian = with_posteriors(layer, family=family)
     assert_close(posterior_mean_network(bayesian).weight, bayesian.weight.posterior.mean, exact64)
     weights = sample_weights(bayesian, 3, seeded(1))
     together = apply_weights(bayesian, x, weights)
@@ -79,7 +79,7 @@ def test_conversion_keeps_function_dtype_and_training_flag(layer, shape):
     for dtype in (torch.float32, torch.float64):
         plain = copy.deepcopy(layer).to(dtype).eval()
         x = torch.randn(shape, generator=seeded(), dtype=dtype)
-        back = posterior_mean_network(bayesianize(plain))
+        back = posterior_mean_network(with_posteriors(plain))
         assert type(back) is type(plain)
         assert back.weight.dtype == dtype
         assert not back.training
@@ -88,7 +88,7 @@ def test_conversion_keeps_function_dtype_and_training_flag(layer, shape):
 
 def test_shared_layer_and_residual_path():
     plain, x = Residual().double(), torch.randn(4, 5, dtype=torch.float64, generator=seeded())
-    bayesian = bayesianize(plain)
+    bayesian = with_posteriors(plain)
     assert set(variational_tensors(bayesian)) == {"first.weight", "first.bias"}
     weights = sample_weights(bayesian, 2, seeded())
     alone = functional_call(plain, {name: weight[1] for name, weight in weights.items()}, (x,))
@@ -97,7 +97,7 @@ def test_shared_layer_and_residual_path():
 
 def test_layer_object_used_under_two_names_stays_one():
     layer = nn.Linear(3, 3)
-    bayesian = bayesianize(nn.Sequential(layer, nn.Tanh(), layer))
+    bayesian = with_posteriors(nn.Sequential(layer, nn.Tanh(), layer))
     assert bayesian[0] is bayesian[2]
     assert len(variational_tensors(bayesian)) == 2
 
@@ -143,19 +143,19 @@ def tied_to_norm():
         (nn.ReLU, "without trainable Linear"),
         (lambda: nn.Linear(3, 3).requires_grad_(False), "frozen"),
         (lambda: nn.Linear(3, 3, dtype=torch.complex64), "complex"),
-        (lambda: bayesianize(nn.Linear(3, 3)), "Bayesian already"),
+        (lambda: with_posteriors(nn.Linear(3, 3)), "Bayesian already"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.Embedding(3, 3)), "'1'"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_by_name(network, named):
     with pytest.raises(Refusal, match=named):
-        bayesianize(network())
+        with_posteriors(network())
 
 
 def test_conversion_leaves_the_original_alone():
     plain = small_cnn()
     before = {name: value.clone() for name, value in plain.state_dict().items()}
-    bayesian = bayesianize(plain)
+    bayesian = with_posteriors(plain)
     with torch.no_grad():
         for parameter in bayesian.parameters():
             parameter.add_(1.0)
@@ -164,14 +164,14 @@ def test_conversion_leaves_the_original_alone():
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_plain_call_is_refused_in_either_mode(mode):
-    network = bayesianize(small_cnn())
+    network = with_posteriors(small_cnn())
     getattr(network, mode)()
     with pytest.raises(Refusal, match="predict"):
         network(torch.zeros(1, 1, 4, 4, dtype=torch.float64))
 
 
 def test_eval_does_not_change_whether_weights_are_random():
-    network, x = bayesianize(small_cnn()), torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    network, x = with_posteriors(small_cnn()), torch.randn(2, 1, 4, 4, dtype=torch.float64)
     outputs = [forward(mode, x, draws=2, generator=seeded()) for mode in (network.train(), network.eval())]
     assert torch.equal(*outputs)
     assert not torch.equal(outputs[0][0], outputs[0][1])
@@ -180,8 +180,8 @@ def test_eval_does_not_change_whether_weights_are_random():
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
 def test_state_dict_contains_priors_and_restores_everything(family):
     plain, x = small_cnn(), torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=seeded())
-    one = bayesianize(plain, family=family, prior=isotropic(0.3))
-    other = bayesianize(plain, family=family, scale=0.2, prior=isotropic(0.9))
+    one = with_posteriors(plain, family=family, prior=isotropic(0.3))
+    other = with_posteriors(plain, family=family, scale=0.2, prior=isotropic(0.9))
     assert any(".prior." in name for name in one.state_dict())
     assert not any(".prior." in name for name, _ in one.named_parameters())
     assert kl_sum(one) != kl_sum(other)
@@ -193,7 +193,7 @@ def test_state_dict_contains_priors_and_restores_everything(family):
 
 
 def test_kl_is_a_sum_over_tensors_and_per_datum_divides_it():
-    network = bayesianize(small_cnn(), scale=0.1, prior=isotropic(0.5))
+    network = with_posteriors(small_cnn(), scale=0.1, prior=isotropic(0.5))
     normal = torch.distributions.Normal
     exact = sum(
         torch.distributions.kl_divergence(
@@ -209,32 +209,32 @@ def test_kl_is_a_sum_over_tensors_and_per_datum_divides_it():
 
 def test_priors():
     plain = small_cnn()
-    fan = variational_tensors(bayesianize(plain, prior=per_tensor(2.0, bias=3.0)))
+    fan = variational_tensors(with_posteriors(plain, prior=per_tensor(2.0, bias=3.0)))
     assert fan["3.weight"].prior.variance.unique().item() == pytest.approx(4.0 / 27)
     assert fan["7.bias"].prior.variance.unique().item() == pytest.approx(9.0)
-    bayesian = [bayesianize(plain, prior=random_means(seed)) for seed in (1, 1, 2)]
+    bayesian = [with_posteriors(plain, prior=random_means(seed)) for seed in (1, 1, 2)]
     random = [variational_tensors(network)["3.weight"].prior.mean for network in bayesian]
     assert torch.equal(random[0], random[1])
     assert not torch.equal(random[0], random[2])
     assert random[0].std() > 0.7
-    fixed = variational_tensors(bayesianize(plain, prior=fixed_means(plain.state_dict())))["7.weight"]
+    fixed = variational_tensors(with_posteriors(plain, prior=fixed_means(plain.state_dict())))["7.weight"]
     assert torch.equal(fixed.prior.mean, plain[7].weight)
     with pytest.raises(Refusal, match="no entry"):
-        bayesianize(plain, prior=fixed_means({}))
+        with_posteriors(plain, prior=fixed_means({}))
     with pytest.raises(Refusal, match="keeps its sign"):
-        bayesianize(plain, family=LogNormal, prior=random_means(0))
-    laplace = variational_tensors(bayesianize(plain, family=Laplace, prior=isotropic(0.3)))["7.weight"].prior
+        with_posteriors(plain, family=LogNormal, prior=random_means(0))
+    laplace = variational_tensors(with_posteriors(plain, family=Laplace, prior=isotropic(0.3)))["7.weight"].prior
     assert isinstance(laplace, Laplace)
     assert laplace.variance.unique().item() == pytest.approx(0.09)
 
 
 def test_weights_of_another_network_are_refused():
-    network, x = bayesianize(small_cnn()), torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    network, x = with_posteriors(small_cnn()), torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     with pytest.raises(Refusal, match=r"0\.bias"):
         apply_weights(network, x, {k: v for k, v in mean_weights(network).items() if k != "0.bias"})
     with pytest.raises(Refusal, match="shapes or numbers"):
         apply_weights(network, x, mean_weights(network) | {"7.bias": torch.zeros(2, 2)})
-    with pytest.raises(Refusal, match="bayesianize"):
+    with pytest.raises(Refusal, match="with_posteriors"):
         sample_weights(small_cnn(), 2)
     with pytest.raises(Refusal, match="draws=0"):
         sample_weights(network, 0)
@@ -242,7 +242,7 @@ def test_weights_of_another_network_are_refused():
 
 def test_network_that_reshapes_the_batch_is_looped_over_and_has_no_rows_to_cut():
     plain, x = nn.Sequential(nn.Linear(2, 4), nn.Flatten(0)).double(), torch.randn(3, 2, dtype=torch.float64)
-    network = bayesianize(plain)
+    network = with_posteriors(plain)
     weights = sample_weights(network, 2, seeded())
     assert_close(apply_weights(network, x, weights), loop(plain, x, weights), exact64)
     with pytest.raises(Refusal, match="no row for each row"):
@@ -261,7 +261,7 @@ def linear_problem(kind):
         plain = nn.Sequential(nn.Conv2d(1, 1, 2), nn.AvgPool2d(3, divisor_override=1), nn.Flatten())
         x = torch.randn(8, 1, 4, 4)
     plain, x = plain.double(), x.double()
-    network, y = bayesianize(plain, scale=0.5), torch.randn(8, 1, dtype=torch.float64)
+    network, y = with_posteriors(plain, scale=0.5), torch.randn(8, 1, dtype=torch.float64)
     columns = []
     means = mean_weights(network)
     zeros = {name: torch.zeros_like(weight) for name, weight in means.items()}
@@ -321,7 +321,7 @@ def test_split_and_flipout_have_lower_variance_than_shared_at_equal_cost():
 
 
 def test_local_is_exact_for_the_head_and_does_not_touch_convolutions():
-    network, x = bayesianize(small_cnn(), scale=0.3), torch.randn(1, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    network, x = with_posteriors(small_cnn(), scale=0.3), torch.randn(1, 1, 8, 8, generator=seeded(), dtype=torch.float64)
     many = x.expand(6000, -1, -1, -1)  # each row its own draw in both estimators
     split, local = (forward(network, many, len(many), name, seeded(1))[0].detach() for name in ("split", "local"))
     error = 2 * split.var(0) * (4 / 6000) ** 0.5  # heavy tails: twice a Gaussian's error of a difference of variances
@@ -331,8 +331,8 @@ def test_local_is_exact_for_the_head_and_does_not_touch_convolutions():
 
 def test_local_refuses_a_layer_used_twice_and_leaves_sequences_to_split():
     with pytest.raises(Refusal, match="used twice"):
-        forward(bayesianize(Residual()), torch.randn(4, 5), 2, "local")
-    network, x = bayesianize(nn.Linear(3, 2)), torch.randn(4, 6, 3)
+        forward(with_posteriors(Residual()), torch.randn(4, 5), 2, "local")
+    network, x = with_posteriors(nn.Linear(3, 2)), torch.randn(4, 6, 3)
     assert torch.equal(forward(network, x, 2, "local", seeded()), forward(network, x, 2, "split", seeded()))
 
 
@@ -353,7 +353,7 @@ class Several(nn.Module):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
 def test_weights_that_an_example_meets_several_times_are_the_same_weights(folded, bias, estimator):
-    network = bayesianize(Several(folded, bias).double(), scale=0.5)
+    network = with_posteriors(Several(folded, bias).double(), scale=0.5)
     x = torch.randn(1, 3, 2, generator=seeded(), dtype=torch.float64)
     many = x.expand(6000, -1, -1)
     draws = {"shared": 1, "split": 6000, "flipout": 1, "local": 6000}[estimator]
@@ -370,7 +370,7 @@ def test_weights_that_an_example_meets_several_times_are_the_same_weights(folded
 
 
 def test_local_draws_the_output_of_a_layer_without_bias():
-    network, x = bayesianize(nn.Linear(3, 2, bias=False).double(), scale=0.5), torch.ones(1, 3, dtype=torch.float64)
+    network, x = with_posteriors(nn.Linear(3, 2, bias=False).double(), scale=0.5), torch.ones(1, 3, dtype=torch.float64)
     out = forward(network, x.expand(6000, -1), 1, "local", seeded(1)).detach()[0]  # one draw, and yet no two rows equal
     exact = torch.full((2,), 3 * 0.25, dtype=torch.float64)
     within_standard_errors(out.var(0), exact, exact * (2 / 6000) ** 0.5)
@@ -379,7 +379,7 @@ def test_local_draws_the_output_of_a_layer_without_bias():
 def weighted_inputs():
     """A linear layer of three inputs whose weights and biases have different scales, and one input."""
     torch.manual_seed(2)
-    network = bayesianize(nn.Linear(3, 2).double())
+    network = with_posteriors(nn.Linear(3, 2).double())
     for tensor in variational_tensors(network).values():
         nn.init.normal_(tensor.posterior.log_scale, -0.5, generator=seeded(3))
     return network, torch.tensor([[1.0, -0.5, 2.0]]).double()
@@ -414,7 +414,7 @@ def test_outputs_have_the_exact_variance(estimator):
 @pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
 def test_an_empty_batch_is_refused(estimator):
     with pytest.raises(Refusal, match="not empty"):
-        forward(bayesianize(nn.Linear(2, 1)), torch.zeros(0, 2), 3, estimator)
+        forward(with_posteriors(nn.Linear(2, 1)), torch.zeros(0, 2), 3, estimator)
 
 
 def test_flipout_refuses_rows_that_belong_to_no_example():
@@ -427,17 +427,17 @@ def test_flipout_refuses_rows_that_belong_to_no_example():
             return self.layer(x[::2])
 
     with pytest.raises(Refusal, match="no row for each row"):
-        forward(bayesianize(Halves()), torch.zeros(4, 2), 1, "flipout")
+        forward(with_posteriors(Halves()), torch.zeros(4, 2), 1, "flipout")
 
 
 @pytest.mark.parametrize("family", [LogNormal, FullGaussian])
 def test_flipout_refuses_families_whose_noise_depends_on_signs(family):
     with pytest.raises(Refusal, match="Flipout"):
-        forward(bayesianize(nn.Linear(2, 2), family=family), torch.zeros(3, 2), 1, "flipout")
+        forward(with_posteriors(nn.Linear(2, 2), family=family), torch.zeros(3, 2), 1, "flipout")
 
 
 def test_flipout_rows_have_the_right_marginal_law():
-    network = bayesianize(nn.Conv2d(2, 2, 2).double(), scale=0.5)
+    network = with_posteriors(nn.Conv2d(2, 2, 2).double(), scale=0.5)
     x = torch.randn(1, 2, 3, 3, generator=seeded(), dtype=torch.float64)
     shared = forward(network, x, 20_000, "shared", seeded(1)).detach()[:, 0].flatten(1)
     flipout = forward(network, x, 20_000, "flipout", seeded(2)).detach()[:, 0].flatten(1)
@@ -447,12 +447,12 @@ def test_flipout_rows_have_the_right_marginal_law():
 
 def test_unknown_estimator_is_refused():
     with pytest.raises(Refusal, match="misspelt"):
-        forward(bayesianize(nn.Linear(2, 2)), torch.zeros(1, 2), estimator="antithetic")
+        forward(with_posteriors(nn.Linear(2, 2)), torch.zeros(1, 2), estimator="antithetic")
 
 
 @pytest.mark.parametrize(("rows", "runs"), [(8, 4), (7, 4), (3, 8), (1, 4)])
 def test_split_uses_one_draw_for_each_run_of_rows(rows, runs):
-    network = bayesianize(nn.Linear(2, 1).double())
+    network = with_posteriors(nn.Linear(2, 1).double())
     x = torch.ones(rows, 2, dtype=torch.float64)
     out = forward(network, x, runs, "split", seeded())
     assert out.shape == (1, rows, 1)
@@ -466,7 +466,7 @@ def test_split_uses_one_draw_for_each_run_of_rows(rows, runs):
 
 @pytest.mark.parametrize("memory", [1, 5_000, 100_000, 2**30])
 def test_prediction_does_not_depend_on_the_memory_budget(memory):
-    network, x = bayesianize(small_cnn()), torch.randn(9, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    network, x = with_posteriors(small_cnn()), torch.randn(9, 1, 8, 8, generator=seeded(), dtype=torch.float64)
     expected = predict(network, x, draws=21, generator=seeded(1))
     assert expected.shape == (21, 9, 2)
     assert not expected.requires_grad
@@ -484,7 +484,7 @@ class WritesIntoItsInput(nn.Module):
 
 @pytest.mark.parametrize("memory", [1, 5_000, 2**30])
 def test_a_network_that_writes_into_its_input_spoils_neither_the_inputs_nor_the_next_draws(memory):
-    network = bayesianize(nn.Sequential(WritesIntoItsInput(), nn.Linear(6, 3)).double())
+    network = with_posteriors(nn.Sequential(WritesIntoItsInput(), nn.Linear(6, 3)).double())
     x = torch.randn(10, 6, dtype=torch.float64, generator=seeded(0))
     kept, weights = x.clone(), sample_weights(network, 21, seeded(1))
     expected = torch.stack([(0.5 * x + 1) @ w.T + b for w, b in zip(weights["1.weight"], weights["1.bias"])])
@@ -495,7 +495,7 @@ def test_a_network_that_writes_into_its_input_spoils_neither_the_inputs_nor_the_
 
 
 def test_prediction_needs_draws_or_weights():
-    network, x = bayesianize(small_cnn()), torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    network, x = with_posteriors(small_cnn()), torch.zeros(1, 1, 8, 8, dtype=torch.float64)
     for arguments in ({}, {"draws": 2, "weights": mean_weights(network)}, {"draws": 2, "memory": 0}):
         with pytest.raises(Refusal, match="draws"):
             predict(network, x, **arguments)
@@ -507,14 +507,14 @@ def test_prediction_needs_draws_or_weights():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # raised inside the compiler
 def test_layers_compile():
-    network, x = bayesianize(small_cnn()), torch.randn(3, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    network, x = with_posteriors(small_cnn()), torch.randn(3, 1, 8, 8, generator=seeded(), dtype=torch.float64)
     weights = sample_weights(network, 2, seeded())
     compiled = torch.compile(lambda x, weights: apply_weights(network, x, weights), backend="eager")
     assert_close(compiled(x, weights), apply_weights(network, x, weights), exact64)
 
 
 def test_layer_types_and_channels_last():
-    network, x = bayesianize(small_cnn()), torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    network, x = with_posteriors(small_cnn()), torch.randn(3, 1, 8, 8, dtype=torch.float64)
     assert type(network[0]) is nn.Conv2d
     assert type(network[7]) is nn.Linear
     layouts = []
@@ -524,7 +524,7 @@ def test_layer_types_and_channels_last():
 
 
 def test_half_precision_and_tiny_scales_stay_finite():
-    network = bayesianize(small_cnn(), scale=1e-12).float()
+    network = with_posteriors(small_cnn(), scale=1e-12).float()
     out = forward(network, torch.randn(2, 1, 8, 8), 2)
     (out.square().mean() + kl_per_datum(network, 10)).backward()
     assert all(torch.isfinite(p.grad).all() for p in network.parameters())
@@ -533,6 +533,6 @@ def test_half_precision_and_tiny_scales_stay_finite():
 
 @pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
 def test_cuda_agrees_with_cpu(estimator, require_cuda):
-    network, x = bayesianize(small_cnn(), scale=1e-9), torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    network, x = with_posteriors(small_cnn(), scale=1e-9), torch.randn(4, 1, 8, 8, dtype=torch.float64)
     expected = forward(network, x, 2, estimator)
     assert_close(forward(network.cuda(), x.cuda(), 2, estimator).cpu(), expected, 1e-6)

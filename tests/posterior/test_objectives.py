@@ -11,7 +11,7 @@ from symbnn.errors import Refusal
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import MeanFieldGaussian
-from symbnn.posterior.layers import VariationalTensor, bayesianize, kl_sum, variational_tensors
+from symbnn.posterior.layers import VariationalTensor, kl_sum, variational_tensors, with_posteriors
 from symbnn.posterior.likelihoods import Categorical, Gaussian
 from symbnn.posterior.priors import fixed_means, isotropic
 from symbnn.posterior.sampling import apply_weights, forward, sample_weights
@@ -41,7 +41,7 @@ def regression(rows, weights, seed):
 
 
 def network_with(posterior):
-    network = bayesianize(nn.Linear(posterior.shape[-1], 1, bias=False).double())
+    network = with_posteriors(nn.Linear(posterior.shape[-1], 1, bias=False).double())
     network.weight = VariationalTensor(posterior, isotropic(TAU)("weight", posterior))
     return network
 
@@ -88,7 +88,7 @@ def test_the_monte_carlo_estimate(estimator):
 
 
 def test_parts_and_divisors():
-    network = bayesianize(nn.Linear(3, 4).double(), prior=isotropic(0.5))
+    network = with_posteriors(nn.Linear(3, 4).double(), prior=isotropic(0.5))
     x, labels = torch.randn(6, 3, generator=seeded(), dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
     outputs = forward(network, x, 5, generator=seeded(1))
     parts = elbo(network, outputs, labels, num_data=600, kl_weight=0.25)
@@ -206,7 +206,7 @@ def test_outputs_that_are_no_logits_of_classes_are_refused(outputs, fix):
 def commuting(dtype=torch.float64, **noise):
     """What fails of a network whose three outputs are moved in a circle, for a Gaussian likelihood."""
     cycle = regular_channels(Cyclic(3))
-    network = bayesianize(nn.Linear(3, 3).double())
+    network = with_posteriors(nn.Linear(3, 3).double())
     action = network_action(nn.Linear(3, 3), cycle, output=cycle)
     x = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
     x, y = (torch.cat([cycle.act(g, each) for g in range(3)]) for each in (x, x.square()))
@@ -230,7 +230,7 @@ def cnn():
 @pytest.mark.parametrize("kl_weight", [1.0, 0.0, 7.0])
 def test_invariant_on_augmented_data_only(augmented, kl_weight):
     """The draws of the moved posterior are the moved draws, so the two estimates are equal, not only their means."""
-    network = bayesianize(cnn(), scale=0.3)
+    network = with_posteriors(cnn(), scale=0.3)
     for tensor in variational_tensors(network).values():
         nn.init.normal_(tensor.posterior.log_scale, -1, generator=seeded(2))
     images, labels = torch.randn(5, 1, 4, 4, generator=seeded(3), dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
@@ -241,7 +241,7 @@ def test_invariant_on_augmented_data_only(augmented, kl_weight):
     weights = sample_weights(network, 3, seeded(4))
     values = []
     for g in range(4):
-        moved = bayesianize(cnn())
+        moved = with_posteriors(cnn())
         for name, tensor in variational_tensors(network).items():
             owner = moved.get_submodule(name.rpartition(".")[0])
             pushed = tensor.posterior.push_forward(action.parameters[name](g))
@@ -260,7 +260,7 @@ def test_a_prior_that_is_not_invariant_breaks_it():
 
 
 def test_refusals():
-    network = bayesianize(nn.Linear(3, 4))
+    network = with_posteriors(nn.Linear(3, 4))
     labels = torch.zeros(6, dtype=torch.int64)
     with pytest.raises(Refusal, match="axis of draws"):
         elbo(network, torch.zeros(6, 4), labels, 6)
@@ -288,7 +288,7 @@ def test_labels_that_are_none_are_refused(labels, message):
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_of_the_divergence_that_cannot_be_meant(weight):
     with pytest.raises(Refusal, match="kl_weight"):
-        elbo(bayesianize(nn.Linear(3, 4)), torch.zeros(1, 2, 4), torch.zeros(2, dtype=torch.int64), 2, kl_weight=weight)
+        elbo(with_posteriors(nn.Linear(3, 4)), torch.zeros(1, 2, 4), torch.zeros(2, dtype=torch.int64), 2, kl_weight=weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

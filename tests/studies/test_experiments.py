@@ -16,7 +16,6 @@ from symbnn.data.transforms import vary
 from symbnn.errors import Refusal
 from symbnn.files import write_file
 from symbnn.posterior.families import FAMILIES
-from symbnn.studies.studies import comparison as module, experiments
 from symbnn.studies.comparison import DEMO, Comparison, compare, epoch_cost, plan
 from symbnn.studies.experiments import ARRAYS, PRIORS, SYMMETRIES, Setup, evaluate, load_npz, prepare
 from symbnn.studies.methods import EXPANSIONS
@@ -32,6 +31,8 @@ from symbnn.studies.reports import (
     summary,
     verdict,
 )
+from symbnn.studies.studies import comparison as module
+from symbnn.studies.studies import experiments
 from symbnn.training.architectures import multiply_adds
 from symbnn.training.checkpoints import load_network
 from symbnn.training.config import TrainingConfig

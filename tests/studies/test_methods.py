@@ -17,7 +17,6 @@ from symbnn.layerwise.curvature import log_precisions, set_log_precisions
 from symbnn.layerwise.precisions import elbo_precisions, evidence_precisions
 from symbnn.posterior.layers import variational_tensors
 from symbnn.posterior.sampling import apply_weights, mean_weights, predict
-from symbnn.studies.studies import methods
 from symbnn.studies.experiments import Setup, prepare
 from symbnn.studies.methods import (
     AVERAGES,
@@ -33,6 +32,7 @@ from symbnn.studies.methods import (
     start,
     training_accuracy,
 )
+from symbnn.studies.studies import methods
 from symbnn.symmetry.networks import network_action
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import train

@@ -11,7 +11,6 @@ from symbnn import cli
 from symbnn.errors import Refusal
 from symbnn.hidden_units.two_weights import GaussianFit
 from symbnn.posterior.layers import variational_tensors
-from symbnn.studies.studies import simulations
 from symbnn.studies.simulations import (
     SIMULATIONS,
     TWO_WEIGHT_METHODS,
@@ -27,7 +26,7 @@ from symbnn.studies.simulations import (
     unit_network,
     width,
 )
-from symbnn.studies.studies import Panel
+from symbnn.studies.studies import Panel, simulations
 from tolerances import assert_close, exact64, within_standard_errors
 
 CALLS = []

@@ -29,7 +29,6 @@ from symbnn.layerwise.precisions import learned_equivariance
 from symbnn.posterior.layers import kl_sum
 from symbnn.posterior.likelihoods import Categorical
 from symbnn.posterior.sampling import predict
-from symbnn.studies.studies import catalogue, studies
 from symbnn.studies.catalogue import FULL, SMALL, STUDIES, estimate, find_study
 from symbnn.studies.experiments import Setup, evaluate, prepare
 from symbnn.studies.methods import Method, run_method
@@ -38,6 +37,7 @@ from symbnn.studies.studies import (
     Panel,
     Spec,
     Study,
+    catalogue,
     check,
     describe,
     execute,
@@ -45,6 +45,7 @@ from symbnn.studies.studies import (
     measure,
     plain,
     run,
+    studies,
     task_of,
     words,
 )

@@ -202,11 +202,11 @@ def test_impossible_groups_and_draws_are_refused():
 
 
 def test_a_refusal_is_one_paragraph_with_four_parts_and_can_be_pickled():
-    refusal = Refusal("x must be y.", received="z", cause="w", fix="v.")
+    refusal = Refusal("x must be y.", got="z", cause="w", fix="v.")
     assert str(refusal) == "x must be y. Received: z. Likely cause: w. Fix: v."
     copy = pickle.loads(pickle.dumps(refusal))
     assert (type(copy), str(copy)) == (Refusal, str(refusal))
-    assert (copy.invariant, copy.received, copy.cause, copy.fix) == ("x must be y.", "z", "w", "v.")
+    assert (copy.expected, copy.got, copy.cause, copy.fix) == ("x must be y.", "z", "w", "v.")
 
 
 def test_conventions():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from symbnn.errors import Refusal
-from symbnn.posterior.layers import bayesianize, variational_tensors
+from symbnn.posterior.layers import variational_tensors, with_posteriors
 from symbnn.posterior.sampling import predict
 from symbnn.symmetry.actions import Action, check_action, natural_action, regular_channels, sign_change
 from symbnn.symmetry.fields import (
@@ -328,12 +328,12 @@ def test_a_nan_is_reported_as_an_error():
 
 
 def test_networks_of_variational_layers():
-    from symbnn.posterior.layers import bayesianize
+    from symbnn.posterior.layers import with_posteriors
     from symbnn.posterior.sampling import apply_weights, sample_weights
 
     network = randomised(nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
                                        nn.Linear(128, 5)))
-    bayesian = bayesianize(network)
+    bayesian = with_posteriors(network)
     plain = network_action(network, field(rotations(), IMAGE), hidden="regular")
     action = network_action(bayesian, field(rotations(), IMAGE), hidden="regular")
     assert action.layers == plain.layers and action.parameters.keys() == plain.parameters.keys()
@@ -345,7 +345,7 @@ def test_networks_of_variational_layers():
 
     assert forward(batch(IMAGE), weights).shape == (2, 3, 5)
     assert intertwining_error(bayesian, action, batch(IMAGE), tensors=weights, forward=forward) < exact64
-    units = unit_permutations(bayesianize(randomised(mlp())), IMAGE)
+    units = unit_permutations(with_posteriors(randomised(mlp())), IMAGE)
     assert units.group == Product(Symmetric(32), Symmetric(16))
 
 
@@ -663,7 +663,7 @@ def test_ties_have_one_action_and_a_check_leaves_the_network_alone(tied):
     assert all(torch.equal(value, kept[name]) for name, value in network.state_dict().items())
     assert all(isinstance(layer.weight, nn.Parameter) for layer in (network.first, network.second))
     assert network.training == modes
-    bayesian = bayesianize(network)
+    bayesian = with_posteriors(network)
     again = network_action(bayesian, source)
     assert again.parameters.keys() == action.parameters.keys()
     weights = {name: tensor.posterior.mean[None].detach() for name, tensor in variational_tensors(bayesian).items()}

@@ -13,11 +13,10 @@ from symbnn.equivariance.expansion import expand, expanded_action
 from symbnn.errors import Refusal
 from symbnn.files import check_folder
 from symbnn.posterior.families import FAMILIES
-from symbnn.posterior.layers import bayesianize
+from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.priors import fixed_means, isotropic, per_tensor, random_means
 from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.networks import network_action
-from symbnn.training.loop import checkpoints
 from symbnn.training.architectures import PRESETS, Architecture, build
 from symbnn.training.checkpoints import (
     DESCRIPTION,
@@ -29,13 +28,14 @@ from symbnn.training.checkpoints import (
     save_network,
     write_checkpoint,
 )
+from symbnn.training.loop import checkpoints
 
 TINY = Architecture("cnn", (1, 4, 4), 3, (2,))
 
 
 def made(architecture=TINY, family="gaussian", prior=None, dtype=torch.float32, seed=0):
     plain = build(architecture, torch.Generator().manual_seed(seed), dtype)
-    return bayesianize(plain, FAMILIES[family], prior=prior)
+    return with_posteriors(plain, FAMILIES[family], prior=prior)
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -240,13 +240,13 @@ def test_folders_are_checked_before_work(tmp_path, monkeypatch):
 
 
 def test_a_network_of_one_s_own(tmp_path):
-    network = bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+    network = with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
     assert not has_checkpoint(tmp_path)
     write_checkpoint(tmp_path, network_tensors(network), checkpoints.describe_network(network, None))
     assert has_checkpoint(tmp_path)
     with pytest.raises(Refusal, match="build the network"):
         load_network(tmp_path)
-    other = bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+    other = with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
     load_tensors(other, read_checkpoint(tmp_path).part("network"))
     assert equal(other, network)
 

@@ -12,7 +12,7 @@ from torch import nn
 from symbnn.equivariance.expansion import ARRANGEMENT, expand
 from symbnn.errors import Refusal
 from symbnn.layerwise.paths import relaxed_network
-from symbnn.posterior.layers import bayesianize
+from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.sampling import apply_weights, mean_weights
 from symbnn.symmetry.fields import field, rotations, rotations_and_flips
 from symbnn.symmetry.networks import intertwining_error, network_action
@@ -35,7 +35,7 @@ def test_shapes_and_round_trip(name):
     assert hash(again) == hash(architecture)
     network, x = build(again, seeded()), torch.zeros(3, *architecture.input_shape)
     assert network(x).shape == (3, architecture.classes)
-    assert apply_weights(bayesianize(network), x, mean_weights(bayesianize(network))).shape == (1, 3, 10)
+    assert apply_weights(with_posteriors(network), x, mean_weights(with_posteriors(network))).shape == (1, 3, 10)
 
 
 @given(
@@ -111,7 +111,7 @@ def test_multiply_adds_and_weights(name):
             macs, count = macs + 9 * before * channels * size**2, count + 9 * before * channels + channels
             size, before = size // 2, channels
         macs, count = macs + before * 10, count + before * 10 + 10
-    for each in (network, bayesianize(network)):
+    for each in (network, with_posteriors(network)):
         assert multiply_adds(each, architecture.input_shape) == macs
         assert weight_count(each) == count
 
@@ -135,7 +135,7 @@ def test_a_relaxed_network_is_named_by_its_paths(kind):
     expected = relaxed_network(kind, shape, 3, channels, strides, generator=seeded(), dtype=torch.float64)
     assert torch.equal(network(x), expected(x))
     assert architecture.expanded(2) == Architecture(kind, shape, 3, (4, 8, 8, 12), strides)
-    assert multiply_adds(network, shape) == multiply_adds(bayesianize(network), shape) > weight_count(network) / 2
+    assert multiply_adds(network, shape) == multiply_adds(with_posteriors(network), shape) > weight_count(network) / 2
     one_pixel = build(Architecture(kind, shape, 3, (2, 4), (3, 4)), dtype=torch.float64)
     assert one_pixel[: list(dict(one_pixel.named_children())).index("mean")](x).shape[-2:] == (1, 1)
 

@@ -11,7 +11,7 @@ from symbnn.data.splits import Split
 from symbnn.errors import Refusal
 from symbnn.hidden_units.mutual_information import InformationEstimator, mutual_information
 from symbnn.posterior.independent import MeanFieldGaussian
-from symbnn.posterior.layers import bayesianize, variational_tensors
+from symbnn.posterior.layers import variational_tensors, with_posteriors
 from symbnn.posterior.priors import isotropic, random_means
 from symbnn.symmetry.fields import field, flips, rotations
 from symbnn.symmetry.networks import network_action, unit_permutations
@@ -26,7 +26,7 @@ SETTINGS = TrainingConfig(epochs=1, batch_size=12, augmentation="none", precisio
 def network(prior=None, scale=0.3):
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-    return bayesianize(plain.double(), MeanFieldGaussian, scale=scale, prior=prior or isotropic(1.0))
+    return with_posteriors(plain.double(), MeanFieldGaussian, scale=scale, prior=prior or isotropic(1.0))
 
 
 def split():

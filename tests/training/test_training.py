@@ -19,18 +19,18 @@ from symbnn.data.splits import Split
 from symbnn.errors import Refusal
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import MeanFieldGaussian
-from symbnn.posterior.layers import bayesianize, kl_per_datum, posterior_mean_network, variational_tensors
+from symbnn.posterior.layers import kl_per_datum, posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.sampling import forward
 from symbnn.symmetry.actions import Action
 from symbnn.symmetry.fields import field, flips, rotations
 from symbnn.symmetry.groups import Cyclic
 from symbnn.symmetry.signed_permutations import SignedPermutation
-from symbnn.training.loop import checkpoints, loop as training
 from symbnn.training.architectures import Architecture, build
 from symbnn.training.checkpoints import load_network, load_tensors, read_checkpoint
 from symbnn.training.config import TrainingConfig, make_optimizer
-from symbnn.training.loop import train
+from symbnn.training.loop import checkpoints, train
+from symbnn.training.loop import loop as training
 from tolerances import assert_close, exact32
 
 ARCHITECTURE = Architecture("cnn", (1, 4, 4), 2, (3,))
@@ -53,7 +53,7 @@ DATA, VALIDATION = task(), task(10, 1)
 
 
 def network(seed=0, family=MeanFieldGaussian):
-    return bayesianize(build(ARCHITECTURE, seeded(seed)), family)
+    return with_posteriors(build(ARCHITECTURE, seeded(seed)), family)
 
 
 def run(config=CONFIG, data=DATA, net=None, **options):
@@ -195,7 +195,7 @@ def test_validation_at_intervals():
 
 def test_the_record_is_the_objective():
     """With scales near zero and no learning to speak of, the parts are those of the mean network."""
-    net = bayesianize(build(ARCHITECTURE, seeded()).double(), scale=1e-9)
+    net = with_posteriors(build(ARCHITECTURE, seeded()).double(), scale=1e-9)
     plain = posterior_mean_network(net)
     turned = torch.cat([ACTION.act(g, DATA.inputs) for g in range(4)]).double()
     expected = -nn.functional.cross_entropy(plain(turned), DATA.labels.repeat(4))
@@ -337,7 +337,7 @@ def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
         real(path, data)
 
     straight = run()
-    monkeypatch.setattr(checkpoints, "_write_bytes", full)
+    monkeypatch.setattr(checkpoints, "write_bytes", full)
     with pytest.raises(Refusal, match="No space left"):
         run(folder=tmp_path)
     monkeypatch.undo()
@@ -416,7 +416,7 @@ def with_dropout(p=0.3):
             return self.head(h + 0.1 * torch.randn_like(h) * self.training)
 
     torch.manual_seed(0)
-    return bayesianize(Noisy())
+    return with_posteriors(Noisy())
 
 
 def test_random_layers_follow_the_seed_and_leave_the_world_alone(tmp_path):
@@ -436,7 +436,7 @@ def test_random_layers_follow_the_seed_and_leave_the_world_alone(tmp_path):
 
 def normed(track=True):
     torch.manual_seed(0)
-    return bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4, track_running_stats=track),
+    return with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4, track_running_stats=track),
                                      nn.ReLU(), nn.Dropout(0.2), nn.Linear(4, 3)))
 
 
@@ -505,7 +505,7 @@ class OneLayerTwice(nn.Module):
 def test_ties_are_saved_once_and_resumed(tmp_path):
     def net():
         torch.manual_seed(0)
-        return bayesianize(OneLayerTwice())
+        return with_posteriors(OneLayerTwice())
 
     straight = run(net=net(), architecture=None)
     run(net=net(), folder=tmp_path, architecture=None, callback=press_ctrl_c(1))
@@ -557,7 +557,7 @@ def test_arguments_of_other_kinds_are_refused(options, said):
 def test_tables_are_told_about_augmentation():
     table = Split(torch.randn(20, 12), torch.arange(20) % 3)
     with pytest.raises(Refusal, match='augmentation="none"') as caught:
-        train(bayesianize(nn.Linear(12, 3)), table, TrainingConfig(batch_size=10))
+        train(with_posteriors(nn.Linear(12, 3)), table, TrainingConfig(batch_size=10))
     assert "field" not in str(caught.value)
 
 
@@ -567,7 +567,7 @@ def test_tables_are_told_about_augmentation():
 ])
 def test_outputs_that_are_no_logits_are_refused_before_work(plain, said):
     with pytest.raises(Refusal, match=said):
-        train(bayesianize(plain), DATA, replace(CONFIG, augmentation="none"))
+        train(with_posteriors(plain), DATA, replace(CONFIG, augmentation="none"))
 
 
 def test_a_network_with_nothing_to_train_is_refused():
@@ -578,7 +578,7 @@ def test_a_network_with_nothing_to_train_is_refused():
 def test_batch_normalisation_is_trained_and_saved(tmp_path):
     def normalised():
         torch.manual_seed(0)
-        return bayesianize(nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(),
+        return with_posteriors(nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(),
                                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
 
     straight = run(net=normalised(), architecture=None)
@@ -613,7 +613,7 @@ def labels_from_one():
     (lambda: {"data": labels_from_one()}, "Every label has an output"),
     (lambda: {"validation": labels_from_one()}, "Every label has an output"),
     (lambda: {"validation": Split(torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64))}, "shape of training"),
-    (lambda: {"net": bayesianize(build(Architecture("mlp", (1, 6, 6), 2, (3,))))}, "takes the images"),
+    (lambda: {"net": with_posteriors(build(Architecture("mlp", (1, 6, 6), 2, (3,))))}, "takes the images"),
     (lambda: {"config": replace(CONFIG, batch_size=93)}, "not larger than"),
     (lambda: {"config": replace(CONFIG, select="best"), "validation": None}, "validation split"),
     (lambda: {"config": replace(CONFIG, device="quantum")}, "one that this machine has"),
