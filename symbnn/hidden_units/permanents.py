@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRADIENT_ERROR', 'EXACT_UNITS', 'LogPermanent', 'log_permanent', 'log_bethe_permanent', 'log_capacity', 'propose']
 
-# %% ../../nbs/4_hidden_units/04_permanents.ipynb #d3b2ae76-0
+# %% ../../nbs/4_hidden_units/04_permanents.ipynb #9415f55a-0
 import math
 from typing import NamedTuple
 
@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ..errors import Refusal, check_count, check_kind, require
+from ..errors import Refusal, check_count, check_tensor, require
 
-# %% ../../nbs/4_hidden_units/04_permanents.ipynb #64f3f2e5-0
+# %% ../../nbs/4_hidden_units/04_permanents.ipynb #7a68c69f-0
 GRADIENT_ERROR = 1e-8  # of the marginals where they are a gradient; what float32 can resolve is 1e-5
 
 
@@ -50,7 +50,7 @@ def _with_gradient(log_a: Tensor, value: Tensor, marginals: Tensor) -> LogPerman
 
 def _checked(log_a: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """The matrix without its history; `Refusal` unless it holds logarithms of a square matrix."""
-    check_kind(log_a, Tensor, "The logarithms of a matrix", "torch.as_tensor(a).log()")
+    check_tensor(log_a, "The logarithms of a matrix", "log_a")
     require(log_a.ndim >= 2 and log_a.shape[-1] == log_a.shape[-2] > 0, "a square matrix, or several: (..., n, n)",
             f"shape {tuple(log_a.shape)}", "a vector, or a matrix of more rows than columns",
             "one row for each unit and one column for each place")
