@@ -20,7 +20,7 @@ from ..errors import Refusal, require
 from ..layerwise.paths import path_kinds, relaxed_network
 from ..posterior.layers import is_variational, posterior_mean_network
 
-# %% ../../nbs/7_training/01_architectures.ipynb #ab59b9f3-0
+# %% ../../nbs/7_training/01_architectures.ipynb #dd99af31-0
 @dataclass(frozen=True)
 class Architecture:
     """A network as a value, equal to itself after a round trip through JSON (`as_dict`, `Architecture(**d)`).
@@ -71,7 +71,8 @@ class Architecture:
         """Fill in the strides where there are none, and see that they divide the sides."""
         shape, depth = self.input_shape, len(self.channels)
         require(len(shape) == 3 and depth > 0,
-                f"input_shape=(channels, height, width) and at least one entry of channels for {self.name!r}", f"input_shape={shape}, channels={self.channels}",
+                f"input_shape=(channels, height, width) and at least one entry of channels for {self.name!r}",
+                f"input_shape={shape}, channels={self.channels}",
                 "images without a channel axis" if depth else "no hidden layer",
                 f"input_shape={(1, *shape[-2:])}" if depth else "channels=(8,)")
         even = [not any(size % 2**layer for size in shape[1:]) for layer in range(1, depth)]
@@ -90,7 +91,8 @@ class Architecture:
     def _check_pooling(self) -> None:
         shape, depth = self.input_shape, len(self.channels)
         require(len(shape) == 3 and depth > 0,
-                "input_shape=(channels, height, width) and at least one convolution for 'cnn'", f"input_shape={shape}, channels={self.channels}",
+                "input_shape=(channels, height, width) and at least one convolution for 'cnn'",
+                f"input_shape={shape}, channels={self.channels}",
                 "images without a channel axis" if depth else "no entry of channels",
                 f"input_shape={(1, *shape[-2:])} for grey images, or name=\"mlp\"" if depth else "channels=(8,)")
         for number in range(depth):

@@ -153,7 +153,7 @@ CASES = {
     "expansion": [
         (lambda: expand(None, action), "torch network"), (lambda: expand(action, network), "torch network"),
         (lambda: expand(network, turns), MAKE), (lambda: expand(network, action, None), "block_diagonal"),
-        (lambda: expanded_action(expand(network, action), turns), MAKE),
+        (lambda: expanded_action(expand(network, action).network, turns), MAKE),
         (lambda: expanded_action(None, action), "network"),
     ],
     "checkpoints": [
