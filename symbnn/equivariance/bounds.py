@@ -19,7 +19,7 @@ from ..posterior.family import Family
 from ..posterior.layers import variational_tensors
 from ..symmetry.networks import NetworkAction, check_acting
 
-# %% ../../nbs/3_equivariance/04_bounds.ipynb #327c8aa0-0
+# %% ../../nbs/3_equivariance/04_bounds.ipynb #3310f05f-0
 class Divergences(NamedTuple):
     """How far a network's posterior lies from its push-forward under each group element, in `elements()` order."""
 
@@ -41,8 +41,8 @@ def closed_members(members: Mapping[str, Family], action: NetworkAction) -> dict
         if not closure:
             raise Refusal("a family that stays itself when the group moves the weights, since the bounds compare a "
                           "distribution with its moved copy", got=f"{type(member).__name__} for {name!r}",
-                          cause=closure.reason, fix="with_posteriors(network, MeanFieldGaussian), which every action of a group "
-                          "on weights leaves in its family")
+                          cause=closure.reason, fix="with_posteriors(network, MeanFieldGaussian), a family that every "
+                          "action on weights leaves as it is")
     return {name: member.in_dtype(torch.float64) for name, member in members.items()}
 
 
