@@ -5,54 +5,65 @@
 # %% auto #0
 __all__ = ['root_radius', 'inputs_radius', 'defect_interval', 'normal_interval', 'draws_needed', 'inputs_needed']
 
-# %% ../../nbs/3_equivariance/07_confidence.ipynb #36a3e277-0
+# %% ../../nbs/3_equivariance/07_confidence.ipynb #1fd6d175-0
 import math
+from typing import get_args
 
 import torch
 
-from ..errors import Refusal
+from .predictions import Mode
+from ..errors import check_choice, check_count, require
 from ..estimates import Interval
 
-# %% ../../nbs/3_equivariance/07_confidence.ipynb #43ffc57b-0
+# %% ../../nbs/3_equivariance/07_confidence.ipynb #3953f6f8-0
 _SQUARED_CHANGES = {"common": 8.0, "shared": 4.0, "fresh": 4.0}  # sum of c^2, times T / gamma, for the root
 
 
 def _check_share(confidence: float, order: int) -> float:
-    """gamma = (|G| - 1)/|G|; refuses confidences outside (0, 1) and groups without turns."""
-    if not (0 < confidence < 1 and order >= 2):
-        raise Refusal("A confidence lies strictly between 0 and 1, and a defect needs two group elements",
-                      got=f"confidence={confidence}, group order {order}",
-                      cause="a percentage, an error probability, or a group without turns", fix="confidence=0.95")
+    """gamma = (|G| - 1)/|G|; `Refusal` for confidences outside (0, 1) and groups without turns."""
+    require(0 < confidence < 1, "a confidence between 0 and 1, the ends excluded", f"confidence={confidence}",
+            "a percentage" if confidence > 1 else "an interval that is asked never, or always, to miss",
+            f"confidence={confidence / 100}" if 1 < confidence < 100 else "confidence=0.95")
+    check_count(order, "The order of the group", "order=action.group.order, of a group with a turn", least=2)
     return (order - 1) / order
 
 
-def root_radius(draws: int, order: int, mode: str, confidence: float = 0.95) -> float:
-    """McDiarmid's t of `@eq-root-interval`: how far the root of the plug-in defect may lie from its expectation.
+def root_radius(draws: int, order: int, mode: Mode, confidence: float = 0.95) -> float:
+    """How far the root of the plug-in defect may lie from its expectation, by McDiarmid's inequality.
 
-    `order` is that of the group, `mode` how draws are shared ("common", "shared" or "fresh", @sec-defect).
+    `order` is that of the group, `mode` how samples of the weights are shared between turns, as in `orbit_predictions`.
+    Raises `Refusal` for numbers that mean nothing. Source: McDiarmid, On the Method of Bounded Differences, 1989.
     """
     share = _check_share(confidence, order)
-    if mode not in _SQUARED_CHANGES or draws < 1:
-        raise Refusal(f"The draw mode is one of {', '.join(_SQUARED_CHANGES)}, and there is a draw",
-                      got=f"mode={mode!r}, draws={draws}", cause="a typing error", fix="mode='common'")
+    check_choice(mode, get_args(Mode), "mode (how draws are shared)")
+    check_count(draws, "The number of draws", "draws=16")
     return math.sqrt(_SQUARED_CHANGES[mode] * share / draws * math.log(2 / (1 - confidence)) / 2)
 
 
 def inputs_radius(inputs: int, order: int, confidence: float = 0.95) -> float:
-    """Hoeffding's half-width for the mean defect of independent inputs [@hoeffding1963]: each is in 0 ... 2 gamma."""
-    return 2 * _check_share(confidence, order) * math.sqrt(math.log(2 / (1 - confidence)) / (2 * inputs))
+    """Half-width for the mean squared defect of independent inputs, each in 0 ... 2 (|G| - 1)/|G|.
+
+    Raises `Refusal` for numbers that mean nothing. Source: Hoeffding, Probability Inequalities for Sums of Bounded
+    Random Variables, 1963.
+    """
+    share = _check_share(confidence, order)
+    check_count(inputs, "The number of inputs", "inputs=len(labels)")
+    return 2 * share * math.sqrt(math.log(2 / (1 - confidence)) / (2 * inputs))
 
 
 def defect_interval(
-    plugin: float, draws: int, order: int, mode: str, confidence: float = 0.95,
+    plugin: float, draws: int, order: int, mode: Mode, confidence: float = 0.95,
     inputs: int | None = None,  # their number: then for the defect of the distribution that they are drawn from
 ) -> Interval:
-    """Interval that holds the squared defect with at least this probability at any number of draws.
+    """Interval that holds the squared defect with at least this probability at any number of samples.
 
-    `plugin` is `defect_plugin` of `draws` draws. For the given inputs `@eq-root-interval`; with `inputs` the error
-    probability is halved between draws and inputs, and Hoeffding's half-width added. Cut at 0 and 2 gamma.
+    `plugin` is `defect_plugin` of `draws` samples of the weights. With `inputs` the error probability is halved between
+    samples and inputs, and Hoeffding's half-width added. Cut at 0 and at 2 (|G| - 1)/|G|, the largest defect. Raises
+    `Refusal` for numbers that mean nothing.
     """
     share = _check_share(confidence, order)
+    require(plugin >= 0, "a plug-in defect, which is not negative", f"plugin={plugin}",
+            "the unbiased defect, which may be", "plugin=defect_plugin(probabilities)")
     each = confidence if inputs is None else (1 + confidence) / 2
     root, t = math.sqrt(plugin), root_radius(draws, order, mode, each)
     wider = 0.0 if inputs is None else inputs_radius(inputs, order, each)
@@ -61,21 +72,35 @@ def defect_interval(
 
 
 def normal_interval(value: float, standard_error: float, confidence: float = 0.95) -> Interval:
-    """value -+ z standard errors, z the normal quantile: right in the limit, with no guarantee at finite numbers."""
+    """value -+ z standard errors, z the normal quantile: right in the limit, with no guarantee at finite numbers.
+
+    Raises `Refusal` for a confidence outside (0, 1).
+    """
     _check_share(confidence, 2)
     z = torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)).item()
     return Interval(value - z * standard_error, value + z * standard_error)
 
 
-def draws_needed(accuracy: float, order: int, mode: str, confidence: float = 0.95) -> int:
-    """The number of draws from which the root of the squared defect is known within `accuracy` on either side,
-    guaranteed: t + sqrt(2 gamma / T) of `@eq-root-interval`."""
+def draws_needed(accuracy: float, order: int, mode: Mode, confidence: float = 0.95) -> int:
+    """The number of samples of the weights from which the root of the squared defect is known within `accuracy`.
+
+    Guaranteed, on either side, by `root_radius` and the bias of the root. `Refusal` unless `accuracy` is above 0.
+    """
     share = _check_share(confidence, order)
+    _check_accuracy(accuracy)
     one = root_radius(1, order, mode, confidence) + math.sqrt(2 * share)
     return math.ceil((one / accuracy) ** 2)
 
 
 def inputs_needed(accuracy: float, order: int, confidence: float = 0.95) -> int:
-    """The number of independent inputs from which their mean squared defect is within `accuracy` of the
-    distribution's, guaranteed by Hoeffding's inequality."""
+    """The number of independent inputs whose mean squared defect is within `accuracy` of that of their distribution.
+
+    Guaranteed by Hoeffding's inequality. Raises `Refusal` unless `accuracy` is positive.
+    """
+    _check_accuracy(accuracy)
     return math.ceil((inputs_radius(1, order, confidence) / accuracy) ** 2)
+
+
+def _check_accuracy(accuracy: float) -> None:
+    require(0 < accuracy < math.inf, "an accuracy above 0", f"accuracy={accuracy}",
+            "a request for an exact value, which no finite number of samples gives", "accuracy=0.03")
