@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Divergences', 'closed_members', 'push_forward_divergences', 'through_information']
 
-# %% ../../nbs/3_equivariance/04_bounds.ipynb #0693474f-0
+# %% ../../nbs/3_equivariance/04_bounds.ipynb #ef3bc648-0
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .conditions import moved_tensors
 from ..errors import Refusal
 from ..posterior.divergences import log_affinity, wasserstein2_squared
 from ..posterior.family import Family
-from ..posterior.layers import variational_tensors
-from ..symmetry.networks import NetworkAction, check_acting
+from ..symmetry.networks import NetworkAction
 
-# %% ../../nbs/3_equivariance/04_bounds.ipynb #3310f05f-0
+# %% ../../nbs/3_equivariance/04_bounds.ipynb #43e8f93e-0
 class Divergences(NamedTuple):
     """How far a network's posterior lies from its push-forward under each group element, in `elements()` order."""
 
@@ -29,14 +29,8 @@ class Divergences(NamedTuple):
 
 
 def closed_members(members: Mapping[str, Family], action: NetworkAction) -> dict[str, Family]:
-    """The members in float64, or a `Refusal` that names the tensor and the condition that fails."""
+    """The members in float64; `Refusal`, naming the tensor and the condition that fails, unless all are closed."""
     for name, member in members.items():
-        known = action.parameters[name].shape if name in action.parameters else "no tensor of that name"
-        if known != member.shape:
-            raise Refusal("the action that was derived from this very network",
-                          got=f"the tensor {name!r} of shape {member.shape}, where the action has {known}",
-                          cause="an action derived from another network, or before a layer was replaced",
-                          fix="action = network_action(network, action.input, output=action.output)")
         closure = member.is_closed_under(action.parameters[name])
         if not closure:
             raise Refusal("a family that stays itself when the group moves the weights, since the bounds compare a "
@@ -53,9 +47,8 @@ def push_forward_divergences(network: nn.Module, action: NetworkAction) -> Diver
     Raises `Refusal` for a network without posteriors, an action of another network, a family that is not closed under
     the action (naming tensor and condition), a group too large to list, and families without closed forms.
     """
-    check_acting(network, action)
+    tensors = moved_tensors(network, action)
     group, elements = action.group, action.group.elements()
-    tensors = variational_tensors(network)
     posteriors = closed_members({name: tensor.posterior for name, tensor in tensors.items()}, action)
     device = next(iter(tensors.values())).device
     kl, affinity = torch.zeros(2, len(elements), dtype=torch.float64, device=device)

@@ -90,13 +90,13 @@ def _calibration(mean: Float[Tensor, "N K C"], labels: Int64[Tensor, "N"], bins:
     place = (confidence * bins).long().clamp_max(bins - 1)
     return gap.new_zeros(bins).index_add(0, place.flatten(), gap.flatten()).abs().sum().item() / gap.numel()
 
-# %% ../../nbs/3_equivariance/03_metrics.ipynb #90b50003-0
+# %% ../../nbs/3_equivariance/03_metrics.ipynb #4370f913-0
 def defect_plugin(probabilities: Probabilities) -> float:
     """Squared defect of the Monte Carlo means, between 0 and 2 (arXiv 2606.26273): the mean over inputs and all g, the
     identity included, of ||F(g x) - g F(x)||^2.
 
     Biased upward by the trace of the covariance of one draw's differences over the number of draws (theorem "Bias of
-    the plug-in defect" in the chapter Measuring equivariance and accuracy). `Refusal` for fewer than two group elements.
+    the plug-in defect" of the chapter Measuring equivariance and accuracy). `Refusal` for fewer than two elements.
     """
     check_probabilities(probabilities, turns=2)
     return _between_turns(probabilities.mean(0, dtype=torch.float64))
@@ -194,12 +194,12 @@ def orbit_agreement(probabilities: Probabilities) -> float:
     check_probabilities(probabilities, turns=2)
     return _agreement(_predictive(probabilities)).mean().item()
 
-# %% ../../nbs/3_equivariance/03_metrics.ipynb #ab4d0812-0
+# %% ../../nbs/3_equivariance/03_metrics.ipynb #327b3c49-0
 def summarize(predictions: OrbitPredictions, labels: Int[Tensor, "N"], bins: int = 15) -> dict[str, float]:
     """Every metric of this module by name; names end in their unit where there is one.
 
     `*_se` is the standard error over test inputs, for the draws given; the unbiased defect has two, `*_se_draws` over
-    samples of the weights and `*_se_inputs`. Scores are on the untransformed inputs; `orbit_accuracy`, `orbit_nll_nats`,
+    samples of the weights and `*_se_inputs`. Scores are on the inputs as they are; `orbit_accuracy`, `orbit_nll_nats`,
     `orbit_brier` and `orbit_ece` are over the whole orbit. With one group element the equivariance metrics are absent,
     with fewer than three draws the unbiased defect is, and with one input the errors over inputs are.
     Raises `Refusal` on bad input.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prior_gradient_gap', 'prior_cost', 'conjugate_prior_gap']
 
-# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #0d5637f5-0
+# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #0b50f892-0
 import copy
 
 import torch
@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .bounds import closed_members
+from .conditions import moved_tensors
 from ..errors import check_count, require
-from ..posterior.layers import variational_tensors
-from ..symmetry.networks import NetworkAction, check_acting
+from ..symmetry.networks import NetworkAction
 
-# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #c5d5f16a-0
+# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #3181b900-0
 def prior_gradient_gap(network: nn.Module, action: NetworkAction) -> Float[Tensor, "G"]:
     """How much a prior differs from its moved copies, as a posterior sees it, for each group element.
 
@@ -26,8 +26,7 @@ def prior_gradient_gap(network: nn.Module, action: NetworkAction) -> Float[Tenso
     `Refusal` for a network without posteriors, an action of another network, and a prior whose family is not closed
     under the action.
     """
-    check_acting(network, action)
-    tensors = variational_tensors(network)
+    tensors = moved_tensors(network, action)
     priors = closed_members({name: tensor.prior for name, tensor in tensors.items()}, action)
     elements = action.group.elements()
     squares = torch.zeros(len(elements), dtype=torch.float64)
