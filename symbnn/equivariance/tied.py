@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tied', 'tie']
 
-# %% ../../nbs/3_equivariance/10_tied.ipynb #96cd10ae-0
+# %% ../../nbs/3_equivariance/10_tied.ipynb #8a0b4b4b-0
 from functools import partial
 
 import torch
@@ -16,7 +16,8 @@ from ..binding import copy_network
 from .projected_gradients import check_names, running_statistics, check_prior
 from ..errors import Refusal
 from ..estimates import rounding_tolerance
-from ..posterior.family import Closure, Family, LinearMap
+from ..posterior.divergences import affinity_rule, log_affinity, wasserstein2_squared, wasserstein_rule
+from ..posterior.family import Closure, ContinuousFamily, Family, LinearMap
 from ..posterior.layers import variational_tensors
 from ..symmetry.actions import Action
 from ..symmetry.groups import Element
@@ -24,7 +25,7 @@ from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/3_equivariance/10_tied.ipynb #f8919aa8-0
+# %% ../../nbs/3_equivariance/10_tied.ipynb #2da50552-0
 class Tied(Family):
     """Weights of one value an orbit, up to signs: the law `base` of the orbit coordinates, expanded.
 
@@ -72,14 +73,16 @@ class Tied(Family):
         """Differential entropy of the orbit coordinates in nats."""
         return self.base.entropy()
 
+    def has_orbits_of(self, other: "Tied") -> bool:
+        """Whether both laws tie the same weights, with the same signs."""
+        return all(torch.equal(a, b) for a, b in zip(self.orbits.tables(), other.orbits.tables(), strict=True))
+
     def _kl(self, prior: Family) -> Tensor:
-        same = isinstance(prior, Tied) and all(
-            torch.equal(a, b) for a, b in zip(self.orbits.tables(), prior.orbits.tables(), strict=True))
-        if not same:
+        if not isinstance(prior, Tied) or not self.has_orbits_of(prior):
             raise self._no_kl(prior, "tied weights lie in a subspace, where the prior has no mass: KL is infinite")
         return self.base.kl(prior.base)
 
-    def _cross_entropy(self, posterior: Family) -> Tensor:
+    def _cross_entropy(self, posterior: ContinuousFamily) -> Tensor | None:
         raise posterior._no_kl(self, "a tied prior gives mass to tied weights only: KL is infinite")
 
     def _closure(self, map: LinearMap) -> Closure:
@@ -92,8 +95,12 @@ class Tied(Family):
     def _pushed(self, map: LinearMap) -> Family:
         return Tied(self.base.push_forward(_on_orbits(map, self.orbits)), self.orbits)
 
+    def on_coordinates(self, action: Action) -> Action:
+        """How the orbit coordinates move when the weights move by `action`, which sends orbits to orbits."""
+        return Action(action.group, self.base.shape, partial(_orbit_rule, action, self.orbits), action.name)
+
     def _parameter_actions(self, action: Action) -> dict[str, Action]:
-        moved = Action(action.group, self.base.shape, partial(_orbit_rule, action, self.orbits), action.name)
+        moved = self.on_coordinates(action)
         return {f"base.{name}": move for name, move in self.base.parameter_actions(moved).items()}
 
 
@@ -110,6 +117,29 @@ def _on_orbits(map: SignedPermutation, orbits: Orbits) -> SignedPermutation | No
     orbit = orbits.orbit[kept]
     whole = inside and torch.equal(index[orbit], source[kept]) and torch.equal(signs[orbit], sign[kept])
     return SignedPermutation(index, signs) if whole else None
+
+
+def _check_orbits(q: Tied, p: Tied) -> None:
+    if not q.has_orbits_of(p):
+        raise Refusal("two laws that tie the same weights", got="two with different orbits or signs",
+                      cause="networks that were tied over different groups", fix="q and q.push_forward(map)")
+
+
+@affinity_rule.register
+def _affinity_of_tied(q: Tied, p: Tied) -> Tensor:
+    """That of the orbit coordinates, a common bijection of both laws."""
+    _check_orbits(q, p)
+    return log_affinity(q.base, p.base)
+
+
+@wasserstein_rule.register
+def _wasserstein_of_tied(q: Tied, p: Tied) -> Tensor:
+    """An orbit of k weights moves each of them, so its coordinate counts k times; for independent coordinates."""
+    _check_orbits(q, p)
+    *_, sizes = q.orbits.tables(q.mean.device)
+    chosen = [(int(size), (sizes == size).nonzero()[:, 0]) for size in sizes.unique()]
+    moved = [size * wasserstein2_squared(q.base.marginal(at), p.base.marginal(at)) for size, at in chosen]
+    return torch.stack(moved).sum()
 
 
 def tie(network: nn.Module, action: NetworkAction) -> nn.Module:
