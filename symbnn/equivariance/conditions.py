@@ -21,7 +21,7 @@ from ..posterior.sampling import predict, sample_weights
 from ..symmetry.actions import Action
 from ..symmetry.networks import NetworkAction, check_acting, intertwining_error
 
-# %% ../../nbs/3_equivariance/01_conditions.ipynb #d47c409d-0
+# %% ../../nbs/3_equivariance/01_conditions.ipynb #8b0c08bd-0
 def moved_tensors(network: nn.Module, action: NetworkAction) -> dict[str, VariationalTensor]:
     """The weights of a network that have posteriors, by name.
 
@@ -33,8 +33,8 @@ def moved_tensors(network: nn.Module, action: NetworkAction) -> dict[str, Variat
         shape, known = tuple(tensor.shape), action.parameters[name].shape if name in action.parameters else None
         if known != shape:
             raise Refusal("the action that was derived from this very network",
-                          got=f"{name!r} of shape {shape}, " + (
-                              f"which has shape {known} in the action" if known is not None else "which the action does not know"),
+                          got=f"{name!r} of shape {shape} in the network, " + (
+                              "unknown to the action" if known is None else f"of shape {known} in the action"),
                           cause="an action derived from another network, or before a layer was replaced",
                           fix="network_action(network, action.input), with hidden= and output= as before")
     return tensors

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Bound', 'ErrorLedger', 'ledger']
 
-# %% ../../nbs/3_equivariance/08_ledger.ipynb #74bdf709-0
+# %% ../../nbs/3_equivariance/08_ledger.ipynb #4de1d9ed-0
 import math
 from collections.abc import Callable
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from .bounds import push_forward_divergences, through_information
 from .lipschitz import through_lipschitz
 from .predictions import Probabilities, check_probabilities
-from ..errors import require
+from ..errors import check_kind, require
+from ..estimates import Estimate
 from ..posterior.divergences import bretagnolle_huber, hellinger, orbit_error, pinsker, through_jensen_shannon
 from ..symmetry.networks import NetworkAction, check_acting
 
-# %% ../../nbs/3_equivariance/08_ledger.ipynb #8db079ef-0
+# %% ../../nbs/3_equivariance/08_ledger.ipynb #7ca67adf-0
 class Bound(NamedTuple):
     """An upper bound on a total variation, and whether it says nothing: it is vacuous from 1 on."""
 
@@ -58,7 +60,7 @@ def ledger(
     network: nn.Module, action: NetworkAction,
     probabilities: Probabilities,  # of `orbit_predictions`: turned back, at least 2 draws
     inputs: Float[Tensor, "N ..."] | None = None,  # the inputs of the predictions, for the Lipschitz bound
-    information: tuple[float, float] | None = None,  # I = KL(q || q^G) in nats and its standard error
+    information: Estimate | None = None,  # I = KL(q || q^G) in nats, such as that of `OrbitMixture`
 ) -> ErrorLedger:
     """The measured equivariance error beside every bound on it, for one network and one set of predictions.
 
@@ -76,6 +78,8 @@ def ledger(
     require(inputs is None or len(inputs) == rows, f"the {rows} inputs that were predicted",
             f"{len(inputs) if inputs is not None else 0} inputs", "predictions for other inputs, or for some of them",
             again)
+    check_kind(information, (Estimate, NoneType), "The information", "OrbitMixture(network, action)"
+               ".mutual_information(1000)", {(int, float, tuple): "Estimate(value, standard_error)"})
     divergences, double = push_forward_divergences(network, action), probabilities.double()
     means = double.mean(0)
     found = [("KL, Pinsker", pinsker(divergences.kl)[1:]),
@@ -85,7 +89,7 @@ def ledger(
     if inputs is not None:
         found.append(("Lipschitz, Wasserstein", through_lipschitz(network, action, inputs, divergences)[:, 1:]))
     if information is not None:
-        upper = torch.tensor(max(0.0, information[0] + 2 * information[1]), dtype=torch.float64)
+        upper = torch.tensor(max(0.0, information.value + 2 * information.standard_error), dtype=torch.float64)
         found.append(("information", through_information(upper)))
     values = [(name, value.mean().item()) for name, value in found]
     error = _jackknife(lambda mean: orbit_error(mean).mean().item(), double)

@@ -105,12 +105,7 @@ def defect_plugin(probabilities: Probabilities) -> float:
 def _between_turns(mean: Float[Tensor, "N G C"]) -> float:
     return (mean - mean[:, :1]).square().sum(-1).mean().item()
 
-# %% ../../nbs/3_equivariance/03_metrics.ipynb #278b48c4-0
-def _deviation(values: Float[Tensor, "N"]) -> float:
-    """Standard error of a mean of independent values."""
-    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
-
-
+# %% ../../nbs/3_equivariance/03_metrics.ipynb #8a708847-0
 def defect_unbiased(probabilities: Probabilities, error: Literal["draws", "inputs"] = "draws") -> Estimate:
     """Squared defect without Monte Carlo bias, valid in every draw mode; may be negative.
 
@@ -151,7 +146,7 @@ def _over_inputs(d: Float[Tensor, "S N G C"]) -> Estimate:
     S, _, G, _ = d.shape
     pairs = d.sum(0).square().sum((1, 2)) - d.square().sum((0, 2, 3))
     values = pairs / (S * (S - 1) * G)
-    return Estimate(values.mean().item(), _deviation(values))
+    return Estimate.mean_of(values)
 
 # %% ../../nbs/3_equivariance/03_metrics.ipynb #33f73ee2-0
 def orbit_jensen_shannon(probabilities: Probabilities) -> float:
@@ -194,7 +189,7 @@ def orbit_agreement(probabilities: Probabilities) -> float:
     check_probabilities(probabilities, turns=2)
     return _agreement(_predictive(probabilities)).mean().item()
 
-# %% ../../nbs/3_equivariance/03_metrics.ipynb #327b3c49-0
+# %% ../../nbs/3_equivariance/03_metrics.ipynb #f0c2bdad-0
 def summarize(predictions: OrbitPredictions, labels: Int[Tensor, "N"], bins: int = 15) -> dict[str, float]:
     """Every metric of this module by name; names end in their unit where there is one.
 
@@ -212,9 +207,9 @@ def summarize(predictions: OrbitPredictions, labels: Int[Tensor, "N"], bins: int
     several, found = len(labels) > 1, {}
 
     def add(name: str, values: Float[Tensor, "N"]) -> None:
-        found[name] = values.mean().item()
+        found[name], error = Estimate.mean_of(values)
         if several:
-            found[f"{name}_se"] = _deviation(values)
+            found[f"{name}_se"] = error
 
     for prefix, mean in (("", orbit[:, :1]), ("orbit_", orbit)):
         add(f"{prefix}accuracy", _hits(mean, labels))
