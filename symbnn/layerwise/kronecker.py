@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sharing', 'Structure', 'factor_bytes', 'check_factors', 'KroneckerCurvature', 'kronecker_curvature']
 
-# %% ../../nbs/5_layerwise/03_kronecker.ipynb #9d522c29-0
+# %% ../../nbs/5_layerwise/03_kronecker.ipynb #4dee3575-0
 import math
 import warnings
 from collections import Counter
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import Refusal, require
 from ..estimates import rounding_tolerance
-from .curvature import LogPrecisions, check_counts, finite, plain_means, log_precisions
+from .curvature import LogPrecisions, check_counts, finite, plain_means
 from .paths import PerCopy, TiedPath
 from ..posterior.layers import variational_tensors
 from ..posterior.likelihoods import Categorical, Gaussian, Likelihood

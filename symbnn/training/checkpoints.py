@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'VERSION', 'DESCRIPTION', 'write_checkpoint', 'Checkpoint',
            'check_continued', 'load_tensors', 'family_name', 'describe_network', 'network_tensors', 'optimizer_tensors',
            'load_optimizer', 'save_network', 'load_network']
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #35d45479-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #dba9c0e4-0
 import hashlib
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from ..equivariance.expansion import ARRANGEMENT, Arrangement, arrangement_of, m
 from ..errors import Refusal, check_kind, require
 from ..files import folder_refusal, write_file
 from ..posterior.families import FAMILIES
-from ..posterior.layers import VariationalTensor, with_posteriors, variational_tensors
+from ..posterior.layers import VariationalTensor, variational_tensors, with_posteriors
 from ..symmetry.networks import check_network
 from .architectures import Architecture, build
 
