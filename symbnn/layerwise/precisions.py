@@ -6,7 +6,7 @@
 __all__ = ['raise_evidence', 'evidence_precisions', 'PrecisionUpdates', 'elbo_precisions', 'posterior_dimensions', 'PathReport',
            'learned_equivariance', 'equivariance_table', 'equivariance_picture']
 
-# %% ../../nbs/5_layerwise/06_precisions.ipynb #4dc0a299-0
+# %% ../../nbs/5_layerwise/06_precisions.ipynb #0e752d50-0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +24,6 @@ from .kronecker import Sharing
 from .relaxed_networks import pathways
 from ..posterior.layers import variational_tensors
 from ..posterior.likelihoods import Categorical, Likelihood
-from ..posterior.point_mass import PointMass
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,12 +93,14 @@ class PrecisionUpdates:
             set_log_precisions(network, values)
             self.history.append({"epoch": done} | {name: float(value) for name, value in values.items()})
 
-# %% ../../nbs/5_layerwise/06_precisions.ipynb #4772d2b4-0
+# %% ../../nbs/5_layerwise/06_precisions.ipynb #316897cc-0
 def _widths(network: nn.Module) -> None:
-    points = [name for name, tensor in variational_tensors(network).items() if isinstance(tensor.posterior, PointMass)]
-    require(not points, "The ELBO judges a precision by the posterior's widths", f"a PointMass for {points[:3]}",
-            "a network trained for maximum a posteriori",
-            "use the evidence: `laplace` and `evidence_precisions`; or train another family")
+    points = {name: type(tensor.posterior).__name__ for name, tensor in variational_tensors(network).items()
+              if not tensor.posterior.variance.any()}
+    require(not points, "posteriors of some width, by which the ELBO judges a precision",
+            ", ".join(f"a {kind} for {name!r}" for name, kind in list(points.items())[:3]),
+            "a network that was trained for its maximum a posteriori, whose posterior is one point",
+            "evidence_precisions(network, inputs, targets), which needs no widths")
 
 
 @torch.no_grad()

@@ -507,7 +507,7 @@ def test_auto_elsewhere():
     assert InformationEstimator(wide, unit_permutations(wide, (2,))).method == "capacity"
     torch.manual_seed(0)
     full = with_posteriors(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double(), FullGaussian, 0.5,
-                       isotropic(1.0))
+                           isotropic(1.0))
     estimator = InformationEstimator(full, unit_permutations(full, (2,)), K=4)
     assert estimator.method == "infonce" and "FullGaussian" in estimator.reason
     assert estimator(draws=4, generator=seeded()).value <= math.log(4)
