@@ -26,7 +26,7 @@ from symbnn.posterior.priors import isotropic, random_means
 from symbnn.posterior.sampling import apply_weights, mean_weights, predict, sample_weights
 from symbnn.symmetry.actions import Action, natural_action, regular_channels, sign_change
 from symbnn.symmetry.fields import field, flips, rotations, rotations_and_flips, shifts, time_reversal
-from symbnn.symmetry.groups import Cyclic, Symmetric
+from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, exact32, exact64, within_standard_errors
@@ -53,7 +53,7 @@ def plane_turns(extra=1):
     return Action(Cyclic(4), (2 + extra,), rule, "plane turns")
 
 
-EXCHANGE = natural_action(Symmetric(3))
+EXCHANGE = natural_action(Permutations(3))
 KERNEL = Action.product(regular_channels(Cyclic(4)), Action.trivial(Cyclic(4), (2,)), rotations().kernel(2, 2))
 
 
@@ -181,12 +181,12 @@ def test_geometric_average_beats_laws_outside_the_family():
 def test_means_far_from_zero_and_tiny_scales():
     """@eq-arithmetic-variance: a difference of second moments would lose the variance, float32 the weights."""
     means = torch.tensor([1e7 + 0.3, 1e7 + 1.1], dtype=torch.float64)
-    found = average(MeanFieldGaussian(means, torch.full_like(means, -14)), natural_action(Symmetric(2)), "arithmetic")
+    found = average(MeanFieldGaussian(means, torch.full_like(means, -14)), natural_action(Permutations(2)), "arithmetic")
     assert_close(found.variance, [0.16] * 2, exact32)
     tiny = MeanFieldGaussian(torch.tensor([1.0, 2.0]), torch.tensor([-60.0, -60.0]))
-    assert_close(average(tiny, natural_action(Symmetric(2))).log_scale, [-60.0, -60.0], exact32)
-    assert_close(average(tiny, natural_action(Symmetric(2))).loc, [1.5, 1.5], exact32)
-    assert average(tiny, natural_action(Symmetric(2))).loc.dtype == torch.float32
+    assert_close(average(tiny, natural_action(Permutations(2))).log_scale, [-60.0, -60.0], exact32)
+    assert_close(average(tiny, natural_action(Permutations(2))).loc, [1.5, 1.5], exact32)
+    assert average(tiny, natural_action(Permutations(2))).loc.dtype == torch.float32
 
 
 # Networks
@@ -232,7 +232,7 @@ def series():
     return spread(with_posteriors(nn.Sequential(*layers, nn.Linear(24, 3)).double(), scale=0.2))
 
 
-ON_SET = natural_action(Symmetric(4))
+ON_SET = natural_action(Permutations(4))
 
 
 def two_sets(name, size):
@@ -287,7 +287,7 @@ def test_networks_of_every_group_become_invariant(case, kind):
 @pytest.mark.parametrize("family", [Laplace, BlockGaussian, FullGaussian])
 def test_networks_of_other_families(family):
     network = dense(2, 3, 2, family) if family is FullGaussian else convolutional(family, norm=False)
-    acting = natural_action(Symmetric(2)) if family is FullGaussian else field(rotations(), (1, 6, 6))
+    acting = natural_action(Permutations(2)) if family is FullGaussian else field(rotations(), (1, 6, 6))
     action = network_action(network, acting, hidden="trivial" if family is FullGaussian else "regular")
     found = symmetrize(network, action, "projection")
     assert defect(network, action) > 0.005
@@ -374,12 +374,12 @@ REFUSED = {
     "laplace": (lambda: average(Laplace(normal(3), normal(3)), EXCHANGE), "free location"),
     "laplace moments": (lambda: average(Laplace(normal(3), normal(3)), EXCHANGE, "arithmetic"), "free location"),
     "mask": (lambda: average(LogNormal(normal(3), normal(3), torch.tensor([1, -1, 1])), EXCHANGE), "sign mask"),
-    "shape": (lambda: average(members()["gaussian, S3"][0], natural_action(Symmetric(4))), "another tensor"),
+    "shape": (lambda: average(members()["gaussian, S3"][0], natural_action(Permutations(4))), "another tensor"),
     "one mean": (lambda: average(MeanFieldGaussian(torch.zeros(1), torch.zeros(3)), EXCHANGE), "mean for each weight"),
-    "flattened": (lambda: average(MeanFieldGaussian(*torch.zeros(2, 2, 2)), natural_action(Symmetric(4))),
+    "flattened": (lambda: average(MeanFieldGaussian(*torch.zeros(2, 2, 2)), natural_action(Permutations(4))),
                   "another tensor"),
     "blocks": (lambda: average(BlockGaussian(torch.zeros(2, 2), torch.zeros(2, 1)), Action(
-        Symmetric(4), (2, 2), SignedPermutation.sending, "all")), "each block onto one block"),
+        Permutations(4), (2, 2), SignedPermutation.sending, "all")), "each block onto one block"),
     "names": (lambda: symmetrize(*pair("C4 regular"), only=["9.weight"]), "misspelt"),
     "other network": (lambda: symmetrize(dense(), pair("C4 regular")[1]), "another network|another tensor"),
     "input action": (lambda: symmetrize(dense(), ON_SET), r"network_action\(network, action\)"),
@@ -492,7 +492,7 @@ def grid_information(q, action):
 @pytest.mark.parametrize("family", [MeanFieldGaussian, Laplace])
 def test_information_against_integration(family):
     q = family(torch.tensor([1.0, -0.3]).double(), torch.tensor([0.1, -0.4]).double())
-    exchange = natural_action(Symmetric(2))
+    exchange = natural_action(Permutations(2))
     network = with_posteriors(nn.Linear(2, 1, bias=False).double(), family)
     network.weight.posterior = family(q.loc.view(1, 2), q.log_scale.view(1, 2))
     found = OrbitMixture(network, network_action(network, exchange)).mutual_information(20_000, seeded())
@@ -664,7 +664,7 @@ def test_with_an_equivariant_output():
     """Two classes that the group exchanges: the labels turn along (A2)."""
     torch.manual_seed(5)
     plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    swap = natural_action(Symmetric(2))
+    swap = natural_action(Permutations(2))
     with torch.no_grad():
         plain[2].weight.mul_(4)
     action, x = network_action(plain, swap, output=swap), 2 * normal(4, 2, seed=6)
