@@ -7,7 +7,7 @@ __all__ = ['RESUME', 'IMAGES', 'NETWORK', 'TRAINING', 'RESULTS', 'OPTIONS', 'LIS
            'VERSION', 'CONFIG', 'SCORES', 'UNITS', 'DEFAULT', 'METHODS', 'SEEDS', 'Commands', 'symbnn', 'train',
            'evaluate', 'compare', 'reproduce', 'main']
 
-# %% ../nbs/9_command_line/01_cli.ipynb #453ab8e1-0
+# %% ../nbs/9_command_line/01_cli.ipynb #c585445b-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
@@ -33,7 +33,7 @@ from .data.sources import DATASETS
 from .data.transforms import VARIANTS
 from .errors import Refusal, require
 from .files import write_file
-from .hidden_units.mutual_information import Method as Estimation
+from .hidden_units.mutual_information import InformationMethod as Estimation
 from .layerwise.precisions import PathReport, equivariance_table
 from .posterior.families import FAMILIES
 from .studies.catalogue import STUDIES, estimate, find_study, step_speed

@@ -6,7 +6,7 @@
 __all__ = ['SOURCE', 'LAYERWISE', 'EIGHT', 'LIFTED', 'PERMUTED', 'SMALL', 'FULL', 'STUDIES', 'Cost', 'step_speed', 'estimate',
            'find_study']
 
-# %% ../../nbs/8_studies/07_catalogue.ipynb #bfed65bd-0
+# %% ../../nbs/8_studies/07_catalogue.ipynb #c6cffdf1-0
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import Refusal
-from ..layerwise.paths import CHANNELS as WIDTHS, STRIDES
+from ..layerwise.relaxed_networks import CHANNELS as WIDTHS, STRIDES
 from .comparison import epoch_cost
 from .experiments import Setup, prepare
 from .methods import Method, run_method

@@ -6,7 +6,7 @@
 __all__ = ['Optimizer', 'Schedule', 'Precision', 'Select', 'Objective', 'TrainingConfig', 'rate_factor', 'warm_up_factor',
            'make_optimizer']
 
-# %% ../../nbs/7_training/03_config.ipynb #69a4dbe4-0
+# %% ../../nbs/7_training/03_config.ipynb #33609395-0
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,11 +16,11 @@ from torch import nn
 
 from ..data.batches import AUGMENTATIONS
 from ..errors import require
-from ..hidden_units.mutual_information import Method
+from ..hidden_units.mutual_information import InformationMethod
 from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Estimator
 
-# %% ../../nbs/7_training/03_config.ipynb #c643948c-0
+# %% ../../nbs/7_training/03_config.ipynb #c60a8547-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["float32", "float64", "bfloat16"]
@@ -44,7 +44,7 @@ class TrainingConfig:
     kl_weight: float = 1.0  # beta of the objective, see `elbo`
     kl_warm_up: int = 0  # epochs in which that weight rises linearly from 0, see `warm_up_factor`
     objective: Objective = "elbo"  # "symmetrised": that of the orbit mixture, see `symmetrized_elbo`
-    information: Method = "auto"  # how the gain of the symmetrised objective is estimated, see `mutual_information`
+    information: InformationMethod = "auto"  # how the symmetrised objective is estimated, see `mutual_information`
     information_draws: int = 4  # of the weights in each step, for that gain
     alternatives: int = 64  # group elements that each draw is compared with, where that gain is estimated from samples
     clip_norm: float | None = None  # largest norm of the whole gradient
@@ -58,7 +58,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         kinds = {"estimator": Estimator, "optimizer": Optimizer, "schedule": Schedule, "precision": Precision,
-                 "select": Select, "objective": Objective, "information": Method}
+                 "select": Select, "objective": Objective, "information": InformationMethod}
         choices = {name: get_args(kind) for name, kind in kinds.items()} | {"augmentation": AUGMENTATIONS}
         for name, allowed in choices.items():
             value = getattr(self, name)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'CHECK_EVERY', 'EpochRecord', 'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
-# %% ../../nbs/7_training/05_loop.ipynb #7b3696dc-0
+# %% ../../nbs/7_training/05_loop.ipynb #64d339cc-0
 import json
 import math
 import signal
@@ -28,7 +28,8 @@ from ..data.batches import Batches, batches, epoch_generator
 from ..data.splits import Split
 from ..errors import Refusal, check_kind, require
 from ..files import check_folder
-from ..hidden_units.mutual_information import InformationEstimator, symmetrized_elbo
+from ..hidden_units.mutual_information import InformationEstimator
+from ..hidden_units.symmetrized_elbo import symmetrized_elbo
 from ..posterior.elbo import ELBO, elbo
 from ..posterior.layers import variational_tensors
 from ..posterior.likelihoods import Categorical
