@@ -18,7 +18,7 @@ from ..errors import Refusal, require
 from ..posterior.sampling import try_step
 from .config import TrainingConfig
 
-# %% ../../nbs/7_training/04_checks.ipynb #5fbc8d59-0
+# %% ../../nbs/7_training/04_checks.ipynb #c84701e2-0
 def _is_there(device: str) -> bool:
     try:
         return torch.empty(0, device=device).device.type in ("cpu", "cuda", "mps")
@@ -27,40 +27,45 @@ def _is_there(device: str) -> bool:
 
 
 def choose_device(config: TrainingConfig) -> torch.device:
-    """The device of a configuration. Raises `Refusal` when it is not there or cannot compute in the precision."""
+    """The device of a configuration. Raises `Refusal` when it is not there or cannot compute in the dtype."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = name.split(":")[0]
-    require(_is_there(name), "The device is one that this machine has", f"device={config.device!r}",
-             "a machine without it, or a torch built without it", 'device="auto"')
-    require((kind, config.precision) != ("mps", "float64"), "MPS computes in float32", "float64 on MPS",
-             "a setting from another machine", 'precision="float32" or device="cpu"')
-    require(kind == "cuda" or config.precision != "bfloat16", "bfloat16 is for CUDA", f"bfloat16 on {kind}",
-             "a setting from another machine", 'precision="float32", or a CUDA device')
+    require(_is_there(name), "a device that this machine has", f"device={config.device!r}",
+            "a machine without it, or a torch built without it", 'device="auto"')
+    require((kind, config.dtype) != ("mps", "float64"), "float32 on MPS, which has no float64",
+            f"dtype={config.dtype!r} on device={name!r}", "a setting from another machine",
+            'dtype="float32", or device="cpu"')
+    require(kind == "cuda" or config.dtype != "bfloat16", "a CUDA device for bfloat16",
+            f"dtype={config.dtype!r} on device={name!r}", "a setting from another machine",
+            'dtype="float32", or device="cuda"')
     return torch.device(name)
 
-
+# %% ../../nbs/7_training/04_checks.ipynb #a5f75e58-0
 def check_split(data: object, name: str) -> None:
-    """Refuse what is no `Split`, with a line that makes one of it."""
-    if isinstance(data, Split):
-        return
-    fixes = {
-        "a pair": "Split(torch.as_tensor(X), torch.as_tensor(y)), with integer labels y that count from 0",
-        "splits": f"pass its part: {name}.train, {name}.validation or {name}.test",
-        "batches": "Split(*map(torch.cat, zip(*loader))), for a loader of (input, label) batches",
-        "items": "Split(*map(torch.cat, zip(*DataLoader(dataset, 1000)))), for a data set of (input, label)",
-        "inputs": "Split(inputs, labels): train(network, Split(x, y), TrainingConfig(...))",
-        "": "Split(inputs, labels) of two tensors",
-    }
-    kind = ("inputs" if isinstance(data, Tensor) else "splits" if isinstance(getattr(data, "train", None), Split) else
-            "a pair" if isinstance(data, (tuple, list)) and len(data) == 2 else
-            "batches" if isinstance(data, DataLoader) else "items" if hasattr(data, "__getitem__") and hasattr(
-                data, "__len__") and not isinstance(data, (str, bytes, dict)) else "")
-    raise Refusal(f"{name} is a Split: inputs (N, ...) and integer labels (N,), as tensors in memory",
-                  got=f"a {type(data).__name__}", cause="data in another container", fix=fixes[kind])
+    """Raise `Refusal`, with a line that makes a split of it, for data that are no `Split`; `name` is the argument's."""
+    if not isinstance(data, Split):
+        raise Refusal(f"a Split of inputs (N, ...) and integer labels (N,) as {name}", got=f"a {type(data).__name__}",
+                      cause="data in another container", fix=_as_split(data, name))
 
 
+def _as_split(data: object, name: str) -> str:
+    """What to type for a split of these data."""
+    if isinstance(data, Tensor):
+        return "Split(inputs, labels): train(network, Split(x, y), TrainingConfig(...))"
+    if isinstance(getattr(data, "train", None), Split):
+        return f"{name}.train, {name}.validation or {name}.test"
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        return "Split(torch.as_tensor(X), torch.as_tensor(y)), with integer labels y that count from 0"
+    if isinstance(data, DataLoader):
+        return "Split(*map(torch.cat, zip(*loader))), for a loader of (input, label) batches"
+    items = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes, dict))
+    if items:
+        return "Split(*map(torch.cat, zip(*DataLoader(dataset, 1000)))), for a data set of (input, label)"
+    return "Split(inputs, labels) of two tensors"
+
+# %% ../../nbs/7_training/04_checks.ipynb #81c07adc-0
 @contextmanager
 def training_modes(network: nn.Module) -> Iterator[None]:
     """Modes for training inside the block; afterwards every module is in its own mode again.
@@ -82,38 +87,47 @@ def training_modes(network: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
 
-
+# %% ../../nbs/7_training/04_checks.ipynb #a6905bd1-0
 def check_task(
     network: nn.Module, data: Split, validation: Split | None, config: TrainingConfig, rows: int = 2
 ) -> None:
-    """Refuse images that the network does not take, labels that it has no output for, and estimators that do not apply.
+    """Raise `Refusal` for images that the network does not take, labels without an output, estimators that do not apply.
 
     Passes `rows` images through the network with the configured estimator, in the modes of training; nothing of the
     network changes.
     """
+    outputs = _tried(network, data, config, rows)
+    require(outputs.ndim == 3 and outputs.shape[-1] > 1,
+            "a classifier that gives one vector of logits for each input, of two classes or more",
+            f"outputs of shape {tuple(outputs.shape[2:])} for each input",
+            "outputs for every pixel or token" if outputs.ndim > 3 else "one logit for two classes, or a regression",
+            "nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten()) for one label an image"
+            if outputs.ndim > 3 else "a last layer with as many outputs as classes, nn.Linear(..., 2) for two")
+    classes = outputs.shape[-1]
+    for name, split in {"data": data, "validation": validation}.items():
+        if split is None:
+            continue
+        require(split.shape == data.shape, f"images of shape {data.shape} for validation, as in training",
+                f"images of shape {split.shape}", "another data set, or other preprocessing",
+                "the validation split of the training data")
+        top = int(split.labels.max())
+        require(top < classes, f"labels from 0 to {classes - 1}, one for each output of the network",
+                f"label {top} in {name}", "labels that count from one, or a network for fewer classes",
+                f"a last layer with {top + 1} outputs, or Split(inputs, labels - 1) where labels count from one")
+
+
+def _tried(network: nn.Module, data: Split, config: TrainingConfig, rows: int) -> Tensor:
+    """The outputs (draws, rows, ...) of one step, in the modes of training."""
     try:
         with training_modes(network):
-            outputs = try_step(network, data.inputs[:rows], min(config.draws, rows), config.estimator)
+            return try_step(network, data.inputs[:rows], min(config.draws, rows), config.estimator)
     except Refusal:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         few = "more than 1 value per channel" in str(error)
         raise Refusal(
-            "The network takes the images, in batches of this size",
-            got=f"inputs {data.shape} in a batch of {rows}: {type(error).__name__}: {error}".split("\n")[0],
+            f"a network that takes inputs of shape {data.shape}, in batches of {rows}",
+            got=f"{type(error).__name__}: {error}".split("\n")[0],
             cause="a norm that takes statistics from the batch" if few else "a network built for another shape or type",
-            fix="batch_size=2 or more" if few else "build it with this input_shape, or reshape the inputs",
+            fix="batch_size=2 or more" if few else f"a network with input_shape={data.shape}, or reshaped inputs",
         ) from error
-    require(outputs.ndim == 3 and outputs.shape[-1] > 1,
-            "A classifier gives one vector of logits for each input, of two classes or more",
-            f"outputs of shape {tuple(outputs.shape[2:])} for each input",
-            "outputs for every pixel or token, or one logit",
-            "nn.Sequential(network, nn.AdaptiveAvgPool2d(1), nn.Flatten()) for one label an image"
-            if outputs.ndim > 3 else "a last layer with as many outputs as classes, nn.Linear(..., 2) for two")
-    for split in (data,) if validation is None else (data, validation):
-        top = int(split.labels.max())
-        require(top < outputs.shape[-1] and split.shape == data.shape,
-                 "Every label has an output, and validation images have the shape of training images",
-                 f"label {top} and images {split.shape} for outputs {tuple(outputs.shape[2:])} and images {data.shape}",
-                 "labels that count from one, a network with too few outputs, or another data set",
-                 "build the network with as many classes as there are labels")
