@@ -75,7 +75,7 @@ def estimate(study: Study, speed: tuple[float, float], root: Path | None = None)
     seeds = len(study.seeds)
     return Cost(len(study.runs()), seeds * work, seeds * seconds)
 
-# %% ../../nbs/8_studies/07_catalogue.ipynb #50ebba59-0
+# %% ../../nbs/8_studies/07_catalogue.ipynb #dcb6ce33-0
 def _studies(base: Spec, triggers: tuple[int, ...], sizes: dict[int, int], equal: int, tied_rate: float,
              swept: dict, adamw: dict) -> dict[str, Study]:
     """The studies around one base.
@@ -182,7 +182,7 @@ def _layerwise(title: str, what: str, setup: Setup, epochs: int, architectures: 
         "evidence": {"method.precisions": ("evidence",), "setup.family": ("point",), "method.learnt_from": update[:1],
                      "method.learnt_every": update[1:]},
         "elbo": {"method.precisions": ("elbo",), "setup.family": ("gaussian",), "method.learnt_from": (1,),
-                 "method.learnt_every": (1,), "training.kl_warm_up": (epochs // 4,), "training.scale_rate": (3.0,)},
+                 "method.learnt_every": (1,), "training.kl_annealing": (epochs // 4,), "training.scale_rate": (3.0,)},
     }
     return Study(
         title, f"{LAYERWISE}, {what}", base, tuple(common | settings[route] for route in routes), seeds=(0, 1, 2),
