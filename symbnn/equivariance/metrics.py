@@ -104,7 +104,7 @@ def defect_plugin(probabilities: Probabilities) -> float:
 def _between_turns(mean: Float[Tensor, "N G C"]) -> float:
     return (mean - mean[:, :1]).square().sum(-1).mean().item()
 
-# %% ../../nbs/3_equivariance/03_metrics.ipynb #286e708e-0
+# %% ../../nbs/3_equivariance/03_metrics.ipynb #1abb4080-0
 def _deviation(values: Float[Tensor, "N"]) -> float:
     """Standard error of a mean of independent values."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
@@ -123,8 +123,8 @@ def defect_unbiased(probabilities: Probabilities, error: Literal["draws", "input
         raise Refusal(
             "The unbiased defect needs 2 draws, its error over draws 3, its error over inputs 2 inputs",
             got=f"{S} draw(s), {N} input(s), error={error!r}",
-            cause="predictions from too few draws",
-            fix="orbit_predictions(..., draws=8) or more",
+            cause="predictions from too few draws, or a predictor without a posterior, whose defect has no noise",
+            fix="orbit_predictions(..., draws=8) or more; defect_plugin, exact where there is no posterior",
         )
     return (_over_draws if error == "draws" else _over_inputs)(_differences(probabilities))
 

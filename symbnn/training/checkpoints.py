@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'VERSION', 'DESCRIPTION', 'write_checkpoint', 'Checkpoint',
            'check_continued', 'load_tensors', 'family_name', 'describe_network', 'network_tensors', 'optimizer_tensors',
            'load_optimizer', 'save_network', 'load_network']
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #b087c631-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #35d45479-0
 import hashlib
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..equivariance.expansion import ARRANGEMENT, Arrangement, arrangement_of, mark_arrangement
 from ..errors import Refusal, check_kind, require
-from ..files import folder_refusal, write_bytes
+from ..files import folder_refusal, write_file
 from ..posterior.families import FAMILIES
 from ..posterior.layers import VariationalTensor, with_posteriors, variational_tensors
 from ..symmetry.networks import check_network
@@ -32,7 +32,7 @@ from .architectures import Architecture, build
 FORMAT, VERSION = "symbnn checkpoint", 1
 DESCRIPTION = "checkpoint.json"
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #b88cbb0c-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #b25aba91-0
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], description: dict) -> None:
     """Write tensors and description (plain JSON values) as the checkpoint in `folder`, replacing the previous one.
 
@@ -46,8 +46,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], description: dict
     text = json.dumps(whole, indent=1, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, data)
-        write_bytes(folder / DESCRIPTION, text.encode())
+        write_file(file, data)
+        write_file(folder / DESCRIPTION, text.encode())
         for old in set(folder.glob("tensors-*.safetensors")) - {file}:
             old.unlink()
     except OSError as error:

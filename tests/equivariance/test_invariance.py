@@ -272,7 +272,8 @@ def test_drift_is_the_distance_from_the_group_mean():
 def pixel_pair():
     """The network, action, datum and SymPy gradient of two pixels under exchange with a change of signs."""
     torch.manual_seed(0)
-    network = with_posteriors(nn.Sequential(nn.Linear(2, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False)).double())
+    layers = nn.Linear(2, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False)
+    network = with_posteriors(nn.Sequential(*layers).double())
     swap = SignedPermutation([1, 0], [-1, -1])
     source = Action(Cyclic(2), (2,), lambda g: swap if g else SignedPermutation.identity(2), "exchange")
     action = network_action(network, source)

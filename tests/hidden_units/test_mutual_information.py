@@ -157,7 +157,8 @@ def test_laplace_in_pieces(monkeypatch):
 
 @pytest.mark.parametrize("mu", (0.0, 0.5, 1.5, 4.0))
 def test_two_component_mixture_by_quadrature(mu):
-    network = with_posteriors(nn.Sequential(nn.Linear(1, 1, bias=False)).double(), MeanFieldGaussian, 1.0, isotropic(1.0))
+    one_weight = nn.Sequential(nn.Linear(1, 1, bias=False)).double()
+    network = with_posteriors(one_weight, MeanFieldGaussian, 1.0, isotropic(1.0))
     with torch.no_grad():
         network[0].weight.posterior.loc.fill_(mu)
     found = mutual_information(network, network_action(network, sign_change(1)), draws=10_000, generator=generator(2))
@@ -536,7 +537,7 @@ def test_auto_elsewhere():
     assert InformationEstimator(wide, unit_permutations(wide, (2,))).method == "capacity"
     torch.manual_seed(0)
     full = with_posteriors(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double(), FullGaussian, 0.5,
-                       isotropic(1.0))
+                           isotropic(1.0))
     estimator = InformationEstimator(full, unit_permutations(full, (2,)), K=4)
     assert estimator.method == "infonce" and "FullGaussian" in estimator.reason
     assert estimator(draws=4, generator=generator()).value <= math.log(4)
@@ -636,7 +637,8 @@ def test_what_is_refused_and_what_is_proposed():
 
 def test_correlated_families_are_refused_by_name():
     torch.manual_seed(0)
-    network = with_posteriors(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), FullGaussian, 0.5, isotropic(1.0))
+    plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    network = with_posteriors(plain, FullGaussian, 0.5, isotropic(1.0))
     with pytest.raises(Refusal, match="FullGaussian"):
         mutual_information(network, unit_permutations(network, (2,)), "permanent")
 

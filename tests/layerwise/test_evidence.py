@@ -375,7 +375,8 @@ def test_a_network_of_one_layer_and_training_mode():
     alone = with_posteriors(nn.Conv2d(2, 3, 1, groups=1, bias=False).double(), PointMass)
     with pytest.raises(Refusal, match="one vector of outputs"):
         E.kronecker_curvature(alone, normal(2, 2, 3, 3))
-    assert set(E.kronecker_curvature(with_posteriors(nn.Linear(4, 3).double(), PointMass), x).factors) == {"weight", "bias"}
+    layer = with_posteriors(nn.Linear(4, 3).double(), PointMass)
+    assert set(E.kronecker_curvature(layer, x).factors) == {"weight", "bias"}
 
 
 # The evidence in the precisions

@@ -513,7 +513,8 @@ def test_compiled_networks_predict_and_train(backend):
         ours, theirs = (forward(one, x, 2, estimator, seeded()) for one in (compiled, network))
         assert_close(ours, theirs, UNSEEN)
     apply_weights(compiled, x, weights).sum().backward()
-    inside = with_posteriors(nn.Sequential(torch.compile(nn.Sequential(linear(), nn.ReLU()), backend=backend), linear()))
+    first = torch.compile(nn.Sequential(linear(), nn.ReLU()), backend=backend)
+    inside = with_posteriors(nn.Sequential(first, linear()))
     assert len(predict(inside, x.float(), draws=2)) == 2
     in_place = with_posteriors(plain)
     in_place.compile(backend=backend)

@@ -13,7 +13,13 @@ from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
-from symbnn.posterior.layers import kl_per_datum, kl_sum, posterior_mean_network, variational_tensors, with_posteriors
+from symbnn.posterior.layers import (
+    kl_per_datum,
+    kl_sum,
+    posterior_mean_network,
+    variational_tensors,
+    with_posteriors,
+)
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import fixed_means, isotropic, per_tensor, random_means
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, predict, sample_weights
@@ -321,7 +327,8 @@ def test_split_and_flipout_have_lower_variance_than_whole_at_equal_cost():
 
 
 def test_local_is_exact_for_the_head_and_does_not_touch_convolutions():
-    network, x = with_posteriors(small_cnn(), scale=0.3), torch.randn(1, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    network = with_posteriors(small_cnn(), scale=0.3)
+    x = torch.randn(1, 1, 8, 8, generator=seeded(), dtype=torch.float64)
     many = x.expand(6000, -1, -1, -1)  # each row its own draw in both estimators
     split, local = (forward(network, many, len(many), name, seeded(1))[0].detach() for name in ("split", "local"))
     error = 2 * split.var(0) * (4 / 6000) ** 0.5  # heavy tails: twice a Gaussian's error of a difference of variances

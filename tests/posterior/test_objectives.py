@@ -287,8 +287,9 @@ def test_labels_that_are_none_are_refused(labels, message):
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_of_the_divergence_that_cannot_be_meant(weight):
+    network, targets = with_posteriors(nn.Linear(3, 4)), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(Refusal, match="kl_weight"):
-        elbo(with_posteriors(nn.Linear(3, 4)), torch.zeros(1, 2, 4), torch.zeros(2, dtype=torch.int64), 2, kl_weight=weight)
+        elbo(network, torch.zeros(1, 2, 4), targets, 2, kl_weight=weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
