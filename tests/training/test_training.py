@@ -78,7 +78,7 @@ def press_ctrl_c(at):
     return lambda epoch, net, optimizer: signal.raise_signal(signal.SIGINT) if epoch == at else None
 
 
-@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+@pytest.mark.parametrize("estimator", ["whole", "split", "flipout", "local"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_it_learns(estimator, optimizer):
     config = replace(CONFIG, epochs=20, estimator=estimator, optimizer=optimizer, learning_rate=3e-2)
