@@ -6,7 +6,7 @@
 __all__ = ['Coordinates', 'Kind', 'InformationMethod', 'infonce', 'UnitLaw', 'unit_rule', 'unit_log_densities',
            'unit_coordinates', 'MutualInformation', 'InformationEstimator', 'mutual_information']
 
-# %% ../../nbs/4_hidden_units/05_mutual_information.ipynb #ffa9b436-0
+# %% ../../nbs/4_hidden_units/05_mutual_information.ipynb #a43836fd-0
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from ..posterior.layers import variational_tensors
 from ..posterior.log_normal import LogNormal
 from ..posterior.point_mass import PointMass
 from ..posterior.sampling import Weights, predict, sample_weights
-from ..symmetry.groups import Product, Symmetric
+from ..symmetry.groups import Product, Permutations
 from ..symmetry.networks import NetworkAction, check_acting, intertwining_error
 
 # %% ../../nbs/4_hidden_units/05_mutual_information.ipynb #4ea92c2f-0
@@ -137,12 +137,12 @@ def unit_log_densities(network: nn.Module, weights: Weights, coordinates: Coordi
     found = [pairs(*(torch.cat(part, -1) for part in zip(*parts))) for pairs, parts in columns.items()]
     return torch.stack(found).sum(0)
 
-# %% ../../nbs/4_hidden_units/05_mutual_information.ipynb #0b7d606d-0
+# %% ../../nbs/4_hidden_units/05_mutual_information.ipynb #bdbdc01e-0
 def _hidden_classes(action: NetworkAction) -> dict[str, int]:
     """The channel classes of two or more units that the group permutes freely, with their sizes; none for any other
     group."""
     sizes = {name: moves.numel for name, moves in action.channels.items() if name not in ("input", "output")}
-    free = action.group == Product(*map(Symmetric, sizes.values()))
+    free = action.group == Product(*map(Permutations, sizes.values()))
     return {name: size for name, size in sizes.items() if free and size > 1}
 
 

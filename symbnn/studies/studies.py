@@ -41,7 +41,7 @@ from ..symmetry.networks import unit_permutations
 from ..training.checks import choose_device
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/05_studies.ipynb #ced23281-0
+# %% ../../nbs/8_studies/05_studies.ipynb #a951bf4f-0
 @dataclass(frozen=True)
 class Evaluation:
     """How a trained network is evaluated, as JSON values."""
@@ -114,7 +114,7 @@ def _prepared(setup: Setup, root: Path | None, dtype: torch.dtype) -> tuple[Task
 
 def task_of(spec: Spec, root: Path | None) -> tuple[Task, int]:
     """The task of a run, and the checksum of its data."""
-    return _prepared(spec.setup, root, torch.float64 if spec.training.precision == "float64" else torch.float32)
+    return _prepared(spec.setup, root, torch.float64 if spec.training.dtype == "float64" else torch.float32)
 
 
 def settings(spec: Spec) -> dict:
