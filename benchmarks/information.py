@@ -136,7 +136,7 @@ def floors(rate):
 
 def one_matrix(one, weights):
     """The matrix that a permanent is taken of."""
-    from symbnn.hidden_units.mutual_information import unit_log_densities
+    from symbnn.hidden_units.unit_densities import unit_log_densities
 
     (coordinates,) = one.classes.values()
     log_a = unit_log_densities(one.network, weights, coordinates)

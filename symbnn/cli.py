@@ -7,7 +7,7 @@ __all__ = ['RESUME', 'IMAGES', 'NETWORK', 'TRAINING', 'RESULTS', 'OPTIONS', 'LIS
            'VERSION', 'CONFIG', 'SCORES', 'UNITS', 'DEFAULT', 'METHODS', 'SEEDS', 'Commands', 'symbnn', 'train',
            'evaluate', 'compare', 'reproduce', 'main']
 
-# %% ../nbs/9_command_line/01_cli.ipynb #453ab8e1-0
+# %% ../nbs/9_command_line/01_cli.ipynb #3b834a21-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
@@ -33,7 +33,7 @@ from .data.sources import DATASETS
 from .data.transforms import VARIANTS
 from .errors import Refusal, require
 from .files import write_file
-from .hidden_units.mutual_information import Method as Estimation
+from .hidden_units.mutual_information import InformationMethod
 from .layerwise.precisions import PathReport, equivariance_table
 from .posterior.families import FAMILIES
 from .studies.catalogue import STUDIES, estimate, find_study, step_speed
@@ -71,7 +71,7 @@ class Commands(typer.core.TyperGroup):
             typer.echo(f"\nInterrupted. {RESUME.get(ctx.invoked_subcommand, 'Nothing was written.')}", err=True)
             raise typer.Exit(130) from interrupt
 
-# %% ../nbs/9_command_line/01_cli.ipynb #ed33795d-0
+# %% ../nbs/9_command_line/01_cli.ipynb #6fc1ff2c-0
 IMAGES, NETWORK, TRAINING, RESULTS = "Images and symmetry", "Network", "Training", "Evaluation and results"
 
 
@@ -110,7 +110,7 @@ OPTIONS = {
     "start": _as(str, NETWORK, "First means: random, or invariant (random ones averaged over the group)."),
     "batch_size": _as(int, TRAINING, "Images in a step."),
     "estimator": _as(str, TRAINING, "Gradient estimator. split: the batch in --draws parts with a weight draw each; "
-                     "shared: every draw on every image; flipout; local."),
+                     "whole: every draw on every image; flipout; local."),
     "draws": _as(int, TRAINING, "Weight draws in a training step."),
     "optimizer": _as(str, TRAINING, "adamw, or sgd (Nesterov momentum 0.9)."),
     "learning_rate": _as(float, TRAINING, "Step size of the posterior means."),
@@ -122,9 +122,9 @@ OPTIONS = {
     "kl_annealing": _as(int, TRAINING, "KL annealing: epochs in which that weight rises from 0."),
     "objective": _as(str, TRAINING, "elbo; or symmetrised, which adds the mutual information of the weights and a "
                      "random permutation of their hidden units."),
-    "information": _as(str, TRAINING, f"How that is estimated: {', '.join(get_args(Estimation))}."),
+    "information_method": _as(str, TRAINING, f"How that is estimated: {', '.join(get_args(InformationMethod))}."),
     "information_draws": _as(int, TRAINING, "Weight draws in a step for that estimate."),
-    "alternatives": _as(int, TRAINING, "Permutations that each of these draws is compared with, where they are drawn."),
+    "negatives": _as(int, TRAINING, "Permutations that each of these draws is compared with, where they are drawn."),
     "precisions": _as(str, TRAINING, f"{', '.join(get_args(Precisions))}: precisions of the priors as they are; or one "
                       "for each weight tensor, learnt by the posterior's widths, or for point masses by the evidence."),
     "learnt_from": _as(int, TRAINING, "Epochs before precisions are learnt for the first time."),
@@ -136,7 +136,7 @@ OPTIONS = {
     "select": _as(str, TRAINING, "last: keep the last epoch's weights; best: those of the lowest validation loss."),
 }
 LISTS = ("channels", "strides")  # numbers with commas between them
-OBJECTIVE = ("objective", "information", "information_draws", "alternatives")
+OBJECTIVE = ("objective", "information_method", "information_draws", "negatives")
 OUTPUT = typer.Option("--output", "-o", help="Folder of what is written; it is made.")
 EVALUATED = {
     "split": _as(str, RESULTS, "Evaluate on test; or on validation, while settings are chosen."),
@@ -215,7 +215,7 @@ def symbnn(
 ) -> None:
     """Bayesian neural networks and their symmetries: train, make equivariant, measure how equivariant."""
 
-# %% ../nbs/9_command_line/01_cli.ipynb #43940e85-0
+# %% ../nbs/9_command_line/01_cli.ipynb #1a54652b-0
 CONFIG = TrainingConfig()
 
 
@@ -224,7 +224,7 @@ CONFIG = TrainingConfig()
     "symbnn train -o runs/digits --epochs 40 --learning-rate 0.02 --resume    (goes on after Ctrl-C)",
     "symbnn train -o runs/fashion --data fashion_mnist --channels 32,64 --train-size 5000",
     "symbnn train -o runs/mine --data mine.npz --group D4",
-    "symbnn train -o runs/units --architecture mlp --channels 32 --objective symmetrised --information infonce",
+    "symbnn train -o runs/units --architecture mlp --channels 32 --objective symmetrised --information-method infonce",
     "symbnn train -o runs/paths --architecture F-FC+CONV --group none --augmentation none --prior per_tensor "
     "--family point --precisions evidence",
 ))

@@ -81,3 +81,9 @@ def pooled_convolution(scale=0.3, dtype=torch.float64):
 def permuted(network, inputs=4):
     """The action that permutes the hidden units of a network of vectors."""
     return unit_permutations(network, (inputs,))
+
+
+def moved_density(network, action, weights, g):
+    """log q of the weights moved by g, through the families' own densities."""
+    moved = action.act(g, weights)
+    return sum(t.posterior.log_prob(moved[name]) for name, t in variational_tensors(network).items())

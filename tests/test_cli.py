@@ -118,7 +118,7 @@ def test_train_evaluate_resume(shell, tmp_path):
 CHOSEN = {
     "variant": "shifted", "size": 10, "group": "none", "architecture": "S-FC+CONV", "strides": [2, 1],
     "prior": "per_tensor", "family": "gaussian", "augmentation": "none", "objective": "symmetrised",
-    "information": "infonce", "information_draws": 3, "alternatives": 5, "precisions": "elbo", "learnt_from": 2,
+    "information_method": "infonce", "information_draws": 3, "negatives": 5, "precisions": "elbo", "learnt_from": 2,
     "learnt_every": 3,
 }
 

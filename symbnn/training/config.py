@@ -6,7 +6,7 @@
 __all__ = ['Optimizer', 'Schedule', 'Dtype', 'Select', 'Objective', 'RENAMED', 'TrainingConfig', 'TrainingSettings', 'renamed',
            'configured', 'learning_rate_factor', 'kl_annealing_factor', 'make_optimizer']
 
-# %% ../../nbs/7_training/03_config.ipynb #44fda26b-0
+# %% ../../nbs/7_training/03_config.ipynb #f8e4fc8e-0
 import difflib
 import math
 from collections.abc import Iterable, Mapping
@@ -16,14 +16,14 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Augmentation
+from ..data.batches import AUGMENTATIONS, Augmentation
 from ..errors import check_choice, check_count, check_kind, require, shortened
-from ..hidden_units.mutual_information import Method
+from ..hidden_units.mutual_information import InformationMethod
 from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Estimator
 from ..symmetry.actions import Action
 
-# %% ../../nbs/7_training/03_config.ipynb #f671daec-0
+# %% ../../nbs/7_training/03_config.ipynb #38437369-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -31,10 +31,13 @@ Select = Literal["last", "best"]
 Objective = Literal["elbo", "symmetrised"]
 
 _CHOICES = {
-    "estimator": Estimator, "optimizer": Optimizer, "schedule": Schedule, "objective": Objective, "information": Method,
-    "augmentation": Augmentation, "dtype": Dtype, "select": Select,
+    "estimator": Estimator, "optimizer": Optimizer, "schedule": Schedule, "objective": Objective,
+    "information_method": InformationMethod, "augmentation": Augmentation, "dtype": Dtype, "select": Select,
 }
-_COUNTS = ("epochs", "batch_size", "draws", "information_draws", "alternatives", "evaluate_every", "evaluation_draws")
+_COUNTS = {  # the least of each
+    "epochs": 1, "batch_size": 1, "draws": 1, "information_draws": 1, "negatives": 2, "evaluate_every": 1,
+    "evaluation_draws": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class TrainingConfig:
     kl_weight: float = 1.0  # beta of the objective, see `elbo`
     kl_annealing: int = 0  # epochs in which that weight rises linearly from 0, see `kl_annealing_factor`
     objective: Objective = "elbo"  # "symmetrised": that of the orbit mixture, see `symmetrized_elbo`
-    information: Method = "auto"  # how the gain of the symmetrised objective is estimated, see `mutual_information`
+    information_method: InformationMethod = "auto"  # of the gain of that objective, see `mutual_information`
     information_draws: int = 4  # samples of the weights in each step, for that gain
-    alternatives: int = 64  # group elements that each draw is compared with, where that gain is estimated from samples
+    negatives: int = 64  # group elements that each draw is compared with, where that gain is estimated from samples
     clip_norm: float | None = None  # largest norm of the whole gradient
     augmentation: Augmentation = "full"  # of `batches`: every image under every element, under a "random" one, "none"
     seed: int = 0
@@ -68,8 +71,8 @@ class TrainingConfig:
     def __post_init__(self):
         for name, kind in _CHOICES.items():
             check_choice(getattr(self, name), get_args(kind), name)
-        for name in _COUNTS:
-            check_count(getattr(self, name), name, f"{name}={_default(name)}")
+        for name, least in _COUNTS.items():
+            check_count(getattr(self, name), name, f"{name}={_default(name)}", least)
         for name in ("learning_rate", "scale_rate"):
             _check_number(name, getattr(self, name), f"{name}={_default(name)}", above_zero=True)
         if self.clip_norm is not None:
@@ -106,7 +109,7 @@ def _check_number(name: str, value: Any, fix: str, above_zero: bool) -> None:
             f"{name}={shortened(value)}",
             "another sign" if number else "a text, a NaN or a tensor in place of a number", fix)
 
-# %% ../../nbs/7_training/03_config.ipynb #178e112a-0
+# %% ../../nbs/7_training/03_config.ipynb #93688309-0
 class TrainingSettings(TypedDict, total=False):
     """The settings of `TrainingConfig` as keywords, for type checkers."""
 
@@ -122,9 +125,9 @@ class TrainingSettings(TypedDict, total=False):
     kl_weight: float
     kl_annealing: int
     objective: Objective
-    information: Method
+    information_method: InformationMethod
     information_draws: int
-    alternatives: int
+    negatives: int
     clip_norm: float | None
     augmentation: Augmentation
     seed: int
@@ -135,7 +138,10 @@ class TrainingSettings(TypedDict, total=False):
     select: Select
 
 
-RENAMED = {"precision": "dtype", "kl_warm_up": "kl_annealing"}  # names in version 0.1
+RENAMED = {  # names in version 0.1
+    "precision": "dtype", "kl_warm_up": "kl_annealing", "information": "information_method",
+    "alternatives": "negatives",
+}
 
 
 def renamed(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'CHECK_EVERY', 'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
-# %% ../../nbs/7_training/06_loop.ipynb #7e2c6050-0
+# %% ../../nbs/7_training/06_loop.ipynb #a762d094-0
 import inspect
 import math
 import signal
@@ -30,8 +30,10 @@ else:
 from ..binding import seeded_world
 from ..data.batches import Batches, batches, epoch_generator
 from ..data.splits import Split
-from ..errors import optional, require
-from ..hidden_units.mutual_information import InformationEstimator, symmetrized_elbo
+from ..errors import Refusal, check_kind, optional, require
+from ..files import check_folder
+from ..hidden_units.mutual_information import InformationEstimator
+from ..hidden_units.symmetrized_elbo import symmetrized_elbo
 from ..posterior.elbo import ELBO, elbo
 from ..posterior.likelihoods import Categorical
 from ..posterior.plans import execution_plan
@@ -46,7 +48,7 @@ from .config import TrainingConfig, TrainingSettings, configured, kl_annealing_f
 from .config import learning_rate_factor, make_optimizer
 from .resume import EpochRecord, check_same_run, describe_run, read_progress
 
-# %% ../../nbs/7_training/06_loop.ipynb #549c733e-0
+# %% ../../nbs/7_training/06_loop.ipynb #2eee05f6-0
 @dataclass
 class TrainingResult:
     """The trained network (the one that was passed in, unless a callback replaced it), its history, and "complete" or
@@ -77,7 +79,7 @@ def gain_estimator(
     if config.objective == "elbo":
         return None
     symmetry = symmetry or unit_permutations(network, shape)
-    estimator = InformationEstimator(network, symmetry, config.information, config.alternatives)
+    estimator = InformationEstimator(network, symmetry, config.information_method, config.negatives)
     estimator.check_priors()
     return estimator
 

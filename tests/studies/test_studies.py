@@ -352,7 +352,7 @@ def test_parallel_runs_have_the_numbers_of_sequential_ones(finished, tmp_path, b
     ({"training.device": "tpu"}, {}, "device"),
     ({"training.epochs": 1, "setup.dataset": "nowhere.npz"}, {}, "nowhere"),
     ({"training.objective": "symmetrised", "setup.prior": "random_means"}, {}, "prior"),
-    ({"training.objective": "symmetrised", "training.information": "permanent", "setup.channels": (32, 64)}, {},
+    ({"training.objective": "symmetrised", "training.information_method": "permanent", "setup.channels": (32, 64)}, {},
      "exact permanent"),
     ({"evaluation.paths": True}, {}, "relaxed layers"),
     ({"evaluation.information": 8, "setup.architecture": "mlp", "setup.channels": ()}, {}, "unit"),

@@ -64,24 +64,24 @@ def test_another_symmetry_and_its_method():
     model = network()
     turns = network_action(model, field(rotations(), (1, 6, 6)))
     plain = train(network(), split(), replace(SETTINGS, objective="elbo")).history[0]
-    found = train(model, split(), replace(SETTINGS, information="enumeration"), symmetry=turns).history[0]
+    found = train(model, split(), replace(SETTINGS, information_method="enumeration"), symmetry=turns).history[0]
     assert 0 < (plain.kl - found.kl) * 12 <= math.log(4) + 1e-9
 
 
-def test_samples_are_compared_with_as_many_alternatives_as_asked():
+def test_samples_are_compared_with_as_many_negatives_as_asked():
     """InfoNCE with K elements never gains more than log K, and gains nearly that where units are far apart."""
     plain = train(network(scale=0.01), split(), replace(SETTINGS, objective="elbo")).history[0]
-    for alternatives in (2, 20):
-        found = train(network(scale=0.01), split(), replace(SETTINGS, information="infonce", information_draws=16,
-                                                            alternatives=alternatives)).history[0]
+    for negatives in (2, 20):
+        settings = replace(SETTINGS, information_method="infonce", information_draws=16, negatives=negatives)
+        found = train(network(scale=0.01), split(), settings).history[0]
         gain = (plain.kl - found.kl) * 12
-        assert 0.8 * math.log(alternatives) < gain <= math.log(alternatives) + 1e-9
+        assert 0.8 * math.log(negatives) < gain <= math.log(negatives) + 1e-9
 
 
 def test_interrupted_runs_continue(tmp_path):
-    once = trained(replace(SETTINGS, epochs=2, information="importance"), folder=tmp_path / "a")
-    trained(replace(SETTINGS, information="importance"), folder=tmp_path / "b")
-    twice = trained(replace(SETTINGS, epochs=2, information="importance"), folder=tmp_path / "b", resume=True)
+    once = trained(replace(SETTINGS, epochs=2, information_method="importance"), folder=tmp_path / "a")
+    trained(replace(SETTINGS, information_method="importance"), folder=tmp_path / "b")
+    twice = trained(replace(SETTINGS, epochs=2, information_method="importance"), folder=tmp_path / "b", resume=True)
     for one, two in zip(once.network.parameters(), twice.network.parameters(), strict=True):
         assert torch.equal(one, two)
 
@@ -90,7 +90,7 @@ def test_a_run_is_not_continued_under_another_symmetry(tmp_path):
     turns, mirrored = (network_action(network(), field(space, (1, 6, 6))) for space in (rotations(), flips()))
 
     def go_on(folder, epochs=2, config=SETTINGS, **options):
-        config = replace(config, epochs=epochs, information="enumeration")
+        config = replace(config, epochs=epochs, information_method="enumeration")
         return trained(config, folder=tmp_path / folder, resume=True, **options)
 
     def forget(folder):
@@ -99,7 +99,7 @@ def test_a_run_is_not_continued_under_another_symmetry(tmp_path):
         del description["symmetry"]
         path.write_text(json.dumps(description))
 
-    start = replace(SETTINGS, information="enumeration")
+    start = replace(SETTINGS, information_method="enumeration")
     trained(start, folder=tmp_path / "turns", symmetry=turns)
     for other in (None, mirrored):
         with pytest.raises(Refusal, match=r"symmetry .NetworkAction.* in the checkpoint, (None|.NetworkAction.*) now"):
@@ -129,11 +129,11 @@ def test_a_network_that_takes_over_is_asked_about_itself():
 def test_refusals_come_before_the_first_step():
     with pytest.raises(Refusal, match="prior"):
         train(network(prior=random_means(0)), split(), SETTINGS)
-    with pytest.raises(Refusal, match="objective is one of"):
+    with pytest.raises(Refusal, match="as objective"):
         replace(SETTINGS, objective="symmetrical")
-    with pytest.raises(Refusal, match="information is one of"):
-        replace(SETTINGS, information="guess")
-    with pytest.raises(Refusal, match="K >= 2"):
-        train(network(), split(), replace(SETTINGS, information="infonce", alternatives=1))
+    with pytest.raises(Refusal, match="as information_method"):
+        replace(SETTINGS, information_method="guess")
+    with pytest.raises(Refusal, match="at least 2 as negatives"):
+        replace(SETTINGS, information_method="infonce", negatives=1)
     with pytest.raises(Refusal, match="information_draws"):
         replace(SETTINGS, information_draws=0)
