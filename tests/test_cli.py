@@ -15,15 +15,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from symbnn import __version__, cli
+from symbnn import __version__, cli, comparison
+from symbnn.training.loop import checkpoints
+from symbnn.studies.catalogue import STUDIES, Cost, find_study
 from symbnn.data.sources import PARTS
+from symbnn.training.checkpoints import read_checkpoint, save_network
+from symbnn.experiments import ARRAYS
+from symbnn.studies.tasks import Setup
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import with_posteriors
-from symbnn.studies.catalogue import STUDIES, Cost, find_study
-from symbnn.studies.experiments import ARRAYS, Setup
-from symbnn.studies.studies import Evaluation, Spec, Study, comparison, plain
 from symbnn.training.architectures import PRESETS, build
-from symbnn.training.checkpoints import read_checkpoint, save_network
+from symbnn.studies import Spec
+from symbnn.studies.evaluations import Evaluation
+from symbnn.studies.grids import Study
+from symbnn.studies.tasks import plain
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import checkpoints
 

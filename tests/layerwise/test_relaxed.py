@@ -11,21 +11,23 @@ from torch.nn import functional as F
 
 from symbnn.errors import Refusal
 from symbnn.layerwise.paths import (
-    CHANNELS,
-    STRIDES,
     FactoredPath,
-    Lift,
-    MaximumOfCopies,
-    PerCopy,
-    Relaxed,
     SparseConvolution,
-    Subsample,
     TiedPath,
     anchor_basis,
     anchors,
     convolution_path,
     dense_path,
     matrix_of,
+)
+from symbnn.layerwise.relaxed_networks import (
+    CHANNELS,
+    STRIDES,
+    Lift,
+    MaximumOfCopies,
+    PerCopy,
+    Relaxed,
+    Subsample,
     path_kinds,
     pathways,
     relaxed_layer,

@@ -7,26 +7,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from symbnn import cli
+from symbnn import cli, simulations
 from symbnn.errors import Refusal
 from symbnn.hidden_units.two_weights import GaussianFit
 from symbnn.posterior.layers import variational_tensors
+from symbnn.simulations import Simulation, read_rows, save_rows, simulate
+from symbnn.studies.results import paired
 from symbnn.studies.simulations import (
     SIMULATIONS,
     TWO_WEIGHT_METHODS,
-    Simulation,
-    averages,
     grid_predictive,
-    paired,
-    read_rows,
-    save_rows,
-    simulate,
     two_weight_problem,
     two_weights,
     unit_network,
     width,
 )
-from symbnn.studies.studies import Panel, simulations
+from symbnn.studies.tables import averages
+from symbnn.studies.grids import Panel
 from tolerances import assert_close, exact64, within_standard_errors
 
 CALLS = []

@@ -119,7 +119,10 @@ def test_a_run_is_not_continued_under_another_symmetry(tmp_path):
 
 def test_a_network_that_takes_over_is_asked_about_itself():
     second = network(scale=0.5)
-    result = trained(replace(SETTINGS, epochs=2), callback=lambda epoch, net, optimizer: second if epoch == 0 else None)
+    config = replace(SETTINGS, epochs=2)
+    first = trained(config, until=lambda epochs, net: epochs == 1)
+    first.optimizer.state.clear()
+    result = train(second, split(), config, after=first)
     assert result.network is second
     fresh = InformationEstimator(network(scale=0.5), unit_permutations(second, (1, 6, 6)))
     assert fresh.classes and result.history[1].kl > 0
