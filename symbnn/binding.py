@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Change', 'OF_EVERY_MODULE', 'Placeholder', 'modules_outside', 'plain_network', 'eager', 'no_change', 'copy_tree',
-           'lead_over', 'copy_network', 'layer_with', 'seeded_world', 'own_buffers', 'bind']
+           'layer_with', 'lead_over', 'bind', 'copy_network', 'own_buffers', 'seeded_world']
 
-# %% ../nbs/0_ground/04_binding.ipynb #2b146fb0-0
+# %% ../nbs/0_ground/04_binding.ipynb #de2dc007-0
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -16,13 +16,14 @@ from copy import deepcopy
 from dataclasses import is_dataclass
 from functools import partial, wraps
 from types import CellType, FunctionType, MethodType, SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .errors import Refusal, check_kind, require
+from .errors import Refusal, check_kind, require, shortened
 
-# %% ../nbs/0_ground/04_binding.ipynb #76be6c8a-0
+# %% ../nbs/0_ground/04_binding.ipynb #0078bc6a-0
 class Placeholder(nn.Module):
     """A module that stands where a tensor stood (`layer.weight`), and makes way for one when something is computed."""
 
@@ -39,8 +40,8 @@ def modules_outside(network: nn.Module, prefix: str = "") -> Iterator[tuple[str,
 
 def plain_network(network: nn.Module) -> nn.Module:
     """The module that `torch.compile` wraps, or the network itself."""
-    while "_orig_mod" in network._modules:
-        network = network._modules["_orig_mod"]
+    while isinstance(inner := network._modules.get("_orig_mod"), nn.Module):
+        network = inner
     return network
 
 
@@ -55,12 +56,10 @@ def eager(function: Callable) -> Callable:
 
     return call
 
-
+# %% ../nbs/0_ground/04_binding.ipynb #0ae16931-0
 Change = Callable[[nn.Module, nn.Module], None]  # of a copy, given the module that it was copied from
 OF_EVERY_MODULE = nn.Module().__dict__.keys()  # attributes that torch itself keeps
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LONGEST = 1024  # lists and dictionaries of attributes that are searched for modules
-_DEEPEST = 4  # containers within containers
 
 
 def no_change(copy: nn.Module, module: nn.Module) -> None:
@@ -98,7 +97,7 @@ def _copy(module: nn.Module, copies: Mapping[int, nn.Module], compiled: bool) ->
     """The same class and attributes, with dictionaries of children and parameters of its own."""
     if "_orig_mod" in module._modules:
         inner = copies[id(module._modules["_orig_mod"])]
-        return type(module)(inner, module.dynamo_ctx) if compiled else inner
+        return type(module)(inner, module.dynamo_ctx) if compiled else inner  # as `torch.compile` makes it
     copy = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
     copy.__dict__["_modules"], copy.__dict__["_parameters"] = dict(module._modules), dict(module._parameters)
@@ -111,13 +110,14 @@ def _adapt(
     own_buffers: bool, isolated: bool,
 ) -> None:
     """Put the copies of children, and the given tensors, in their places."""
+    parameters = cast(dict[str, Tensor | None], copy._parameters)  # plain tensors stand in them as well
     for name, child in list(copy._modules.items()):
         if isinstance(child, Placeholder):
-            copy._parameters[name] = tensors[id(copy._modules.pop(name))]
+            parameters[name] = tensors[id(copy._modules.pop(name))]
         elif id(child) in copies:
             copy._modules[name] = copies[id(child)]
-    for name, parameter in copy._parameters.items():
-        copy._parameters[name] = tensors.get(id(parameter), parameter)
+    for name, parameter in parameters.items():
+        parameters[name] = tensors.get(id(parameter), parameter)
     if own_buffers or any(id(buffer) in tensors for buffer in copy._buffers.values()):
         copy.__dict__["_buffers"] = {name: tensors.get(id(value), value) for name, value in copy._buffers.items()}
     hooked = [key for key in _HOOKS if copy.__dict__.get(key)]
@@ -125,7 +125,24 @@ def _adapt(
         copy.__dict__[name] = lead_over(copy.__dict__[name], known, isolated)
 
 
-def lead_over(value: object, known: Mapping[int, object], fresh: bool = False, depth: int = 0) -> object:
+def _own_attributes(module: nn.Module) -> list[str]:
+    """Attributes that may hold other modules: hooks, and what the module's class or user put there."""
+    hooks = [key for key in _HOOKS if module.__dict__.get(key)]
+    return [*hooks, *(module.__dict__.keys() - OF_EVERY_MODULE)]
+
+
+def layer_with(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of one layer with these parameters."""
+    copy = _copy(layer, {}, False)
+    cast(dict[str, Tensor | None], copy._parameters).update(tensors)
+    return copy
+
+# %% ../nbs/0_ground/04_binding.ipynb #90a5ea95-0
+_LONGEST = 1024  # entries of lists and dictionaries that are searched for modules
+_DEEPEST = 4  # containers within containers
+
+
+def lead_over(value: Any, known: Mapping[int, Any], fresh: bool = False, depth: int = 0) -> Any:
     """An attribute with every module and tensor in it that is known by its id replaced by what is known for it.
 
     Looks into containers, data classes, partial functions, bound methods, weak references and what functions close
@@ -136,7 +153,7 @@ def lead_over(value: object, known: Mapping[int, object], fresh: bool = False, d
     if depth > _DEEPEST or value is None or isinstance(value, (bool, int, float, str, type)):
         return value
 
-    def lead(part: object) -> object:
+    def lead(part: Any) -> Any:
         return lead_over(part, known, fresh, depth + 1)
 
     if isinstance(value, MethodType):
@@ -146,9 +163,10 @@ def lead_over(value: object, known: Mapping[int, object], fresh: bool = False, d
     if isinstance(value, FunctionType):
         return _lead_function(value, lead)
     if isinstance(value, partial):
-        args, keywords = lead(value.args), lead(value.keywords)
-        return value if args is value.args and keywords is value.keywords else partial(value.func, *args, **keywords)
-    if isinstance(value, (SimpleNamespace,)) or (is_dataclass(value) and hasattr(value, "__dict__")):
+        own = value.func, value.args, value.keywords
+        function, args, keywords = parts = tuple(map(lead, own))
+        return value if all(a is b for a, b in zip(parts, own)) else partial(function, *args, **keywords)
+    if isinstance(value, SimpleNamespace) or (is_dataclass(value) and hasattr(value, "__dict__")):
         inside = lead(value.__dict__)
         if inside is value.__dict__:
             return value
@@ -158,7 +176,7 @@ def lead_over(value: object, known: Mapping[int, object], fresh: bool = False, d
     return _lead_container(value, lead, fresh)
 
 
-def _lead_container(value: object, lead: Callable[[object], object], fresh: bool) -> object:
+def _lead_container(value: Any, lead: Callable[[Any], Any], fresh: bool) -> Any:
     if not isinstance(value, (list, tuple, dict, set, frozenset, deque)) or len(value) > _LONGEST:
         return value
     items = list(value.values()) if isinstance(value, dict) else list(value)
@@ -174,7 +192,7 @@ def _lead_container(value: object, lead: Callable[[object], object], fresh: bool
     return type(value)(*mapped) if hasattr(value, "_fields") else type(value)(mapped)
 
 
-def _lead_function(function: FunctionType, lead: Callable[[object], object]) -> FunctionType:
+def _lead_function(function: FunctionType, lead: Callable[[Any], Any]) -> FunctionType:
     """A function whose closure and defaults hold what `lead` gives for them."""
     try:
         inside = tuple(cell.cell_contents for cell in function.__closure__ or ())
@@ -190,57 +208,63 @@ def _lead_function(function: FunctionType, lead: Callable[[object], object]) -> 
     made.__dict__.update(function.__dict__)
     return made
 
+# %% ../nbs/0_ground/04_binding.ipynb #c1e722e8-0
+def bind(network: nn.Module, tensors: Mapping[str, Tensor], *, evaluating: bool = False) -> nn.Module:
+    """The plain network with these tensors as weights, parameters or buffers, by name, in a copy of its modules.
 
+    Every placeholder needs a tensor, other parameters and buffers may have one. Nothing is
+    copied but the tree of modules; buffers that are not given are shared with the network. With `evaluating` the copy
+    is in evaluation mode. Raises `Refusal` for names that the network does not have, and for placeholders left over.
+    """
+    plain = plain_network(network)
+    waiting = {name: module for name, module in plain.named_modules() if isinstance(module, Placeholder)}
+    others = dict(plain.named_parameters(remove_duplicate=False)) | dict(plain.named_buffers(remove_duplicate=False))
+    slots = {**others, **waiting}
+    unknown, missing = sorted(tensors.keys() - slots.keys()), sorted(waiting.keys() - tensors.keys())
+    require(not unknown, "tensors by names of the network's weights and buffers", f"the names {shortened(unknown)}",
+            "tensors of another network, or of this one before it was put into another",
+            f"names among {shortened(sorted(slots), 200)}")
+    require(not missing, "a tensor for every weight that has a posterior", f"none for {shortened(missing)}",
+            "the weights of a part of the network, or a state dict of a network without posteriors",
+            "{name: weight[0] for name, weight in sample_weights(network, 1).items()}")
+    return copy_tree(network, {id(slots[name]): tensor for name, tensor in tensors.items()}, evaluating=evaluating)
+
+# %% ../nbs/0_ground/04_binding.ipynb #f00b1da2-0
 def copy_network(network: nn.Module) -> nn.Module:
     """A deep copy in which functions, too, that close over parts of the network close over those of the copy.
 
     Raises `Refusal` where the network holds what cannot be copied, such as activations with a graph.
     """
-    check_kind(network, nn.Module, "The network", "a torch network, and the action after it")
-    memo: dict[int, object] = {}
+    check_kind(network, nn.Module, "the network", "a torch network, such as torch.nn.Linear(4, 2)")
+    memo: dict[int, Any] = {}
     try:
         copied = deepcopy(network, memo)
     except (RuntimeError, TypeError) as error:
-        raise Refusal(
-            "A network can be copied",
-            got=f"{type(network).__name__}: {error}".split("\n")[0],
-            cause="an activation, a lock or a generator that is kept as an attribute",
-            fix="delete it first, as in del network.last, or keep activation.detach()",
-        ) from error
+        where = _not_copied(network)
+        raise Refusal("a network that can be copied",
+                      got=f"{type(network).__name__}, where {where} cannot be: {error}".split("\n")[0],
+                      cause="an activation with its graph, a lock or an open file that is kept as an attribute",
+                      fix=f"del {where}, or keep a detached copy there") from error
     known = {key: value for key, value in memo.items() if isinstance(value, (nn.Module, Tensor))}
     for _, module in modules_outside(copied):
         if not isinstance(module, torch.jit.ScriptModule) and "_orig_mod" not in module._modules:
-            hooked = [key for key in _HOOKS if module.__dict__.get(key)]
-            for name in (*hooked, *(module.__dict__.keys() - OF_EVERY_MODULE)):
+            for name in _own_attributes(module):
                 module.__dict__[name] = lead_over(module.__dict__[name], known)
     return copied
 
 
-def layer_with(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of one layer with these parameters."""
-    copy = _copy(layer, {}, False)
-    copy._parameters.update(tensors)
-    return copy
+def _not_copied(network: nn.Module) -> str:
+    """The first attribute that cannot be copied."""
+    for name, module in modules_outside(network):
+        for key, value in module.__dict__.items():
+            try:
+                if key not in OF_EVERY_MODULE:
+                    deepcopy(value)
+            except (RuntimeError, TypeError):
+                return ".".join(filter(None, ("network", name, key)))
+    return "one of its tensors"
 
-
-@contextmanager
-def seeded_world(device: torch.device, seed: int) -> Iterator[None]:
-    """Torch's own generators (of the CPU and of `device`) seeded inside the block, and afterwards as they were."""
-    module = getattr(torch, device.type) if device.type in ("cuda", "mps") else None
-    chosen = (device,) if device.type == "cuda" else ()
-    kept = torch.get_rng_state(), module and module.get_rng_state(*chosen)
-    try:
-        torch.default_generator.manual_seed(seed)
-        if module is not None:
-            with torch.cuda.device(device) if chosen else nullcontext():
-                module.manual_seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(kept[0])
-        if module is not None:
-            module.set_rng_state(kept[1], *chosen)
-
-
+# %% ../nbs/0_ground/04_binding.ipynb #5686c272-0
 def own_buffers(network: nn.Module) -> dict[int, Tensor]:
     """A clone of every buffer of the network's own modules, by the id of the buffer; views of one memory stay so."""
     buffers = [buffer for _, module in modules_outside(network) for buffer in module._buffers.values()
@@ -264,20 +288,19 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
-def bind(network: nn.Module, tensors: Mapping[str, Tensor], *, evaluating: bool = False) -> nn.Module:
-    """The plain network with these tensors as weights, parameters or buffers, by name, in a copy of its modules.
-
-    Every placeholder needs a tensor, other parameters and buffers may have one. Nothing is
-    copied but the tree of modules; buffers that are not given are shared with the network. With `evaluating` the copy
-    is in evaluation mode. Raises `Refusal` for names that the network does not have, and for placeholders left over.
-    """
-    plain = plain_network(network)
-    waiting = {name: module for name, module in plain.named_modules() if isinstance(module, Placeholder)}
-    others = dict(plain.named_parameters(remove_duplicate=False)) | dict(plain.named_buffers(remove_duplicate=False))
-    slots = {**others, **waiting}
-    unknown, missing = sorted(tensors.keys() - slots.keys()), sorted(waiting.keys() - tensors.keys())
-    require(not unknown and not missing,
-            "Tensors are given by names of the network, and for every weight that has no value of its own",
-            f"unknown names {unknown}, weights without a tensor {missing}", "tensors of another network",
-            "take one draw of sample_weights(network, draws), {name: weight[s]}")
-    return copy_tree(network, {id(slots[name]): tensor for name, tensor in tensors.items()}, evaluating=evaluating)
+@contextmanager
+def seeded_world(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's own generators (of the CPU and of `device`) seeded inside the block, and afterwards as they were."""
+    module = getattr(torch, device.type) if device.type in ("cuda", "mps") else None
+    chosen = (device,) if device.type == "cuda" else ()
+    kept = torch.get_rng_state(), module and module.get_rng_state(*chosen)
+    try:
+        torch.default_generator.manual_seed(seed)
+        if module is not None:
+            with torch.cuda.device(device) if chosen else nullcontext():
+                module.manual_seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(kept[0])
+        if module is not None:
+            module.set_rng_state(kept[1], *chosen)

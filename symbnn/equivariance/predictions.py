@@ -6,7 +6,7 @@
 __all__ = ['Probabilities', 'Mode', 'Single', 'Predictor', 'OrbitPredictions', 'check_probabilities', 'check_labels',
            'Equivariance', 'check_predictions', 'orbit_predictions']
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #64cf2cac-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #3a55f3db-0
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from ..posterior.sampling import predict, sample_weights
 from ..symmetry.actions import Action
 from ..symmetry.fields import SpatialAction
 from ..symmetry.groups import Element, Group
-from ..symmetry.networks import NetworkAction
+from ..symmetry.networks import NetworkAction, check_network
 
 # %% ../../nbs/3_equivariance/02_predictions.ipynb #027fa1d7-0
 Probabilities = Float[Tensor, "S N G C"]
@@ -220,7 +220,7 @@ def orbit_predictions(
                 bar.update(len(turned))
     return OrbitPredictions(found, elements, mode)
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #2d4b6601-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #9ea871ab-0
 def _refuse(invariant: str, received: str, cause: str, fix: str) -> NoReturn:
     raise Refusal(invariant, got=received, cause=cause, fix=fix)
 
@@ -250,10 +250,11 @@ def _check_draws(predictor: Predictor, draws: int | None, mode: Mode) -> int:
     if mode not in get_args(Mode):
         _refuse(f"The draw mode is one of {', '.join(get_args(Mode))}", repr(mode), "a typing error", "mode='common'")
     members = _members(predictor)
-    if not members or any(not callable(one) or isinstance(one, type) for one in members):
-        _refuse("A predictor is a network, a function from a batch to logits, or a list of those",
-                f"{type(predictor).__name__} {predictor!r:.60}", "a value left out, arguments in another order, or an "
-                "empty list", "orbit_predictions(network, inputs, action, draws=16)")
+    require(len(members) > 0, "An ensemble has a member", "an empty list", "networks that were not collected",
+            "orbit_predictions(network, inputs, action, draws=16)")
+    for one in members:
+        if not callable(one) or isinstance(one, type):
+            check_network(one)
     if _is_bayesian(predictor):
         check_count(draws, "The number of draws", "draws=16")
         return draws

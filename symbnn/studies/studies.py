@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'Evaluation', 'Spec', 'plain', 'task_of', 'settings', 'identity', 'measure', 'run', 'Panel', 'Study',
            'stored', 'check', 'execute', 'words', 'describe', 'headline']
 
-# %% ../../nbs/8_studies/05_studies.ipynb #c093729c-0
+# %% ../../nbs/8_studies/05_studies.ipynb #4a1de0e6-0
 import hashlib
 import json
 import logging
@@ -29,8 +29,8 @@ from ..equivariance.predictions import Mode, orbit_predictions
 from ..errors import Refusal, require
 from ..files import check_folder, write_file
 from ..hidden_units.mutual_information import InformationEstimator, mutual_information
-from ..layerwise.curvature import log_precisions
-from ..layerwise.paths import pathways
+from ..layerwise.evidence import log_precisions
+from ..layerwise.relaxed_networks import pathways
 from ..posterior.layers import kl_sum
 from ..posterior.likelihoods import Categorical
 from ..posterior.sampling import predict, sample_weights

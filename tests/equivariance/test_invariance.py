@@ -26,7 +26,7 @@ from symbnn.posterior.priors import random_means
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, sample_weights
 from symbnn.symmetry.actions import Action, natural_action, regular_channels, sign_change
 from symbnn.symmetry.fields import field, flips, rotations, rotations_and_flips, shifts
-from symbnn.symmetry.groups import Cyclic, Product, Symmetric
+from symbnn.symmetry.groups import Cyclic, Product, Permutations
 from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.orbits import Orbits
 from symbnn.symmetry.signed_permutations import SignedPermutation
@@ -67,9 +67,9 @@ def signed_mixture():
 
 
 def flips_and_units():
-    group = Product(Cyclic(2), Symmetric(3))
+    group = Product(Cyclic(2), Permutations(3))
     space = flips().on(2, 3).pulled_back(group, operator.itemgetter(0))
-    units = natural_action(Symmetric(3)).pulled_back(group, operator.itemgetter(1))
+    units = natural_action(Permutations(3)).pulled_back(group, operator.itemgetter(1))
     return Action.product(units, space)
 
 
@@ -84,7 +84,7 @@ ACTIONS = {
     "all signs change": sign_change(5),
     "vectors": turned_vectors(),
     "some signs change": signed_mixture(),
-    "S4 on rows and columns": Action.product(natural_action(Symmetric(4)), natural_action(Symmetric(4))),
+    "S4 on rows and columns": Action.product(natural_action(Permutations(4)), natural_action(Permutations(4))),
     "C2 x S3": flips_and_units(),
     "trivial group": Action.trivial(Cyclic(1), (2, 3)),
     "a number": Action.trivial(Cyclic(4), ()),
@@ -379,7 +379,7 @@ def noisy_steps(network, optimizer, steps):
     for step in range(steps):
         batch = torch.randint(12, (3,), generator=generator)
         optimizer.zero_grad()
-        outputs = forward(network, x[batch], 1, "shared", generator)
+        outputs = forward(network, x[batch], 1, "whole", generator)
         (-elbo(network, outputs, y[batch], 48, likelihood=Gaussian(0.5)).elbo).backward()
         if step % 2:
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -414,7 +414,7 @@ def test_lbfgs_stays_up_to_rounding():
 
     def closure():
         optimizer.zero_grad()
-        loss = -elbo(network, forward(network, x, 1, "shared", seeded(1)), y, 6, likelihood=Gaussian(0.5)).elbo
+        loss = -elbo(network, forward(network, x, 1, "whole", seeded(1)), y, 6, likelihood=Gaussian(0.5)).elbo
         loss.backward()
         return loss
 
@@ -478,7 +478,7 @@ def test_running_statistics_stay_invariant():
         for seed in range(3):
             x = random(6, 1, 4, 4, seed=seed)
             optimizer.zero_grad()
-            forward(network, x, 1, "shared", seeded(seed)).square().sum().backward()
+            forward(network, x, 1, "whole", seeded(seed)).square().sum().backward()
             optimizer.step()
         norm = network[1]
         assert norm.running_mean.abs().min() > 0
@@ -486,9 +486,9 @@ def test_running_statistics_stay_invariant():
             assert torch.equal(value, value[:1].expand(4))
         norm.running_mean[0] += 1  # by hand; a prediction does not touch it
         kept = norm.running_mean.clone()
-        forward(network.eval(), x, 1, "shared", seeded())
+        forward(network.eval(), x, 1, "whole", seeded())
         assert torch.equal(norm.running_mean, kept)
-    forward(network.train(), x, 1, "shared", seeded())
+    forward(network.train(), x, 1, "whole", seeded())
     assert not torch.equal(norm.running_mean, norm.running_mean[:1].expand(4))
     with pytest.raises(Refusal, match="running_mean"):
         keep_invariant(network, action)
@@ -621,7 +621,7 @@ def test_untied_priors_are_infinitely_far():
     with pytest.raises(Refusal, match="infinite"):
         full.kl(law)
     with pytest.raises(Refusal, match="infinite"):  # as many orbits, other ones
-        law.kl(Tied(law.base, Orbits(Action.product(natural_action(Symmetric(3)), Action.trivial(Symmetric(3), (3,))))))
+        law.kl(Tied(law.base, Orbits(Action.product(natural_action(Permutations(3)), Action.trivial(Permutations(3), (3,))))))
     with pytest.raises(Refusal, match="one coordinate an orbit"):
         Tied(full, law.orbits)
 

@@ -17,7 +17,8 @@ from symbnn.data.splits import Split
 from symbnn.errors import Refusal
 from symbnn.layerwise import evidence as E
 from symbnn.layerwise import precisions as R
-from symbnn.layerwise.paths import TiedPath, pathways, relaxed_network
+from symbnn.layerwise.paths import TiedPath
+from symbnn.layerwise.relaxed_networks import pathways, relaxed_network
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.full_gaussian import FullGaussian
@@ -1024,7 +1025,7 @@ def test_the_elbo_refuses_point_masses():
 
 
 DATA = Split(normal(60, 1, 6, 6).float(), labels(60))
-MAP = TrainingConfig(epochs=9, batch_size=30, estimator="shared", draws=1, augmentation="none", evaluation_draws=1)
+MAP = TrainingConfig(epochs=9, batch_size=30, estimator="whole", draws=1, augmentation="none", evaluation_draws=1)
 
 
 def small(family=PointMass, seed: int = 0, prior=None):
@@ -1078,7 +1079,7 @@ def learn(where: bool):
     network = with_posteriors(plain, PointMass)
     updates = R.PrecisionUpdates(partial(R.evidence_precisions, inputs=data.inputs, targets=data.labels,
                                          curvature="sampled"), 10, 3)
-    config = TrainingConfig(epochs=80, batch_size=100, estimator="shared", draws=1, learning_rate=0.02,
+    config = TrainingConfig(epochs=80, batch_size=100, estimator="whole", draws=1, learning_rate=0.02,
                             schedule="cosine", augmentation="none", evaluation_draws=1)
     train(network, data, config, callback=updates)
     report = R.learned_equivariance(network, E.laplace(network, data.inputs, data.labels))

@@ -74,7 +74,7 @@ def test_the_gap_is_the_divergence_to_the_posterior(shift, stretch):
     assert abs(gap - expected) < GAP * (1 + expected)
 
 
-@pytest.mark.parametrize("estimator", ["shared", "split"])
+@pytest.mark.parametrize("estimator", ["whole", "split"])
 def test_the_monte_carlo_estimate(estimator):
     X, y, mean, covariance, _ = regression(8, 3, 5)
     network = network_with(FullGaussian(mean + 0.1, 1.2 * torch.linalg.cholesky(covariance)))

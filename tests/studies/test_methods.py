@@ -13,7 +13,7 @@ from symbnn.equivariance.metrics import defect_plugin
 from symbnn.equivariance.predictions import orbit_predictions
 from symbnn.equivariance.projected_gradients import drift
 from symbnn.errors import Refusal
-from symbnn.layerwise.curvature import log_precisions, set_log_precisions
+from symbnn.layerwise.evidence import log_precisions, set_log_precisions
 from symbnn.layerwise.precisions import elbo_precisions, evidence_precisions
 from symbnn.posterior.layers import variational_tensors
 from symbnn.posterior.sampling import apply_weights, mean_weights, predict

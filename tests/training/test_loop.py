@@ -37,7 +37,7 @@ from symbnn.training.loop import train
 from tolerances import assert_close, exact32
 
 
-@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+@pytest.mark.parametrize("estimator", ["whole", "split", "flipout", "local"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_it_learns(estimator, optimizer):
     config = replace(CONFIG, epochs=20, estimator=estimator, optimizer=optimizer, learning_rate=3e-2)
