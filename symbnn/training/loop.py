@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'CHECK_EVERY', 'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
-# %% ../../nbs/7_training/06_loop.ipynb #7e2c6050-0
+# %% ../../nbs/7_training/06_loop.ipynb #c7321005-0
 import inspect
 import math
 import signal
@@ -31,7 +31,8 @@ from ..binding import seeded_world
 from ..data.batches import Batches, batches, epoch_generator
 from ..data.splits import Split
 from ..errors import optional, require
-from ..hidden_units.mutual_information import InformationEstimator, symmetrized_elbo
+from ..hidden_units.mutual_information import InformationEstimator
+from ..hidden_units.symmetrized_elbo import symmetrized_elbo
 from ..posterior.elbo import ELBO, elbo
 from ..posterior.likelihoods import Categorical
 from ..posterior.plans import execution_plan
