@@ -71,7 +71,7 @@ class Commands(typer.core.TyperGroup):
             typer.echo(f"\nInterrupted. {RESUME.get(ctx.invoked_subcommand, 'Nothing was written.')}", err=True)
             raise typer.Exit(130) from interrupt
 
-# %% ../nbs/9_command_line/01_cli.ipynb #801927e5-0
+# %% ../nbs/9_command_line/01_cli.ipynb #ed33795d-0
 IMAGES, NETWORK, TRAINING, RESULTS = "Images and symmetry", "Network", "Training", "Evaluation and results"
 
 
@@ -110,7 +110,7 @@ OPTIONS = {
     "start": _as(str, NETWORK, "First means: random, or invariant (random ones averaged over the group)."),
     "batch_size": _as(int, TRAINING, "Images in a step."),
     "estimator": _as(str, TRAINING, "Gradient estimator. split: the batch in --draws parts with a weight draw each; "
-                     "whole: every draw on every image; flipout; local."),
+                     "shared: every draw on every image; flipout; local."),
     "draws": _as(int, TRAINING, "Weight draws in a training step."),
     "optimizer": _as(str, TRAINING, "adamw, or sgd (Nesterov momentum 0.9)."),
     "learning_rate": _as(float, TRAINING, "Step size of the posterior means."),
@@ -119,7 +119,7 @@ OPTIONS = {
     "schedule": _as(str, TRAINING, "constant, or cosine: the step size falls to 0."),
     "kl_weight": _as(float, TRAINING, "Weight of the KL divergence: 1 for Bayes, below 1 tempered, 0 for maximum "
                      "likelihood."),
-    "kl_warm_up": _as(int, TRAINING, "Epochs in which that weight rises from 0."),
+    "kl_annealing": _as(int, TRAINING, "KL annealing: epochs in which that weight rises from 0."),
     "objective": _as(str, TRAINING, "elbo; or symmetrised, which adds the mutual information of the weights and a "
                      "random permutation of their hidden units."),
     "information": _as(str, TRAINING, f"How that is estimated: {', '.join(get_args(Estimation))}."),
@@ -130,7 +130,7 @@ OPTIONS = {
     "learnt_from": _as(int, TRAINING, "Epochs before precisions are learnt for the first time."),
     "learnt_every": _as(int, TRAINING, "Epochs from one time to the next."),
     "clip_norm": _as(float | None, TRAINING, "Largest gradient norm. Default: no limit."),
-    "precision": _as(str, TRAINING, "float32, float64, or bfloat16 (CUDA)."),
+    "dtype": _as(str, TRAINING, "float32, float64, or bfloat16 (CUDA)."),
     "device": _as(str, TRAINING, "auto, cpu, cuda or mps."),
     "threads": _as(int | None, TRAINING, "CPU threads in training. Default: more for larger steps, up to all cores."),
     "select": _as(str, TRAINING, "last: keep the last epoch's weights; best: those of the lowest validation loss."),
@@ -215,7 +215,7 @@ def symbnn(
 ) -> None:
     """Bayesian neural networks and their symmetries: train, make equivariant, measure how equivariant."""
 
-# %% ../nbs/9_command_line/01_cli.ipynb #879f18ec-0
+# %% ../nbs/9_command_line/01_cli.ipynb #43940e85-0
 CONFIG = TrainingConfig()
 
 
@@ -243,7 +243,7 @@ def train(
     """
     setup, config, method, root = _read(settings, epochs=epochs, seed=seed)
     choose_device(config)
-    task = prepare(setup, root, torch.float64 if config.precision == "float64" else torch.float32)
+    task = prepare(setup, root, torch.float64 if config.dtype == "float64" else torch.float32)
     network = task.network(seed, dtype=task.data.train.inputs.dtype)
     notes = {"command": _command()}
     last = fit(network, task, config, method=method, folder=output, resume=resume, notes=notes,

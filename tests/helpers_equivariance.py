@@ -26,7 +26,7 @@ from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.sampling import apply_weights, mean_weights
 from symbnn.symmetry.actions import Action, natural_action, regular_channels, sign_change
 from symbnn.symmetry.fields import field, flips, rotations, rotations_and_flips, shifts, time_reversal
-from symbnn.symmetry.groups import Cyclic, Product, Symmetric
+from symbnn.symmetry.groups import Cyclic, Product, Permutations
 from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.orbits import Orbits
 from symbnn.symmetry.signed_permutations import SignedPermutation
@@ -163,9 +163,9 @@ def signed_mixture():
 
 
 def flips_and_units():
-    group = Product(Cyclic(2), Symmetric(3))
+    group = Product(Cyclic(2), Permutations(3))
     space = flips().on(2, 3).pulled_back(group, operator.itemgetter(0))
-    units = natural_action(Symmetric(3)).pulled_back(group, operator.itemgetter(1))
+    units = natural_action(Permutations(3)).pulled_back(group, operator.itemgetter(1))
     return Action.product(units, space)
 
 
@@ -180,7 +180,7 @@ SIGNED_ACTIONS = {
     "all signs change": sign_change(5),
     "vectors": turned_vectors(),
     "some signs change": signed_mixture(),
-    "S4 on rows and columns": Action.product(natural_action(Symmetric(4)), natural_action(Symmetric(4))),
+    "S4 on rows and columns": Action.product(natural_action(Permutations(4)), natural_action(Permutations(4))),
     "C2 x S3": flips_and_units(),
     "trivial group": Action.trivial(Cyclic(1), (2, 3)),
     "a number": Action.trivial(Cyclic(4), ()),
@@ -286,7 +286,7 @@ def series():
     return spread(with_posteriors(nn.Sequential(*layers, nn.Linear(24, 3)).double(), scale=0.2))
 
 
-ON_SET = natural_action(Symmetric(4))
+ON_SET = natural_action(Permutations(4))
 
 
 def two_sets(name, size):

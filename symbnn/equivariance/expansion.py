@@ -256,7 +256,7 @@ def _widen(layer: nn.Module, read: int, written: int) -> None:
         first, *rest = layer.normalized_shape
         layer.normalized_shape = (written * first, *rest)
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #7f7e1394-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #b8c7b5fd-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
     require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
@@ -319,9 +319,9 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
         for tensor in layer.parameters():
             require(owners.setdefault(id(tensor), name) == name, "weights that belong to one layer each",
                     f"one tensor in {owners[id(tensor)]!r} and {name!r}", "weights tied by assignment, which an "
-                    "expansion would untie", f"self.{owners[id(tensor)]} called twice in forward, in place of two layers")
+                    "expansion would untie", f"layer {owners[id(tensor)]!r} called twice in forward, in place of two")
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #92d211c2-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #8c6f28cb-0
 class Expanded(NamedTuple):
     """An expanded network, and how the group acts on it."""
 
@@ -398,7 +398,7 @@ def _action_on_copies(expanded: nn.Module, action: NetworkAction, depths: dict[s
                 f"{group.order} copies of each hidden channel of the small network",
                 got=f"{channels} channels behind layer {name!r}",
                 cause="a network that was not expanded, that was expanded by another group, or whose forward pass "
-                "states numbers of channels", fix="expand(network, action).action; in forward, x.flatten(1) in place of "
+                "states numbers of channels", fix="expand(network, action).action; in forward, x.flatten(1), not "
                 "x.view(-1, number)",
             )
         regular = regular_channels(group, action.channels[name].numel)

@@ -6,7 +6,7 @@
 __all__ = ['Probabilities', 'Mode', 'Single', 'Predictor', 'OrbitPredictions', 'check_probabilities', 'check_labels',
            'Equivariance', 'check_predictions', 'orbit_predictions']
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #d7d92355-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #c44f1adf-0
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,7 +28,7 @@ from ..posterior.sampling import predict, sample_weights
 from ..symmetry.actions import Action
 from ..symmetry.fields import SpatialAction
 from ..symmetry.groups import Element, Group
-from ..symmetry.networks import NetworkAction
+from ..symmetry.networks import NetworkAction, check_network
 
 # %% ../../nbs/3_equivariance/02_predictions.ipynb #f0224db0-0
 Probabilities = Float[Tensor, "S N G C"]
@@ -230,7 +230,7 @@ def orbit_predictions(
                     counted.update(len(turned))
     return OrbitPredictions(found, elements, mode)
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #0de3e1b7-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #3fe23396-0
 def _check_action(action: Equivariance | NetworkAction) -> None:
     """`Refusal` unless the action is one on inputs and on class probabilities."""
     unmoved = "Equivariance(action, Action.trivial(action.group, (10,))) for ten classes that stay"
@@ -253,10 +253,12 @@ def _check_draws(predictor: Predictor, draws: int | None, mode: Mode) -> int:
     """The number of draws. `Refusal` unless this is a predictor that has so many, shared in this way."""
     check_choice(mode, get_args(Mode), "mode (how draws are shared)")
     members = _members(predictor)
-    require(bool(members) and all(callable(one) and not isinstance(one, type) for one in members),
-            "a network, a function from a batch to logits, or a list of those as the predictor",
-            f"{type(predictor).__name__} {predictor!r:.60}", "an empty list, the name of a file instead of its "
-            "network, or arguments in another order", "orbit_predictions(network, inputs, action, draws=16)")
+    require(len(members) > 0, "a network, a function from a batch to logits, or a list of those as the predictor",
+            "an empty list", "networks that were not collected",
+            "orbit_predictions(network, inputs, action, draws=16)")
+    for one in members:
+        if not callable(one) or isinstance(one, type):
+            check_network(one)
     if _is_bayesian(predictor):
         check_count(draws, "The number of draws", "draws=16")
         return cast(int, draws)

@@ -106,7 +106,7 @@ def plan(comparison: Comparison, task: Task) -> dict[str, Plan]:
         plans[name] = Plan(small_epochs, epochs, factor, spent + epochs * cost[factor])
     return plans
 
-# %% ../../nbs/8_studies/03_comparison.ipynb #c0279251-0
+# %% ../../nbs/8_studies/03_comparison.ipynb #c1126fc4-0
 class Run(NamedTuple):
     """One method with one seed."""
 
@@ -218,7 +218,7 @@ def compare(
     runs and a checkpoint of the unfinished one are there, and the same call goes on from them.
     """
     folder = Path(folder) if folder is not None else None
-    dtype = torch.float64 if comparison.training.precision == "float64" else torch.float32
+    dtype = torch.float64 if comparison.training.dtype == "float64" else torch.float32
     choose_device(comparison.training)
     if threads is not None:
         _positive("number of threads", threads)

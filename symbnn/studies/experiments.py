@@ -6,7 +6,7 @@
 __all__ = ['SYMMETRIES', 'PRIORS', 'ARRAYS', 'UNREADABLE', 'WORK', 'Setup', 'load_npz', 'Task', 'prepare', 'check_training',
            'fit', 'learning', 'path_reports', 'evaluate']
 
-# %% ../../nbs/8_studies/02_experiments.ipynb #ebad4d53-0
+# %% ../../nbs/8_studies/02_experiments.ipynb #432d48d6-0
 import json
 import math
 import sys
@@ -32,7 +32,7 @@ from ..equivariance.metrics import summarize
 from ..equivariance.predictions import Mode, orbit_predictions
 from ..errors import Refusal, require
 from ..layerwise.evidence import LaplaceApproximation, laplace
-from ..layerwise.paths import pathways
+from ..layerwise.relaxed_networks import pathways
 from ..layerwise.precisions import PathReport, learned_equivariance
 from ..posterior.families import FAMILIES
 from ..posterior.layers import variational_tensors, with_posteriors

@@ -7,7 +7,7 @@ __all__ = ['AVERAGES', 'EXPANSIONS', 'STEADY', 'NAMES', 'Precisions', 'Build', '
            'precision_updates', 'check_precisions', 'averaged', 'check_method', 'Trained', 'training_accuracy',
            'run_method']
 
-# %% ../../nbs/8_studies/01_methods.ipynb #c64a0f85-0
+# %% ../../nbs/8_studies/01_methods.ipynb #7f0101bc-0
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +27,7 @@ from ..equivariance.predictions import OrbitPredictions
 from ..equivariance.projected_gradients import keep_invariant
 from ..equivariance.tied import tie
 from ..errors import Refusal, require
-from ..layerwise.curvature import log_precisions
+from ..layerwise.evidence import log_precisions
 from ..layerwise.precisions import PrecisionUpdates, elbo_precisions, evidence_precisions
 from ..posterior.layers import variational_tensors
 from ..posterior.point_mass import PointMass

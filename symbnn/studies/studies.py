@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'Evaluation', 'Spec', 'plain', 'task_of', 'settings', 'identity', 'measure', 'run', 'Panel', 'Study',
            'stored', 'check', 'execute', 'words', 'describe', 'headline']
 
-# %% ../../nbs/8_studies/05_studies.ipynb #c093729c-0
+# %% ../../nbs/8_studies/05_studies.ipynb #4a1de0e6-0
 import hashlib
 import json
 import logging
@@ -29,8 +29,8 @@ from ..equivariance.predictions import Mode, orbit_predictions
 from ..errors import Refusal, require
 from ..files import check_folder, write_file
 from ..hidden_units.mutual_information import InformationEstimator, mutual_information
-from ..layerwise.curvature import log_precisions
-from ..layerwise.paths import pathways
+from ..layerwise.evidence import log_precisions
+from ..layerwise.relaxed_networks import pathways
 from ..posterior.layers import kl_sum
 from ..posterior.likelihoods import Categorical
 from ..posterior.sampling import predict, sample_weights
@@ -41,7 +41,7 @@ from ..symmetry.networks import unit_permutations
 from ..training.checks import choose_device
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/05_studies.ipynb #ced23281-0
+# %% ../../nbs/8_studies/05_studies.ipynb #a951bf4f-0
 @dataclass(frozen=True)
 class Evaluation:
     """How a trained network is evaluated, as JSON values."""
@@ -114,7 +114,7 @@ def _prepared(setup: Setup, root: Path | None, dtype: torch.dtype) -> tuple[Task
 
 def task_of(spec: Spec, root: Path | None) -> tuple[Task, int]:
     """The task of a run, and the checksum of its data."""
-    return _prepared(spec.setup, root, torch.float64 if spec.training.precision == "float64" else torch.float32)
+    return _prepared(spec.setup, root, torch.float64 if spec.training.dtype == "float64" else torch.float32)
 
 
 def settings(spec: Spec) -> dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Action', 'unmoved', 'tensor_product', 'check_action', 'natural_action', 'regular_channels', 'sign_change']
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #53bd2ef5-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #bcf97cd6-0
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import Refusal, check_kind, check_shape, check_tensor
-from .groups import Cyclic, Element, Group, Symmetric, left_regular
+from .groups import Cyclic, Element, Group, Permutations, left_regular
 from .signed_permutations import SignedPermutation
 
 # %% ../../nbs/1_symmetry/03_actions.ipynb #e9d10fb7-0
@@ -136,8 +136,8 @@ def check_action(action: Action, pairs: int = 64) -> None:
                       cause="the rule is no homomorphism, as shifts that do not close up after the group's order",
                       fix="correct the rule, or choose the group that it does belong to")
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #65eeb4c4-0
-def natural_action(group: Symmetric) -> Action:
+# %% ../../nbs/1_symmetry/03_actions.ipynb #16f168f3-0
+def natural_action(group: Permutations) -> Action:
     """The symmetric group permuting its `n` coordinates: `g` moves coordinate `i` to place `g[i]`."""
     return Action(group, (group.n,), SignedPermutation.sending, "natural")
 

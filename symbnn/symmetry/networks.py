@@ -6,7 +6,7 @@
 __all__ = ['Hidden', 'NetworkAction', 'network_graph', 'check_network', 'check_acting', 'network_action', 'unit_permutations',
            'intertwining_error']
 
-# %% ../../nbs/1_symmetry/07_networks.ipynb #f6d97c69-0
+# %% ../../nbs/1_symmetry/07_networks.ipynb #45d7d280-0
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ..binding import bind
 from ..errors import Refusal, check_kind, check_shape, check_tensor, require
 from .actions import Action, check_action, natural_action, regular_channels
 from .fields import FieldAction, SpatialAction, field
-from .groups import Cyclic, Element, Group, Product, Symmetric
+from .groups import Cyclic, Element, Group, Product, Permutations
 from .rules import FUNCTIONS, LAYERS, Features, Ledger, Site
 
 # %% ../../nbs/1_symmetry/07_networks.ipynb #85ef26cd-0
@@ -191,11 +191,16 @@ def _check_covered(network: nn.Module, ledger: Ledger, parameters: Mapping[str, 
             site.refuse(f"one tensor as '{first}' and '{name}'", "the two uses ask for different actions",
                         "give each layer its own tensor")
 
-# %% ../../nbs/1_symmetry/07_networks.ipynb #df80be23-0
+# %% ../../nbs/1_symmetry/07_networks.ipynb #3652eda6-0
+def _of_a_pair(value: object, part: str) -> dict[type, str]:
+    """What to say to a network with its action where one of them belongs."""
+    return {type(value): f"pair.{part}"} if isinstance(getattr(value, "action", None), NetworkAction) else {}
+
+
 def check_network(network: object) -> None:
     """Raise `Refusal` unless this is a torch network."""
     check_kind(network, nn.Module, "The network", "a torch network, and the action after it: f(network, action)",
-               {(list, tuple): "nn.Sequential(*layers)",
+               {**_of_a_pair(network, "network, the network alone"), (list, tuple): "nn.Sequential(*layers)",
                 dict: "the network itself, with network.load_state_dict(state)"})
 
 
@@ -203,6 +208,7 @@ def check_acting(network: object, action: object) -> None:
     """Raise `Refusal` unless these are a torch network and an action on a whole network."""
     check_network(network)
     check_kind(action, NetworkAction, "The action on a whole network", "network_action(network, action)", {
+        **_of_a_pair(action, "action, how the group acts on its network"),
         SpatialAction: "network_action(network, field(space, (C, H, W))), such as field(rotations(), (1, 28, 28))",
         Group: "network_action(network, action), with an action of the group on inputs"})
 
@@ -279,7 +285,7 @@ def _check_channels(action: Action, group: Group, name: str, size: int) -> None:
                       fix="make it for this group and this number of channels")
     check_action(action)
 
-# %% ../../nbs/1_symmetry/07_networks.ipynb #81cfc8c7-0
+# %% ../../nbs/1_symmetry/07_networks.ipynb #2cf030c3-0
 def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> NetworkAction:
     """The group that permutes the hidden units of a network, which leaves its function as it is.
 
@@ -305,10 +311,10 @@ def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> Network
                       got=f"{type(network).__name__} with the channel classes {sorted(names)}",
                       cause="all its channels are those of the input or of the output",
                       fix="use a network with a hidden layer")
-    group = Product(*(Symmetric(size) for _, size in free))
+    group = Product(*(Permutations(size) for _, size in free))
     channels = {name: Action.trivial(group, (size,)) for name, size in names.items()}
     for k, (name, size) in enumerate(free):
-        channels[name] = natural_action(Symmetric(size)).pulled_back(group, operator.itemgetter(k))
+        channels[name] = natural_action(Permutations(size)).pulled_back(group, operator.itemgetter(k))
     ledger, end = _read(network, graph, unmoved(group))
     return _assemble(network, unmoved(group), ledger, end, channels, None)
 

@@ -32,7 +32,7 @@ from symbnn.posterior.point_mass import PointMass
 from symbnn.posterior.priors import random_means
 from symbnn.symmetry.actions import Action, natural_action, regular_channels
 from symbnn.symmetry.fields import field, rotations
-from symbnn.symmetry.groups import Cyclic, Symmetric
+from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, exact32, exact64
@@ -50,7 +50,7 @@ def plane_turns(extra=1):
     return Action(Cyclic(4), (2 + extra,), rule, "plane turns")
 
 
-EXCHANGE = natural_action(Symmetric(3))
+EXCHANGE = natural_action(Permutations(3))
 KERNEL = Action.product(regular_channels(Cyclic(4)), Action.trivial(Cyclic(4), (2,)), rotations().kernel(2, 2))
 
 
@@ -174,12 +174,12 @@ def test_geometric_average_beats_laws_outside_the_family():
 def test_means_far_from_zero_and_tiny_scales():
     """@eq-arithmetic-variance: a difference of second moments would lose the variance, float32 the weights."""
     means = torch.tensor([1e7 + 0.3, 1e7 + 1.1], dtype=torch.float64)
-    found = average(MeanFieldGaussian(means, torch.full_like(means, -14)), natural_action(Symmetric(2)), "arithmetic")
+    found = average(MeanFieldGaussian(means, torch.full_like(means, -14)), natural_action(Permutations(2)), "arithmetic")
     assert_close(found.variance, [0.16] * 2, exact32)
     tiny = MeanFieldGaussian(torch.tensor([1.0, 2.0]), torch.tensor([-60.0, -60.0]))
-    assert_close(average(tiny, natural_action(Symmetric(2))).log_scale, [-60.0, -60.0], exact32)
-    assert_close(average(tiny, natural_action(Symmetric(2))).loc, [1.5, 1.5], exact32)
-    assert average(tiny, natural_action(Symmetric(2))).loc.dtype == torch.float32
+    assert_close(average(tiny, natural_action(Permutations(2))).log_scale, [-60.0, -60.0], exact32)
+    assert_close(average(tiny, natural_action(Permutations(2))).loc, [1.5, 1.5], exact32)
+    assert average(tiny, natural_action(Permutations(2))).loc.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,7 +200,7 @@ def test_networks_of_every_group_become_invariant(case, kind):
 @pytest.mark.parametrize("family", [Laplace, BlockGaussian, FullGaussian])
 def test_networks_of_other_families(family):
     network = dense(2, 3, 2, family) if family is FullGaussian else convolutional(family, norm=False)
-    acting = natural_action(Symmetric(2)) if family is FullGaussian else field(rotations(), (1, 6, 6))
+    acting = natural_action(Permutations(2)) if family is FullGaussian else field(rotations(), (1, 6, 6))
     action = network_action(network, acting, hidden="trivial" if family is FullGaussian else "regular")
     found = symmetrize(network, action, "projection")
     assert defect(network, action) > 0.005
@@ -287,12 +287,12 @@ REFUSED = {
     "laplace": (lambda: average(Laplace(normal(3), normal(3)), EXCHANGE), "free location"),
     "laplace moments": (lambda: average(Laplace(normal(3), normal(3)), EXCHANGE, "arithmetic"), "free location"),
     "mask": (lambda: average(LogNormal(normal(3), normal(3), torch.tensor([1, -1, 1])), EXCHANGE), "sign mask"),
-    "shape": (lambda: average(members()["gaussian, S3"][0], natural_action(Symmetric(4))), "another tensor"),
+    "shape": (lambda: average(members()["gaussian, S3"][0], natural_action(Permutations(4))), "another tensor"),
     "one mean": (lambda: average(MeanFieldGaussian(torch.zeros(1), torch.zeros(3)), EXCHANGE), "mean for each weight"),
-    "flattened": (lambda: average(MeanFieldGaussian(*torch.zeros(2, 2, 2)), natural_action(Symmetric(4))),
+    "flattened": (lambda: average(MeanFieldGaussian(*torch.zeros(2, 2, 2)), natural_action(Permutations(4))),
                   "another tensor"),
     "blocks": (lambda: average(BlockGaussian(torch.zeros(2, 2), torch.zeros(2, 1)), Action(
-        Symmetric(4), (2, 2), SignedPermutation.sending, "all")), "each block onto one block"),
+        Permutations(4), (2, 2), SignedPermutation.sending, "all")), "each block onto one block"),
     "names": (lambda: symmetrize(*pair("C4 regular"), only=["9.weight"]), "misspelt"),
     "other network": (lambda: symmetrize(dense(), pair("C4 regular")[1]), "another network|another tensor"),
     "input action": (lambda: symmetrize(dense(), ON_SET), r"network_action\(network, action\)"),

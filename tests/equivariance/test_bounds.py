@@ -20,16 +20,16 @@ from symbnn.posterior.layers import VariationalTensor, with_posteriors
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import isotropic
 from symbnn.symmetry.actions import Action, natural_action, regular_channels, sign_change
-from symbnn.symmetry.fields import flips, half_turns, rotations, rotations_and_flips
-from symbnn.symmetry.groups import Cyclic, Dihedral, Product, Symmetric
-from symbnn.symmetry.networks import NetworkAction, unit_permutations
+from symbnn.symmetry.fields import field, flips, half_turns, rotations, rotations_and_flips
+from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product, Permutations
+from symbnn.symmetry.networks import NetworkAction, network_action, unit_permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, exact64
 
 ACTIONS = {
     "C2 signs": sign_change(4), "C3": regular_channels(Cyclic(3)), "C4": rotations().on(3, 3), "C2": flips().on(2, 3),
     "half": half_turns().on(2, 3), "D4": rotations_and_flips().on(3, 3), "D3": regular_channels(Dihedral(3)),
-    "S3": natural_action(Symmetric(3)), "C2xC3": regular_channels(Product(Cyclic(2), Cyclic(3))),
+    "S3": natural_action(Permutations(3)), "C2xC3": regular_channels(Product(Cyclic(2), Cyclic(3))),
 }
 
 

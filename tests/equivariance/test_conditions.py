@@ -34,9 +34,10 @@ from symbnn.posterior.likelihoods import Categorical, Gaussian
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import isotropic, random_means
 from symbnn.posterior.sampling import apply_weights, sample_weights
-from symbnn.symmetry.actions import Action, natural_action
-from symbnn.symmetry.groups import Cyclic, Symmetric
-from symbnn.symmetry.networks import network_action
+from symbnn.symmetry.actions import Action, natural_action, regular_channels
+from symbnn.symmetry.fields import field, rotations, rotations_and_flips
+from symbnn.symmetry.groups import Cyclic, Permutations, Permutations
+from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, standard_errors, within_standard_errors
 
@@ -293,7 +294,7 @@ class Weighted(Gaussian):
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_generator_is_asked_for_violations(order):
     """S3 on three inputs and three outputs; what the exchange of two leaves in place and the cycle does not."""
-    acting = reordered(natural_action(Symmetric(3)), order)
+    acting = reordered(natural_action(Permutations(3)), order)
     network = with_posteriors(nn.Linear(3, 3).double(), prior=isotropic(1.0))
     action = network_action(network, acting, output=acting)
     x = torch.stack([acting.act(g, torch.tensor([1.0, 2.0, 4.0]).double()) for g in acting.group.elements()])

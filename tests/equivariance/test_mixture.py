@@ -21,7 +21,7 @@ from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import isotropic, random_means
 from symbnn.posterior.sampling import apply_weights, predict, sample_weights
 from symbnn.symmetry.actions import natural_action, regular_channels
-from symbnn.symmetry.groups import Cyclic, Symmetric
+from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.networks import network_action, unit_permutations
 from tolerances import assert_close, exact32, exact64, within_standard_errors
 
@@ -99,7 +99,7 @@ def grid_information(q, action):
 @pytest.mark.parametrize("family", [MeanFieldGaussian, Laplace])
 def test_information_against_integration(family):
     q = family(torch.tensor([1.0, -0.3]).double(), torch.tensor([0.1, -0.4]).double())
-    exchange = natural_action(Symmetric(2))
+    exchange = natural_action(Permutations(2))
     network = with_posteriors(nn.Linear(2, 1, bias=False).double(), family)
     network.weight.posterior = family(q.loc.view(1, 2), q.log_scale.view(1, 2))
     found = OrbitMixture(network, network_action(network, exchange)).mutual_information(20_000, seeded())
@@ -268,7 +268,7 @@ def test_with_an_equivariant_output():
     """Two classes that the group exchanges: the labels turn along (A2)."""
     torch.manual_seed(5)
     plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-    swap = natural_action(Symmetric(2))
+    swap = natural_action(Permutations(2))
     with torch.no_grad():
         plain[2].weight.mul_(4)
     action, x = network_action(plain, swap, output=swap), 2 * normal(4, 2, seed=6)

@@ -22,7 +22,7 @@ from symbnn.posterior.priors import random_means
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, sample_weights
 from symbnn.symmetry.actions import Action, natural_action
 from symbnn.symmetry.fields import field, rotations, rotations_and_flips
-from symbnn.symmetry.groups import Cyclic, Symmetric
+from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.networks import network_action
 from symbnn.symmetry.orbits import Orbits
 from symbnn.symmetry.signed_permutations import SignedPermutation
@@ -84,7 +84,7 @@ def test_untied_priors_are_infinitely_far():
     with pytest.raises(Refusal, match="infinite"):
         full.kl(law)
     with pytest.raises(Refusal, match="infinite"):  # as many orbits, other ones
-        law.kl(Tied(law.base, Orbits(Action.product(natural_action(Symmetric(3)), Action.trivial(Symmetric(3), (3,))))))
+        law.kl(Tied(law.base, Orbits(Action.product(natural_action(Permutations(3)), Action.trivial(Permutations(3), (3,))))))
     with pytest.raises(Refusal, match="one coordinate an orbit"):
         Tied(full, law.orbits)
 

@@ -17,7 +17,8 @@ from symbnn.data.splits import Split
 from symbnn.errors import Refusal
 from symbnn.layerwise import evidence as E
 from symbnn.layerwise import precisions as R
-from symbnn.layerwise.paths import TiedPath, pathways, relaxed_network
+from symbnn.layerwise.paths import TiedPath
+from symbnn.layerwise.relaxed_networks import pathways, relaxed_network
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.full_gaussian import FullGaussian

@@ -347,7 +347,7 @@ def test_all_methods_run_and_share_the_small_network(tmp_path):
 
 
 def test_double_precision_is_used_throughout():
-    training = replace(TINY.training, precision="float64", epochs=1)
+    training = replace(TINY.training, dtype="float64", epochs=1)
     results = compare(replace(TINY, methods=("regular",), training=training))
     assert results.runs[0].predictions.dtype == torch.float64
 

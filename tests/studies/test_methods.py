@@ -13,7 +13,7 @@ from symbnn.equivariance.metrics import defect_plugin
 from symbnn.equivariance.predictions import orbit_predictions
 from symbnn.equivariance.projected_gradients import drift
 from symbnn.errors import Refusal
-from symbnn.layerwise.curvature import log_precisions, set_log_precisions
+from symbnn.layerwise.evidence import log_precisions, set_log_precisions
 from symbnn.layerwise.precisions import elbo_precisions, evidence_precisions
 from symbnn.posterior.layers import variational_tensors
 from symbnn.posterior.sampling import apply_weights, mean_weights, predict
@@ -39,7 +39,7 @@ from symbnn.training.loop import train
 from tolerances import assert_close, exact32
 
 TASK = prepare(Setup(channels=(2, 4), train_size=64), dtype=torch.float64)
-CONFIG = TrainingConfig(epochs=4, batch_size=64, learning_rate=0.02, precision="float64")
+CONFIG = TrainingConfig(epochs=4, batch_size=64, learning_rate=0.02, dtype="float64")
 INPUTS = TASK.data.test.inputs[:10]
 
 
@@ -210,7 +210,7 @@ def test_hooks_are_removed_when_training_fails():
     network = build(1)
     with pytest.raises(Refusal, match="finite"):
         run(Method("projection", projected=True), TrainingConfig(epochs=2, batch_size=64, learning_rate=1e200,
-                                                                 precision="float64"), make=lambda factor: network)
+                                                                 dtype="float64"), make=lambda factor: network)
     assert not any(p._backward_hooks for p in network.parameters())
 
 
@@ -262,7 +262,7 @@ def test_the_guard_of_other_methods_does_nothing():
 # Precisions
 
 
-PLAIN = TrainingConfig(epochs=3, batch_size=32, learning_rate=0.02, precision="float64", augmentation="none", draws=2)
+PLAIN = TrainingConfig(epochs=3, batch_size=32, learning_rate=0.02, dtype="float64", augmentation="none", draws=2)
 
 
 def relaxed(family):

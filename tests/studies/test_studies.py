@@ -23,8 +23,7 @@ from symbnn.equivariance.metrics import defect_plugin, defect_unbiased
 from symbnn.equivariance.predictions import orbit_predictions
 from symbnn.errors import Refusal
 from symbnn.hidden_units.mutual_information import mutual_information
-from symbnn.layerwise.curvature import log_precisions
-from symbnn.layerwise.evidence import laplace
+from symbnn.layerwise.evidence import laplace, log_precisions
 from symbnn.layerwise.precisions import learned_equivariance
 from symbnn.posterior.layers import kl_sum
 from symbnn.posterior.likelihoods import Categorical

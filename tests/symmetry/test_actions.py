@@ -22,7 +22,7 @@ from symbnn.symmetry.fields import (
     time_reversal,
     translations,
 )
-from symbnn.symmetry.groups import Cyclic, Dihedral, Product, Subgroup, Symmetric
+from symbnn.symmetry.groups import Cyclic, Dihedral, Product, Subgroup, Permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, exact32, exact64
 
@@ -133,18 +133,18 @@ def test_other_matrices_are_refused(matrix):
 
 # --- actions
 
-GROUPS = [Cyclic(1), Cyclic(4), Dihedral(4), Symmetric(3), Product(Cyclic(2), Cyclic(3)),
+GROUPS = [Cyclic(1), Cyclic(4), Dihedral(4), Permutations(3), Product(Cyclic(2), Cyclic(3)),
           Subgroup(Dihedral(4), ((2, 0), (0, 1)))]
 ACTIONS = [
     *(regular_channels(group, copies) for group in GROUPS for copies in (1, 3)),
-    natural_action(Symmetric(5)), natural_action(Symmetric(40)), sign_change(4),
+    natural_action(Permutations(5)), natural_action(Permutations(40)), sign_change(4),
     rotations().on(5, 5), rotations().on(4, 4), rotations_and_flips().on(4, 4), rotations_and_flips().kernel(3, 3),
     flips().on(3, 4), half_turns().on(3, 4), time_reversal().on(7), shifts(7).on(3, 7), shifts(3, step=-2).on(2, 6),
     shifts(4, ndim=1).on(2), translations(3, 2).on(3, 2), translations(4).on(4),
     SpatialAction.trivial(Dihedral(3), 2).on(2, 3),
     field(rotations_and_flips(), (16, 3, 3), regular_channels(Dihedral(4), 2)), field(rotations(), (3, 4, 4)),
     Action.product(sign_change(2), regular_channels(Cyclic(2)), flips().kernel(3, 3)),
-    natural_action(Symmetric(3)).pulled_back(Product(Symmetric(3), Cyclic(2)), lambda g: g[0]),
+    natural_action(Permutations(3)).pulled_back(Product(Permutations(3), Cyclic(2)), lambda g: g[0]),
     Action.trivial(Cyclic(3), ()),
 ]
 
@@ -196,7 +196,7 @@ def test_regular_channels_follow_the_group(group):
 
 
 def test_large_groups_are_never_listed():
-    units = natural_action(Symmetric(1000))
+    units = natural_action(Permutations(1000))
     product = Action.product(units, units)
     (g,) = units.group.sample(1, torch.Generator().manual_seed(0))
     W = random(1000, 1000, dtype=torch.float32)
@@ -231,7 +231,7 @@ REFUSED = {
     "an identity that moves": (lambda: check_action(Action(
         Cyclic(2), (2,), lambda g: SignedPermutation([1, 0], [1, 1]))), "identity"),
     "a large group that does not act": (lambda: check_action(Action(
-        Symmetric(9), (9,), lambda g: SignedPermutation.sending(g).inverse())), "respects products"),
+        Permutations(9), (9,), lambda g: SignedPermutation.sending(g).inverse())), "respects products"),
     "axes of another size": (lambda: SignedPermutation.identity(3)(torch.zeros(2, 4)), "as many coordinates"),
     "composition of two sizes": (lambda: SignedPermutation.identity(3) @ SignedPermutation.identity(2),
                                  "same coordinates"),

@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from symbnn.errors import Refusal
-from symbnn.symmetry.groups import Cyclic, Dihedral, Group, Product, Subgroup, Symmetric, left_regular, parse_group
+from symbnn.symmetry.groups import Cyclic, Dihedral, Group, Product, Subgroup, Permutations, left_regular, parse_group
 
 PLAIN = st.one_of(
     st.integers(1, 30).map(Cyclic),
     st.integers(1, 15).map(Dihedral),
-    st.integers(1, 40).map(Symmetric),
+    st.integers(1, 40).map(Permutations),
 )
 PRODUCTS = st.lists(PLAIN, min_size=0, max_size=3).map(lambda factors: Product(*factors))
 
 
 @st.composite
 def subgroups(draw) -> Subgroup:
-    kinds = (st.integers(1, 30).map(Cyclic), st.integers(1, 15).map(Dihedral), st.integers(1, 5).map(Symmetric))
+    kinds = (st.integers(1, 30).map(Cyclic), st.integers(1, 15).map(Dihedral), st.integers(1, 5).map(Permutations))
     parent = draw(st.one_of(*kinds))
     seed, count = draw(st.integers(0, 2**31)), draw(st.integers(0, 2))
     return Subgroup(parent, tuple(parent.sample(count, torch.Generator().manual_seed(seed))))
@@ -37,12 +37,12 @@ SMALL: list[Group] = [
     Dihedral(1),
     Dihedral(2),
     Dihedral(4),
-    Symmetric(1),
-    Symmetric(4),
+    Permutations(1),
+    Permutations(4),
     Product(),
     Product(Cyclic(4), Cyclic(2)),
-    Product(Product(Cyclic(2), Symmetric(3)), Dihedral(3)),
-    Subgroup(Symmetric(4), ((1, 2, 0, 3), (1, 0, 3, 2))),
+    Product(Product(Cyclic(2), Permutations(3)), Dihedral(3)),
+    Subgroup(Permutations(4), ((1, 2, 0, 3), (1, 0, 3, 2))),
     Subgroup(Dihedral(6), ()),
 ]
 
@@ -124,7 +124,7 @@ def test_draws_repeat_and_advance():
 
 
 def test_a_huge_group_is_drawn_from_and_never_listed():
-    group = Product(Symmetric(1000), Symmetric(2000))
+    group = Product(Permutations(1000), Permutations(2000))
     assert group.order == math.factorial(1000) * math.factorial(2000)
     source, seconds = torch.Generator().manual_seed(0), []
     for _ in range(10):
@@ -140,7 +140,7 @@ def test_a_huge_group_is_drawn_from_and_never_listed():
 
 
 def test_a_subgroup_too_large_is_refused_when_built_and_a_small_one_in_a_huge_parent_is_not():
-    huge = Symmetric(100)
+    huge = Permutations(100)
     with pytest.raises(Refusal, match="more than 10000"):
         Subgroup(huge, huge.generators())
     shift = huge.generators()[1]
@@ -169,10 +169,10 @@ def test_wrong_names_are_refused(name):
         (Dihedral(4), (4, 0)),
         (Dihedral(4), (0, 2)),
         (Dihedral(4), 3),
-        (Symmetric(3), (0, 1)),
-        (Symmetric(3), (0, 0, 1)),
-        (Symmetric(3), (0, 1, 3)),
-        (Symmetric(2), (0.0, 1.0)),
+        (Permutations(3), (0, 1)),
+        (Permutations(3), (0, 0, 1)),
+        (Permutations(3), (0, 1, 3)),
+        (Permutations(2), (0.0, 1.0)),
         (Product(Cyclic(2), Cyclic(3)), (0, 3)),
         (Product(Cyclic(2), Cyclic(3)), (0,)),
         (Subgroup(Cyclic(4), (2,)), 1),
@@ -188,7 +188,7 @@ def test_strangers_are_refused(group, wrong):
 
 
 def test_impossible_groups_and_draws_are_refused():
-    for make in (Cyclic, Dihedral, Symmetric):
+    for make in (Cyclic, Dihedral, Permutations):
         for n in (0, -1, 2.5):
             with pytest.raises(Refusal, match="n >= 1"):
                 make(n)
@@ -196,7 +196,7 @@ def test_impossible_groups_and_draws_are_refused():
         Product([Cyclic(2), Cyclic(3)])
     with pytest.raises(Refusal, match="An element of C4"):
         Subgroup(Cyclic(4), (5,))
-    for group in (Cyclic(4), Symmetric(3), Product(), Product(Cyclic(2))):
+    for group in (Cyclic(4), Permutations(3), Product(), Product(Cyclic(2))):
         with pytest.raises(Refusal, match="not negative"):
             group.sample(-1)
 
@@ -212,16 +212,16 @@ def test_a_refusal_is_one_paragraph_with_four_parts_and_can_be_pickled():
 def test_conventions():
     """The product is "a after b": the opposite product is a group too, so the axioms cannot tell them apart."""
     a, b = (1, 2, 0), (1, 0, 2)
-    assert Symmetric(3).compose(a, b) == tuple(a[b[i]] for i in range(3)) == (2, 1, 0)
+    assert Permutations(3).compose(a, b) == tuple(a[b[i]] for i in range(3)) == (2, 1, 0)
     assert Dihedral(4).compose((1, 0), (0, 1)) == (1, 1)  # flip, then turn by one
     assert Dihedral(4).compose((0, 1), (1, 0)) == (3, 1)
-    assert Product(Symmetric(3), Cyclic(4)).compose((a, 1), (b, 3)) == ((2, 1, 0), 0)
+    assert Product(Permutations(3), Cyclic(4)).compose((a, 1), (b, 3)) == ((2, 1, 0), 0)
 
 
 def test_the_limit_of_listing():
-    assert len(Symmetric(7).elements()) == 5040
+    assert len(Permutations(7).elements()) == 5040
     with pytest.raises(Refusal, match="order 40320"):
-        Symmetric(8).elements()
+        Permutations(8).elements()
     assert len(Cyclic(10_000).elements()) == 10_000
     with pytest.raises(Refusal, match="order 10001"):
         Cyclic(10_001).elements()

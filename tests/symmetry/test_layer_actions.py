@@ -21,7 +21,7 @@ from symbnn.symmetry.fields import (
     shifts,
     time_reversal,
 )
-from symbnn.symmetry.groups import Cyclic, Product, Symmetric
+from symbnn.symmetry.groups import Cyclic, Product, Permutations
 from symbnn.symmetry.networks import intertwining_error, network_action
 from symbnn.symmetry.rules import Window
 from symbnn.symmetry.signed_permutations import SignedPermutation
@@ -259,7 +259,7 @@ def test_a_layer_that_every_generator_lets_pass(order):
 @pytest.mark.parametrize("order", ORDERS)
 def test_groups_of_a_convolution_that_one_generator_tears(order):
     """Of S4 on four channels the exchange keeps {0, 1} and {2, 3}, the cycle does not."""
-    channels = reordered(natural_action(Symmetric(4)), order)
+    channels = reordered(natural_action(Permutations(4)), order)
     source = field(SpatialAction.trivial(channels.group, 2), (4, 3, 3), channels)
     with pytest.raises(Refusal, match="tears the convolution's groups apart"):
         network_action(nn.Conv2d(4, 4, 1, groups=2), source, output=field(source.space, (4, 3, 3), channels))

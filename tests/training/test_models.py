@@ -11,7 +11,7 @@ from torch import nn
 
 from symbnn.equivariance.expansion import ARRANGEMENT, expand
 from symbnn.errors import Refusal
-from symbnn.layerwise.paths import relaxed_network
+from symbnn.layerwise.relaxed_networks import relaxed_network
 from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.sampling import apply_weights, mean_weights
 from symbnn.symmetry.fields import field, rotations, rotations_and_flips

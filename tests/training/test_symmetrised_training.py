@@ -19,7 +19,7 @@ from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import train
 from tolerances import assert_close
 
-SETTINGS = TrainingConfig(epochs=1, batch_size=12, augmentation="none", precision="float64", draws=2,
+SETTINGS = TrainingConfig(epochs=1, batch_size=12, augmentation="none", dtype="float64", draws=2,
                           objective="symmetrised", device="cpu", schedule="constant")
 
 

@@ -200,7 +200,7 @@ def test_the_record_is_the_objective():
     turned = torch.cat([ACTION.act(g, DATA.inputs) for g in range(4)]).double()
     expected = -nn.functional.cross_entropy(plain(turned), DATA.labels.repeat(4))
     kl = kl_per_datum(net, 4 * len(DATA))
-    config = replace(CONFIG, epochs=1, learning_rate=1e-15, precision="float64", kl_weight=0.5)
+    config = replace(CONFIG, epochs=1, learning_rate=1e-15, dtype="float64", kl_weight=0.5)
     record = run(config, net=net).history[0]
     found = torch.tensor([record.expected_log_likelihood, record.kl, record.elbo], dtype=torch.float64)
     assert_close(found, torch.stack([expected, kl, expected - 0.5 * kl]), 1e-8)  # scales of 1e-9 are not quite zero
@@ -217,7 +217,7 @@ def test_the_divergence_is_warmed_up(tmp_path, monkeypatch):
         return whole(*arguments, kl_weight=kl_weight)
 
     monkeypatch.setattr(training, "elbo", noted)
-    config = replace(CONFIG, kl_weight=0.5, kl_warm_up=2)
+    config = replace(CONFIG, kl_weight=0.5, kl_annealing=2)
     run(config, folder=tmp_path, callback=press_ctrl_c(0))
     result = run(config, folder=tmp_path, resume=True)
     steps = -(-4 * len(DATA) // 16)
@@ -232,9 +232,9 @@ def test_without_warm_up_an_old_checkpoint_goes_on(tmp_path):
     """A setting that is newer than a checkpoint had its default when the run was started."""
     straight = run(folder=tmp_path / "straight")
     run(folder=tmp_path / "stopped", callback=press_ctrl_c(0))
-    edited_checkpoint(tmp_path / "stopped", lambda description, tensors: description["config"].pop("kl_warm_up"))
-    with pytest.raises(Refusal, match="kl_warm_up 0 in the checkpoint, 2 now"):
-        run(replace(CONFIG, kl_warm_up=2), folder=tmp_path / "stopped", resume=True)
+    edited_checkpoint(tmp_path / "stopped", lambda description, tensors: description["config"].pop("kl_annealing"))
+    with pytest.raises(Refusal, match="kl_annealing 0 in the checkpoint, 2 now"):
+        run(replace(CONFIG, kl_annealing=2), folder=tmp_path / "stopped", resume=True)
     assert same(tensors(run(folder=tmp_path / "stopped", resume=True)), tensors(straight))
 
 
@@ -592,8 +592,8 @@ def test_batch_normalisation_is_trained_and_saved(tmp_path):
     {"epochs": 0}, {"epochs": 1.5}, {"batch_size": -1}, {"draws": 0}, {"draws": 17}, {"estimator": "vmap"},
     {"optimizer": "adam"}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"learning_rate": "fast"},
     {"scale_rate": -1.0}, {"weight_decay": -0.1}, {"schedule": "linear"}, {"kl_weight": -1.0}, {"clip_norm": 0.0},
-    {"kl_warm_up": -1}, {"kl_warm_up": 5}, {"kl_warm_up": 0.5},
-    {"augmentation": "some"}, {"seed": -1}, {"seed": 0.5}, {"precision": "float16"}, {"evaluate_every": 0},
+    {"kl_annealing": -1}, {"kl_annealing": 5}, {"kl_annealing": 0.5},
+    {"augmentation": "some"}, {"seed": -1}, {"seed": 0.5}, {"dtype": "float16"}, {"evaluate_every": 0},
     {"evaluation_draws": 0}, {"select": "first"}, {"device": 3},
 ], ids=str)
 def test_settings_that_cannot_be_meant(change):
@@ -619,7 +619,7 @@ def labels_from_one():
     (lambda: {"config": replace(CONFIG, device="quantum")}, "one that this machine has"),
     (lambda: {"config": replace(CONFIG, device="meta")}, "one that this machine has"),
     (lambda: {"config": replace(CONFIG, device="cuda:99")}, "one that this machine has"),
-    (lambda: {"config": replace(CONFIG, precision="bfloat16")}, "for CUDA"),
+    (lambda: {"config": replace(CONFIG, dtype="bfloat16")}, "for CUDA"),
     (lambda: {"config": replace(CONFIG, estimator="flipout"), "net": network(family=LogNormal)}, "Flipout"),
     (lambda: {"resume": True}, "resumed from a folder"),
     (lambda: {"notes": {"network": network()}}, "JSON values"),
@@ -724,8 +724,8 @@ def test_the_bar_shows_the_parts(capsys, monkeypatch):
 
 
 def test_cuda(require_cuda):
-    for precision in ("float32", "bfloat16"):
-        config = replace(CONFIG, device="cuda", precision=precision, epochs=30, learning_rate=2e-2)
+    for dtype in ("float32", "bfloat16"):
+        config = replace(CONFIG, device="cuda", dtype=dtype, epochs=30, learning_rate=2e-2)
         result = run(config)
         assert result.history[-1].validation_nll < 0.5
         assert next(result.network.parameters()).is_cuda
