@@ -6,7 +6,7 @@
 __all__ = ['Probabilities', 'Mode', 'Single', 'Predictor', 'OrbitPredictions', 'check_probabilities', 'check_labels',
            'Equivariance', 'check_predictions', 'orbit_predictions']
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #c44f1adf-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #fea5b0e4-0
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from types import NoneType
-from typing import Literal, cast, get_args
+from typing import Literal, TypeGuard, cast, get_args
 
 import torch
 from jaxtyping import Float, Int, Int64
@@ -30,7 +30,7 @@ from ..symmetry.fields import SpatialAction
 from ..symmetry.groups import Element, Group
 from ..symmetry.networks import NetworkAction, check_network
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #f0224db0-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #adc42e91-0
 Probabilities = Float[Tensor, "S N G C"]
 _TWO_LOGITS = "a last layer with an output for each class, such as nn.Linear(features, 2)"
 
@@ -65,11 +65,12 @@ def check_probabilities(probabilities: Probabilities, turns: int = 1) -> None:
     if len(shape) != 4 or 0 in shape:
         refuse(f"shape {shape}", "an axis that was averaged or indexed away" if len(shape) < 4 else
                "no inputs, or an axis too many")
-    if shape[3] < 2:
+    elements, classes = probabilities.shape[2:]
+    if classes < 2:
         refuse(f"shape {shape}, a single class, of which every prediction is right", "one logit, or one probability, "
                "for two classes", f"{_TWO_LOGITS}; of one probability p: torch.cat([1 - p, p], -1)")
-    if shape[2] < turns:
-        refuse(f"{shape[2]} group element(s), where equivariance takes {turns}",
+    if elements < turns:
+        refuse(f"{elements} group element(s), where equivariance takes {turns}",
                "predictions over the trivial group, or of the inputs without their turns")
     lowest, error = probabilities.min().item(), (probabilities.sum(-1) - 1).abs().max().item()
     if not (lowest >= 0 and error <= _rounding(probabilities)):  # fails where a number is not finite
@@ -141,17 +142,18 @@ class Equivariance:
         """The group that acts on both."""
         return self.input.group
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #6ab95cd6-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #31934a87-0
 Single = nn.Module | Callable[[Float[Tensor, "B ..."]], Float[Tensor, "B C"]]
 Predictor = Single | Sequence[Single]  # a network or a function; several of them are an ensemble
 
 
-def _is_bayesian(predictor: Predictor) -> bool:
+def _is_bayesian(predictor: Predictor) -> TypeGuard[nn.Module]:
     return isinstance(predictor, nn.Module) and is_variational(predictor)
 
 
 def _members(predictor: Predictor) -> list[Single]:
-    return list(predictor) if isinstance(predictor, (list, tuple, nn.ModuleList)) else [predictor]
+    several = isinstance(predictor, (list, tuple, nn.ModuleList))
+    return [cast(Single, one) for one in predictor] if several else [cast(Single, predictor)]
 
 
 def _draw(predictor: Predictor, draws: int, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
