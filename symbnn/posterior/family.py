@@ -72,7 +72,7 @@ def apply_map(map: LinearMap, value: Tensor) -> Tensor:
     """The map applied along the last axis."""
     return map(value) if isinstance(map, SignedPermutation) else value @ map.to(value.device, value.dtype).T
 
-# %% ../../nbs/2_posterior/01_family.ipynb #1c7154ab-0
+# %% ../../nbs/2_posterior/01_family.ipynb #91cb89c8-0
 class Family(nn.Module):
     """A distribution over one tensor of weights, of shape `shape`, together with its parameters.
 
@@ -92,6 +92,13 @@ class Family(nn.Module):
     def __init__(self, shape: tuple[int, ...], trainable: bool):
         super().__init__()
         self.shape, self.trainable = tuple(shape), trainable
+
+    @classmethod
+    def initial(cls, mean: Tensor, scale: float | Tensor, trainable: bool = True) -> "Family":
+        """A member centred at `mean` with weights of this `scale`: where `with_posteriors` starts."""
+        raise Refusal("a family with a classmethod `initial`", got=f"the class {cls.__name__}, which has none",
+                      cause="a class of your own that was not meant as a posterior to start from",
+                      fix=f"def initial(cls, mean, scale, trainable=True) in {cls.__name__}, or family=MeanFieldGaussian")
 
     def _hold(self, name: str, value: Tensor) -> None:
         """Keep a copy of `value` as a parameter, or as a buffer where this member is frozen."""
