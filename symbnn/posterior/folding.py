@@ -18,7 +18,7 @@ from ..binding import Change, copy_tree, layer_with, no_change
 from ..errors import Refusal
 from .layers import VariationalTensor, variational_tensors
 
-# %% ../../nbs/2_posterior/10_folding.ipynb #21b4ff67-0
+# %% ../../nbs/2_posterior/10_folding.ipynb #59faf9a1-0
 Stacked = dict[str, Float[Tensor, "S *shape"]]  # of one layer: "weight" and "bias", where they have posteriors
 Posteriors = dict[str, VariationalTensor]  # of one layer, likewise
 Rule = Callable[[nn.Module, Stacked, Posteriors], Callable[[Tensor], Tensor]]  # what a layer does with all draws
@@ -50,7 +50,7 @@ def check_runs(x: Tensor, count: int) -> None:
             f"a number of rows that {count} draws or examples divide, in every layer with a posterior",
             got=f"an input of shape {tuple(x.shape)}",
             cause="a network that drops or joins rows, depending on their values",
-            fix="forward(network, x, draws=1), or a forward hook that returns its output, with which draws run one by one",
+            fix="forward(network, x, draws=1); or a forward hook that returns its output, with which draws run singly",
         )
 
 
@@ -132,8 +132,11 @@ def uses_batch_statistics(network: nn.Module) -> bool:
 
 
 def fold(x: Float[Tensor, "B ..."], draws: int, channels_last: bool = False) -> Float[Tensor, "rows ..."]:
-    """`draws` copies of the batch, draws * B rows; images in channels-last layout where asked for (one-channel strides are ambiguous,
-    so they are copied into a tensor of that layout)."""
+    """`draws` copies of the batch, draws * B rows.
+
+    Images come in channels-last layout where asked for: strides of one channel are ambiguous, so they are copied into a
+    tensor of that layout.
+    """
     layout = torch.channels_last if channels_last and x.ndim == 4 else torch.contiguous_format
     folded = torch.empty((draws * len(x), *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
     folded.unflatten(0, (draws, len(x))).copy_(x)

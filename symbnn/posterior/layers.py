@@ -83,7 +83,7 @@ class VariationalTensor(Placeholder):
             "apply_weights(network, x, mean_weights(network)) for the posterior mean",
         )
 
-# %% ../../nbs/2_posterior/09_layers.ipynb #86685ffe-0
+# %% ../../nbs/2_posterior/09_layers.ipynb #4bf1699f-0
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these types; a subclass may do something else with its weights
 DETERMINISTIC = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
@@ -110,12 +110,12 @@ def _refuse_unconvertible(network: nn.Module) -> None:
                 "trainable weights in layers of exactly the types nn.Linear, nn.Conv1d or nn.Conv2d",
                 got=f"the parameter {key!r} of layer {title!r}, of type {type(module).__name__}",
                 cause=_why_unconvertible(module, key),
-                fix=f"network.get_submodule({title!r}).requires_grad_(False), which keeps it deterministic; or the same "
+                fix=f"network.get_submodule({title!r}).requires_grad_(False), which keeps it deterministic; or the "
                 "layer written with nn.Linear, nn.Conv1d or nn.Conv2d",
             )
         require(not is_lazy(parameter), "layers that know their sizes",
                 f"{name!r} of a {type(module).__name__}, which has no size yet",
-                "a lazy layer that has not seen an input", "network(x) once on a batch, and then with_posteriors(network)")
+                "a lazy layer that has not seen an input", "network(x) once on a batch, then with_posteriors(network)")
         require(not parameter.is_complex(), "real weights", f"{name!r} of type {parameter.dtype}",
                 "a layer with complex weights", "two real layers, for the real and for the imaginary part")
         if _is_convertible(module, key):

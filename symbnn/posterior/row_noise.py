@@ -17,7 +17,7 @@ from ..errors import require
 from .folding import Posteriors, Stacked, apply_draws, check_runs
 from .independent import MeanFieldGaussian
 
-# %% ../../nbs/2_posterior/14_row_noise.ipynb #88747856-0
+# %% ../../nbs/2_posterior/14_row_noise.ipynb #fa7a8a31-0
 class _OwnNoise:
     """A rule for estimators that give noise to single examples: every weight belongs to one layer."""
 
@@ -37,6 +37,7 @@ class Flipout(_OwnNoise):
     """Rows share a draw's deviation from the mean up to random signs of their inputs and outputs."""
 
     def __call__(self, layer: nn.Module, stacked: Stacked, posteriors: Posteriors) -> Callable[[Tensor], Tensor]:
+        """The layer's rule, for the draws of its weights."""
         self.meet(layer, posteriors)
         mean = {key: tensor.posterior.mean[None] for key, tensor in posteriors.items()}
         still: dict[str, Tensor | None] = {}  # what has no posterior deviates by nothing
@@ -71,6 +72,7 @@ class Local(_OwnNoise):
     """Linear layers draw their outputs where that is exact; the others use the draw of their run of rows."""
 
     def __call__(self, layer: nn.Module, stacked: Stacked, posteriors: Posteriors) -> Callable[[Tensor], Tensor]:
+        """The layer's rule, for the draws of its weights."""
         draws = apply_draws(layer, stacked)
         gaussian = all(type(tensor.posterior) is MeanFieldGaussian for tensor in posteriors.values())
         if type(layer) is not nn.Linear or "weight" not in posteriors or not gaussian:

@@ -23,7 +23,7 @@ from .row_noise import Flipout, Local
 from .trials import Plan, has_hooks, watch_hooks, without_hooks
 from ..symmetry.networks import check_network
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #719ee48f-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #0c1bd599-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
@@ -57,7 +57,7 @@ def check_inputs(x: Float[Tensor, "B ..."]) -> None:
     require(not x.is_nested, "inputs in a dense tensor", "a NestedTensor",
             "sequences of different lengths", "x.to_padded_tensor(0.0), and a mask where padding must not count")
     require(x.ndim > 0 and len(x) > 0, "a batch of at least one input", f"inputs of shape {tuple(x.shape)}",
-            "a split or a selection that leaves nothing", "if len(x): before the call, or drop_last=False in the loader")
+            "a split or a selection that leaves nothing", "x[:1] of inputs that are not empty, for one of them")
 
 
 def _check_weights(network: nn.Module, weights: Weights) -> int:
@@ -74,8 +74,8 @@ def _check_weights(network: nn.Module, weights: Weights) -> int:
                  if shapes[name] != expected[name]}
         raise Refusal(
             f"a tensor (S, *shape) for each of the {len(expected)} weights with a posterior, with one S of at least 1",
-            got=f"missing {missing}" if missing else f"unknown names {unknown}" if unknown else f"shapes {wrong}" if wrong
-            else f"numbers of samples {sorted(counts)}",
+            got=f"missing {missing}" if missing else f"unknown names {unknown}" if unknown else
+            f"shapes {wrong}" if wrong else f"numbers of samples {sorted(counts)}",
             cause="weights that were drawn from another network, or changed by hand",
             fix="weights=sample_weights(network, draws=32)",
         )
@@ -174,7 +174,7 @@ def apply_weights(network: nn.Module, x: Float[Tensor, "B ..."], weights: Weight
     _check_weights(network, weights)
     return _with_hooks(lambda: _Bound(network, x).every_draw(x, weights), network, x, False, None)
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #f9c7d5ff-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #c2522839-0
 Estimator = Literal["whole", "split", "flipout", "local"]
 
 
@@ -182,7 +182,7 @@ def _check_estimator(network: nn.Module, bound: _Bound, estimator: Estimator) ->
     """`Refusal` for estimators that do not apply to the network: those that cut the batch, or give rows noise."""
     plan, kind = bound.plan, type(network).__name__
     if estimator == "split":
-        require(plan.separable, "a network in which each row's output depends on that row alone, for estimator=\"split\"",
+        require(plan.separable, "a network whose rows do not depend on each other, for estimator=\"split\"",
                 f"a {kind}: {plan.reason}", "a network that compares or joins examples", 'estimator="whole"')
     elif estimator != "whole":
         require(plan.together, f'a network whose rows are examples in every layer, for estimator="{estimator}"',
@@ -190,7 +190,7 @@ def _check_estimator(network: nn.Module, bound: _Bound, estimator: Estimator) ->
                 'estimator="split", or estimator="whole"')
     if estimator == "flipout":
         for name, tensor in variational_tensors(network).items():
-            require(tensor.posterior.symmetric, "posteriors that stay the same where signs of single deviations change, "
+            require(tensor.posterior.symmetric, "posteriors that do not change when signs of single deviations do, "
                     'for estimator="flipout"', f"a {type(tensor.posterior).__name__} for {name!r}",
                     "a skewed or correlated family", 'estimator="split"')
 

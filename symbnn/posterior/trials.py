@@ -51,7 +51,7 @@ def _watched(altered: list[str], hook: Callable, module: nn.Module, *values, **n
         altered.append(type(module).__name__)
     return result
 
-# %% ../../nbs/2_posterior/12_trials.ipynb #0f01e056-0
+# %% ../../nbs/2_posterior/12_trials.ipynb #ce011b7b-0
 ROWS_TRIED = 8
 _SEEDS = 8  # of trials whose outputs depend on nothing, as where all units of a small network are off
 
@@ -288,7 +288,8 @@ def _undisturbed(device: torch.device, watches: list[Watch]) -> Iterator[None]:
 def find_plan(network: nn.Module, x: Tensor, evaluating: bool, gradients: bool) -> Plan:
     """The plan of a network for inputs like `x`, found by trials on up to eight of its rows.
 
-    In float64 where the network's code allows it, else in its own precision, else with the inputs as they are. Where the network cannot be tried on a part of the batch at all, its own error on the whole batch is raised.
+    In float64 where the network's code allows it, else in its own precision, else with the inputs as they are. Where
+    the network cannot be tried on a part of the batch at all, its own error on the whole batch is raised.
     """
     watches: list[Watch] = []
 
