@@ -9,11 +9,6 @@ from torch import nn
 from helpers_layerwise import normal, randomised, seeded
 from symbnn.errors import Refusal
 from symbnn.layerwise.paths import (
-    FactoredPath,
-    SparseConvolution,
-    TiedPath,
-    anchor_basis,
-    anchors,
     convolution_path,
     dense_path,
     matrix_of,
