@@ -6,10 +6,9 @@
 __all__ = ['Kinds', 'Refusal', 'require', 'check_kind', 'check_tensor', 'check_count', 'check_positive', 'check_shape',
            'check_choice', 'shortened', 'optional']
 
-# %% ../nbs/0_ground/01_errors.ipynb #ef2faf76-0
+# %% ../nbs/0_ground/01_errors.ipynb #e56fe168-0
 import difflib
 import importlib
-import math
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real

@@ -32,7 +32,8 @@ from symbnn.posterior.layers import kl_per_datum, posterior_mean_network, variat
 from symbnn.posterior.sampling import forward
 from symbnn.training import loop
 from symbnn.training.architectures import build
-from symbnn.training.checkpoints import load_network, read_checkpoint
+from symbnn.training.checkpoints import load_network, load_tensors, read_checkpoint
+from symbnn.training.config import make_optimizer
 from symbnn.training.loop import train
 from tolerances import assert_close, exact32
 
@@ -232,44 +233,139 @@ def test_callbacks_change_the_run_and_are_saved(tmp_path):
     assert same(tensors(run(net=network(2), folder=tmp_path, resume=True, callback=halve)), tensors(straight))
 
 
-def test_a_network_that_a_callback_returns_is_trained_from_then_on():
-    other = network(5)
-    start = {name: value.clone() for name, value in other.state_dict().items()}
-    seen = []
-
-    def exchange(epoch, net, optimizer):
-        seen.append((net, len(optimizer.state)))
-        return other if epoch == 1 else None
-
-    result, straight = run(replace(CONFIG, epochs=3), callback=exchange), run(replace(CONFIG, epochs=3))
-    assert result.network is other is seen[2][0] and seen[0][0] is seen[1][0] is not other
-    assert not same(tensors(result), start) and len(result.history) == 3
-    assert history(result)[0] == history(straight)[0]
-    assert history(result)[1].elbo == history(straight)[1].elbo  # of the old network's steps
-    alone = run(replace(CONFIG, epochs=1), net=network(5))
-    assert history(result)[1].validation_nll != history(straight)[1].validation_nll != history(alone)[0].validation_nll
+# One run in two calls
 
 
-def test_the_best_epoch_is_one_of_the_last_network():
+def after_epochs(count):
+    return lambda epochs, net: epochs == count
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "kl_annealing": 3}, {"augmentation": "random"}])
+def test_two_calls_are_one_run(options):
+    config = replace(CONFIG, schedule="cosine", **options)
+    whole, first = run(config), run(config, until=after_epochs(2))
+    assert first.status == "stopped" and history(first) == history(whole)[:2]
+    second = run(config, net=first.network, after=first)
+    assert second.status == "complete" and history(second) == history(whole)
+    assert same(tensors(second), tensors(whole))
+
+
+def test_a_network_takes_over_at_the_epoch_where_the_first_call_ended():
+    """With the seeds and step sizes of that epoch, an optimiser of its own, and the history of both."""
+    config, other = replace(CONFIG, schedule="cosine"), network(5)
+    first = run(config, until=after_epochs(3))
+    first.optimizer.state.clear()
+    last = run(config, net=other, after=first)
+    assert last.network is other and history(last)[:3] == history(first) and len(last.history) == 4
+    by_hand = network(5)
+    optimizer = make_optimizer(by_hand, config)
+    data = batches(DATA, 16, "full", action=ACTION, generator=epoch_generator(3, 3))
+    for step, (images, labels) in enumerate(data):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * (1 + math.cos(math.pi * (3 + step / len(data)) / 4)) / 2
+        outputs = forward(by_hand, images, config.draws, config.estimator, epoch_generator(3, 3, f"noise/{step}"))
+        optimizer.zero_grad()
+        (-loop.elbo(by_hand, outputs, labels, 4 * len(DATA)).elbo).backward()
+        optimizer.step()
+    for name, value in by_hand.state_dict().items():
+        assert_close(last.network.state_dict()[name], value, exact32)
+
+
+def test_moments_are_copied_and_never_given_to_other_parameters():
+    first = run(until=after_epochs(1))
+    held = loop.optimizer_tensors(first.network, first.optimizer)
+    moments = {name: value.clone() for name, value in held.items()}
+    kept = run(net=network(5), after=first)
+    assert same(loop.optimizer_tensors(first.network, first.optimizer), moments)
+    first.optimizer.state.clear()
+    assert not same(tensors(run(net=network(5), after=first)), tensors(kept))
+    first, wide = run(until=after_epochs(1)), with_posteriors(build(ARCHITECTURE.expanded(2), seeded()))
+    with pytest.raises(Refusal, match=r"after\.optimizer\.state\.clear\(\)"):
+        run(net=wide, architecture=None, after=first)
+
+
+@pytest.mark.parametrize("killed", ["in the first", "between", "in the second"])
+def test_each_of_two_calls_is_resumed_to_the_bit(killed, tmp_path):
+    def both(one, two, stop_first=None, stop_second=None, **options):
+        first = run(folder=one, until=after_epochs(2), callback=stop_first, **options)
+        if first.status == "interrupted" or (killed == "between" and options.get("resume") is False):
+            return first
+        changed = network(7)
+        load_tensors(changed, {name: value / 2 if value.is_floating_point() else value
+                               for name, value in first.network.state_dict().items()})
+        first.optimizer.state.clear()
+        there = options.get("resume", False) and (two / "checkpoint.json").exists()
+        return run(net=changed, folder=two, after=first, callback=stop_second, resume=there)
+
+    straight = both(tmp_path / "a", tmp_path / "b")
+    stops = {"in the first": {"stop_first": press_ctrl_c(0)}, "in the second": {"stop_second": press_ctrl_c(2)}}
+    stopped = both(tmp_path / "c", tmp_path / "d", resume=False, **stops.get(killed, {}))
+    assert stopped.status == ("stopped" if killed == "between" else "interrupted")
+    again = both(tmp_path / "c", tmp_path / "d", resume=True)
+    assert again.status == "complete" and history(again) == history(straight)
+    assert same(tensors(again), tensors(straight))
+    one, other = (read_checkpoint(tmp_path / name).tensors for name in ("b", "d"))
+    assert same(one, other)
+
+
+def test_what_until_has_ended_stays_ended(tmp_path):
+    asked = []
+
+    def once(epochs, net):
+        asked.append(epochs)
+        return epochs == 2
+
+    first = run(folder=tmp_path, until=once)
+    again = run(net=network(5), folder=tmp_path, resume=True, until=lambda epochs, net: pytest.fail("asked again"))
+    assert asked == [1, 2] and again.status == "stopped" and same(tensors(again), tensors(first))
+    assert read_checkpoint(tmp_path).description["progress"]["status"] == "stopped"
+    whole = run(net=network(5), folder=tmp_path, resume=True)  # without it the run goes on to its end
+    assert whole.status == "complete" and same(tensors(whole), tensors(run()))
+    assert run(until=after_epochs(4)).status == "complete"  # the end is the end
+
+
+def test_ctrl_c_in_the_epoch_where_until_ends_the_run_is_an_interruption(tmp_path):
+    first = run(folder=tmp_path, until=after_epochs(2), callback=press_ctrl_c(1))
+    assert first.status == "interrupted" and len(first.history) == 2
+    again = run(folder=tmp_path, resume=True, until=after_epochs(2))
+    assert again.status == "stopped" and same(tensors(again), tensors(first))
+
+
+def test_a_run_goes_on_after_one_that_was_stopped():
+    for before in (run(), run(callback=press_ctrl_c(1))):
+        with pytest.raises(Refusal, match="stopped by `until`"):
+            run(net=before.network, after=before)
+
+
+def test_the_second_folder_is_of_its_own_first_epoch(tmp_path):
+    def second(count, **options):
+        first = run(until=after_epochs(count))
+        return run(net=first.network, after=first, folder=tmp_path, **options)
+
+    second(2, callback=press_ctrl_c(2))
+    with pytest.raises(Refusal, match="begun 2 in the checkpoint, 1 now"):
+        second(1, resume=True)
+    with pytest.raises(Refusal, match="begun 2 in the checkpoint, None now"):
+        run(folder=tmp_path, resume=True)
+
+
+def test_the_best_epoch_is_one_of_the_second_call():
     poor, seen = network(5), {}
     with torch.no_grad():
         for tensor in variational_tensors(poor).values():
             tensor.posterior.loc.mul_(30)
+    config = replace(CONFIG, epochs=6, select="best", learning_rate=0.3)
+    first = run(config, until=after_epochs(3))
+    first.optimizer.state.clear()
 
-    def exchange(epoch, net, optimizer):
-        seen[epoch] = {name: value.clone() for name, value in (poor if epoch == 2 else net).state_dict().items()}
-        return poor if epoch == 2 else None
+    def remember(epoch, net, optimizer):
+        seen[epoch] = {name: value.clone() for name, value in net.state_dict().items()}
 
-    result = run(replace(CONFIG, epochs=6, select="best", learning_rate=0.3), callback=exchange)
+    result = run(config, net=poor, after=first, callback=remember)
     values = [record.validation_nll for record in result.history]
-    best = 2 + values[2:].index(min(values[2:]))
-    assert min(values[:2]) < values[best] and best < 5  # or this test shows nothing
+    best = 3 + values[3:].index(min(values[3:]))
+    assert min(values[:3]) < values[best] and best < 5  # or this test shows nothing
     assert result.network is poor and same(tensors(result), seen[best])
-
-
-def test_a_run_in_a_folder_is_of_one_network(tmp_path):
-    with pytest.raises(Refusal, match="one network"):
-        run(folder=tmp_path, callback=lambda epoch, net, optimizer: network(5))
 
 
 def with_dropout(p=0.3):
