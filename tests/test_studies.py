@@ -331,6 +331,7 @@ def test_an_interrupted_study_goes_on_run_by_run(finished, tmp_path, monkeypatch
     assert as_csv(table(study, resumed)) == as_csv(table(study, records))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("backend", ["loky", "dask"])
 def test_parallel_runs_have_the_numbers_of_sequential_ones(finished, tmp_path, backend):
     study, records, _ = finished
@@ -643,6 +644,7 @@ def stopped(folder, how, options, there):
     pytest.skip("every process had finished before it could be stopped: this machine is too busy for the test")
 
 
+@pytest.mark.processes
 def test_a_stopped_process_goes_on_to_the_same_table(finished, tmp_path):
     study, records, _ = finished
     (tmp_path / "tiny.json").write_text(json.dumps(plain(study)))
