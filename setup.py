@@ -3,7 +3,7 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
@@ -48,7 +48,7 @@ setup(
         f"Natural Language :: {settings['language']}",
         *(f"Programming Language :: Python :: {version}" for version in PYTHONS),
     ],
-    packages=[settings["lib_name"]],
+    packages=find_packages(include=[settings["lib_name"], f"{settings['lib_name']}.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={extra: its.split() for extra, its in EXTRAS.items()},

@@ -1,4 +1,4 @@
-"""Why the Laplace evidence ranks a convolutional and a fully connected network as it does (symbnn.evidence).
+"""Why the Laplace evidence ranks a convolutional and a fully connected network as it does (symbnn.layerwise.evidence).
 
     python benchmarks/evidence_order.py --root FOLDER_OF_MNIST          # both parts
     python benchmarks/evidence_order.py --root FOLDER_OF_MNIST few      # or one; results/evidence_order.json is updated
@@ -26,12 +26,13 @@ from pathlib import Path
 
 import torch
 
-from symbnn.data import Split
-from symbnn.evidence import laplace, log_precisions, set_log_precisions
-from symbnn.experiments import Setup, prepare
-from symbnn.layers import posterior_mean_network, variational_tensors
-from symbnn.precisions import PrecisionUpdates, evidence_precisions
-from symbnn.training import TrainingConfig, train
+from symbnn.data.splits import Split
+from symbnn.layerwise.evidence import laplace, log_precisions, set_log_precisions
+from symbnn.layerwise.precisions import PrecisionUpdates, evidence_precisions
+from symbnn.posterior.layers import posterior_mean_network, variational_tensors
+from symbnn.studies.experiments import Setup, prepare
+from symbnn.training.config import TrainingConfig
+from symbnn.training.loop import train
 
 PARTS = ("few", "study")
 LIMIT = 2**34  # bytes
@@ -51,7 +52,7 @@ def trained(part, kind, channels, root, seed):
     network, data = task.network(seed), task.data.train
     epochs = EPOCHS[part]
     rule = partial(evidence_precisions, inputs=data.inputs, targets=data.labels, curvature="sampled")
-    config = TrainingConfig(epochs=epochs, batch_size=128, draws=1, estimator="shared", learning_rate=0.01,
+    config = TrainingConfig(epochs=epochs, batch_size=128, draws=1, estimator="whole", learning_rate=0.01,
                             schedule="cosine", augmentation="none", evaluate_every=100_000, seed=seed)
     train(network, data, config, callback=PrecisionUpdates(rule, epochs // 4, max(2, epochs // 20)))
     return network, task

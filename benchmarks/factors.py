@@ -1,4 +1,4 @@
-"""What fitting Kronecker factors costs (symbnn.evidence): seconds and memory against the size of relaxed networks.
+"""What fitting Kronecker factors costs (symbnn.layerwise.kronecker): seconds and memory against the size of networks.
 
     python benchmarks/factors.py        # writes benchmarks/results/factors.json; a few minutes
 
@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from peak import peak_megabytes
 
-from symbnn.evidence import check_factors, laplace, log_precisions
-from symbnn.families import PointMass
-from symbnn.layers import bayesianize, variational_tensors
-from symbnn.relaxed import relaxed_network
+from symbnn.layerwise.evidence import laplace, log_precisions
+from symbnn.layerwise.kronecker import check_factors
+from symbnn.layerwise.relaxed_networks import relaxed_network
+from symbnn.posterior.layers import variational_tensors, with_posteriors
+from symbnn.posterior.point_mass import PointMass
 
 IMAGES, SHAPE, CLASSES = 200, (1, 16, 16), 10
 WIDTHS = {"CONV": (8, 16, 32), "F-FC+CONV": (2, 4, 8), "FC+CONV": (1, 2, 4)}
@@ -30,7 +31,7 @@ def measure(kind, width, curvature):
     """One fit."""
     generator = torch.Generator().manual_seed(0)
     plain = relaxed_network(kind, SHAPE, CLASSES, channels=(width, 2 * width), strides=(1, 2), generator=generator)
-    network = bayesianize(plain, PointMass)
+    network = with_posteriors(plain, PointMass)
     x, y = torch.randn(IMAGES, *SHAPE, generator=generator), torch.randint(CLASSES, (IMAGES,), generator=generator)
     laplace(network, x[:2], y[:2], curvature=curvature)  # whatever is set up once
     start = time.perf_counter()

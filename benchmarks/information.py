@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from peak import peak_megabytes
 
-from symbnn.mutual_information import InformationEstimator
-from symbnn.network_actions import unit_permutations
-from symbnn.permanents import log_bethe_permanent, log_capacity
-from symbnn.sampling import sample_weights
-from symbnn.simulations import unit_network
+from symbnn.hidden_units.mutual_information import InformationEstimator
+from symbnn.hidden_units.permanents import log_bethe_permanent, log_capacity
+from symbnn.posterior.sampling import sample_weights
+from symbnn.studies.simulations import unit_network
+from symbnn.symmetry.networks import unit_permutations
 
 WIDTHS = (8, 16, 64, 256, 1000)
 METHODS = {  # method and the K of those that have one; the widths up to which it is run
@@ -136,7 +136,7 @@ def floors(rate):
 
 def one_matrix(one, weights):
     """The matrix that a permanent is taken of."""
-    from symbnn.mutual_information import unit_log_densities
+    from symbnn.hidden_units.mutual_information import unit_log_densities
 
     (coordinates,) = one.classes.values()
     log_a = unit_log_densities(one.network, weights, coordinates)

@@ -11,9 +11,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from symbnn.layers import bayesianize
-from symbnn.plans import execution_plan
-from symbnn.sampling import forward, predict
+from symbnn.posterior.layers import with_posteriors
+from symbnn.posterior.plans import execution_plan
+from symbnn.posterior.sampling import forward, predict
 
 
 class TimeFirst(nn.Module):
@@ -57,18 +57,18 @@ def main():
     torch.manual_seed(0)
     rows = {}
     for name, (plain, x) in networks().items():
-        network = bayesianize(plain)
-        execution_plan(bayesianize(plain), x)  # what torch sets up once
+        network = with_posteriors(plain)
+        execution_plan(with_posteriors(plain), x)  # what torch sets up once
 
         def step(draws, estimator, network=network, x=x):
             forward(network, x, draws, estimator).square().mean().backward()
 
         rows[name] = {
             "plan": str(execution_plan(network, x)),
-            "trial_ms": milliseconds(lambda plain=plain, x=x: execution_plan(bayesianize(plain), x), 5),
+            "trial_ms": milliseconds(lambda plain=plain, x=x: execution_plan(with_posteriors(plain), x), 5),
             "lookup_ms": milliseconds(lambda network=network, x=x: execution_plan(network, x), 101),
             "split_step_8_ms": milliseconds(lambda: step(8, "split"), 9),
-            "shared_step_8_ms": milliseconds(lambda: step(8, "shared"), 5),
+            "whole_step_8_ms": milliseconds(lambda: step(8, "whole"), 5),
             "predict_32_ms": milliseconds(lambda network=network, x=x: predict(network, x, draws=32), 5),
         }
         print(name, rows[name])

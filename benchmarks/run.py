@@ -23,12 +23,13 @@ from peak import peak_megabytes
 from torch import nn
 from torch.nn import functional as F
 
-from symbnn.actions import field, rotations
-from symbnn.layers import bayesianize, kl_sum, variational_tensors
-from symbnn.metrics import orbit_predictions, summarize
-from symbnn.models import multiply_adds
-from symbnn.network_actions import network_action
-from symbnn.sampling import forward
+from symbnn.equivariance.metrics import summarize
+from symbnn.equivariance.predictions import orbit_predictions
+from symbnn.posterior.layers import kl_sum, variational_tensors, with_posteriors
+from symbnn.posterior.sampling import forward
+from symbnn.symmetry.fields import field, rotations
+from symbnn.symmetry.networks import network_action
+from symbnn.training.architectures import multiply_adds
 
 BATCH, DRAWS, CLASSES, SIZE = 128, 10, 10, (1, 28, 28)
 NETWORKS = {"small": (32, 64), "expanded": (128, 256)}
@@ -104,7 +105,7 @@ def pair(name):
     ours = convolutional(NETWORKS[name], pool_first=True)
     means = [p for layer in loop.layers if isinstance(layer, LoopLayer) for p in layer.loc]
     ours.load_state_dict(dict(zip(ours.state_dict(), means, strict=True)))
-    return loop, bayesianize(ours, scale=F.softplus(torch.tensor(-3.0)).item())
+    return loop, with_posteriors(ours, scale=F.softplus(torch.tensor(-3.0)).item())
 
 
 def batch(size=BATCH):
@@ -132,7 +133,7 @@ def peak_gflops():
 
 
 def step(repeats):
-    """One training step (loss and backward), S = 10 shared draws in a loop against the split estimator."""
+    """One training step (loss and backward), S = 10 draws for the whole batch in a loop against the split estimator."""
     x, y = batch()
     rate = peak_gflops()
     report = {"matrix product, GFLOP/s": rate}
@@ -142,7 +143,7 @@ def step(repeats):
             f"loop, S={DRAWS}": lambda loop=loop: loop_loss(loop, x, y, DRAWS).backward(),
             f"split, K={RUNS}": lambda ours=ours: our_loss(ours, x, y, RUNS).backward(),
             "split, K=8": lambda ours=ours: our_loss(ours, x, y, 8).backward(),
-            f"shared, S={DRAWS}": lambda ours=ours: (
+            f"whole, S={DRAWS}": lambda ours=ours: (
                 F.cross_entropy(forward(ours, x, DRAWS).flatten(0, 1), y.repeat(DRAWS)) + kl_sum(ours) / 20_000
             ).backward(),
             "flipout, S=1": lambda ours=ours: (
@@ -177,7 +178,7 @@ def summed_variance(sample):
 
 def variance(repeats):
     """Summed variance of the gradient in the means: at the start, and after 150 steps of training on these images."""
-    from symbnn.data import load
+    from symbnn.data.sources import load
 
     split = load("fashion_mnist", train_size=2000).train
     generator = torch.Generator().manual_seed(2)
@@ -203,7 +204,7 @@ def variance(repeats):
         loop = found[f"loop, S={DRAWS}"][0]
         report[stage] = {
             "variance and its standard error": found,
-            "worth in shared draws": {name: DRAWS * loop / value for name, (value, _) in found.items()},
+            "worth in draws for the whole batch": {name: DRAWS * loop / value for name, (value, _) in found.items()},
         }
     return report
 

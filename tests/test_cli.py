@@ -15,16 +15,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from symbnn import __version__, checkpoints, cli, comparison
-from symbnn.catalogue import STUDIES, Cost, find_study
-from symbnn.checkpoints import read_checkpoint, save_network
-from symbnn.data import PARTS
-from symbnn.experiments import ARRAYS, Setup
-from symbnn.groups import Refusal
-from symbnn.layers import bayesianize
-from symbnn.models import PRESETS, build
-from symbnn.studies import Evaluation, Spec, Study, plain
-from symbnn.training import TrainingConfig
+from symbnn import __version__, cli
+from symbnn.data.sources import PARTS
+from symbnn.errors import Refusal
+from symbnn.posterior.layers import with_posteriors
+from symbnn.studies.catalogue import STUDIES, Cost, find_study
+from symbnn.studies.experiments import ARRAYS, Setup
+from symbnn.studies.studies import Evaluation, Spec, Study, comparison, plain
+from symbnn.training.architectures import PRESETS, build
+from symbnn.training.checkpoints import read_checkpoint, save_network
+from symbnn.training.config import TrainingConfig
+from symbnn.training.loop import checkpoints
 
 NETWORK = ["--channels", "2,4", "--train-size", "64", "--batch-size", "64"]
 TRAIN = ["train", *NETWORK, "--epochs", "2", "--learning-rate", "0.02"]
@@ -337,7 +338,7 @@ def test_checkpoints_that_cannot_be_evaluated_are_refused(trained, tmp_path):
     refused(trained("evaluate", "run", "--draws", "0"), "draws")
     refused(trained("evaluate", "run", "--mode", "magic"), "mode")
     refused(trained("evaluate", "run", "--split", "train"), "split is one of")
-    save_network(tmp_path / "saved", bayesianize(build(PRESETS["digits"])), PRESETS["digits"])
+    save_network(tmp_path / "saved", with_posteriors(build(PRESETS["digits"])), PRESETS["digits"])
     refused(trained("evaluate", "saved"), "notes without a setup")
     tensors = next((tmp_path / "run").glob("*.safetensors"))
     other = next((tmp_path / "saved").glob("*.safetensors"))
@@ -429,15 +430,15 @@ def test_a_study_that_is_shown_can_be_edited(shell, tmp_path):
 def test_the_list_of_studies_has_their_costs(shell, monkeypatch):
     def estimate(study, speed):
         assert speed == "measured"
-        if study.base.training.estimator == "shared":
-            raise Refusal("a", received="b", cause="c", fix="d")  # images that are not here
+        if study.base.training.estimator == "whole":
+            raise Refusal("a", got="b", cause="c", fix="d")  # images that are not here
         return Cost(1, 12e12, 15120.0)
 
     monkeypatch.setattr(cli, "step_speed", lambda: "measured")
     monkeypatch.setattr(cli, "estimate", estimate)
     found = shell("reproduce", "--list")
     assert found.exit_code == 0 and all(name in found.stdout for name in STUDIES)
-    there = sum(study.base.training.estimator != "shared" for study in STUDIES.values())
+    there = sum(study.base.training.estimator != "whole" for study in STUDIES.values())
     assert found.stdout.count("1.2e+13") == found.stdout.count(" 4.2 ") == there < len(STUDIES)
     assert "factor of up to two" in found.stdout
 

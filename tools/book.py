@@ -1,7 +1,7 @@
 """Keep the forms of the book in step: Markdown twin, notebook with its outputs, exported module, README.
 
-    python tools/book.py build nbs/01_groups.md    # twin -> notebook, run it, export its module
-    python tools/book.py build --no-run nbs/*.md   # the same without running: outputs of unchanged cells are kept
+    python tools/book.py build nbs/1_symmetry/01_groups.md    # twin -> notebook, run it, export its module
+    python tools/book.py build --no-run nbs/*/*.md   # the same without running: outputs of unchanged cells are kept
     python tools/book.py all                       # every chapter in order, and README.md
     python tools/book.py readme                    # README.md alone, from nbs/index.ipynb
     python tools/book.py check                     # say what is out of step; writes nothing
@@ -241,6 +241,16 @@ def twin_problems(path: Path) -> list[str]:
     return []
 
 
+def by_hand(library: Path = LIBRARY) -> list[Path]:
+    """The files at the top of the package that no notebook exports."""
+    return [path for name in ("__init__.py", "__main__.py", "py.typed") if (path := library / name).exists()]
+
+
+def texts(library: Path) -> dict[str, str]:
+    """Every file of a package, by its path in it."""
+    return {path.relative_to(library).as_posix(): path.read_text() for path in sorted(library.rglob("*.py"))}
+
+
 def module_problems() -> list[str]:
     """Where symbnn/ differs from what `nbdev_export` makes of the notebooks."""
     with tempfile.TemporaryDirectory() as folder:
@@ -251,10 +261,11 @@ def module_problems() -> list[str]:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
         (project / "symbnn").mkdir()
-        shutil.copy(LIBRARY / "__init__.py", project / "symbnn")
+        for path in by_hand():
+            shutil.copy(path, project / "symbnn")
         export_book(project)
-        fresh = {path.name: path.read_text() for path in (project / "symbnn").glob("*.py")}
-    stored = {path.name: path.read_text() for path in LIBRARY.glob("*.py")}
+        fresh = texts(project / "symbnn")
+    stored = texts(LIBRARY)
     return [
         f"symbnn/{name} " + ("differs from what the notebooks export" if name in fresh else "comes from no notebook")
         for name in sorted(fresh.keys() | stored.keys())

@@ -1,0 +1,123 @@
+"""The book's apparatus: citations, cross-references, links, the table of contents, docstrings."""
+import importlib
+import inspect
+import re
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+import yaml
+
+from book import BOOK, INDEX, LIBRARY, README, ROOT, chapters, read
+
+CROSS_REFERENCES = ("eq", "sec", "fig", "tbl", "thm", "lem", "cor", "prp", "def", "exm", "cnj", "lst")
+MODULES = [".".join(path.relative_to(LIBRARY).with_suffix("").parts) for path in sorted(LIBRARY.rglob("*.py"))
+           if not path.stem.startswith("_")]
+
+
+def prose(source: str) -> str:
+    """Markdown without its code, in which an @ is a decorator and a bracket an index."""
+    source = re.sub(r"^(```+).*?^\1", "", source, flags=re.M | re.S)
+    return re.sub(r"(`+).*?\1", "", source, flags=re.S)
+
+
+def cells(path: Path, kind: str) -> list[str]:
+    return [cell.source for cell in read(path).cells if cell.cell_type == kind]
+
+
+def text(path: Path) -> str:
+    """What a chapter says: its Markdown cells, and the captions of its figures."""
+    captions = re.findall(r"^#\| *fig-cap: *(.*)$", "\n".join(cells(path, "code")), re.M)
+    return prose("\n\n".join(cells(path, "markdown") + captions))
+
+
+def mentions(path: Path) -> list[str]:
+    """Every @key of a chapter, citations and cross-references alike."""
+    return re.findall(r"(?<![\w@.])@([A-Za-z][\w-]*\w)", text(path))
+
+
+def is_cross_reference(key: str) -> bool:
+    return key.split("-")[0] in CROSS_REFERENCES and "-" in key
+
+
+def labels(path: Path) -> list[str]:
+    """Every label that a chapter defines: {#sec-...}, {#eq-...}, {#thm-...}, and `#| label:` of figures and tables."""
+    in_code = re.findall(r"^#\| *label: *([\w-]+)", "\n".join(cells(path, "code")), re.M)
+    return re.findall(r"\{[^{}]*#([A-Za-z][\w-]*)[^{}]*\}", text(path)) + in_code
+
+
+def bibliography() -> list[str]:
+    return re.findall(r"^@\w+\{([^,\s]+),", (ROOT / "references.bib").read_text(), re.M)
+
+
+each_chapter = pytest.mark.parametrize(
+    "path", chapters(), ids=lambda path: path.relative_to(BOOK).with_suffix("").as_posix()
+)
+
+
+@each_chapter
+def test_citations_are_in_the_bibliography(path):
+    unknown = {key for key in mentions(path) if not is_cross_reference(key)} - set(bibliography())
+    assert not unknown, f"{path.name} cites {sorted(unknown)}, which references.bib does not have"
+
+
+@each_chapter
+def test_cross_references_resolve(path):
+    known = {label for chapter in chapters() for label in labels(chapter)}
+    broken = {key for key in mentions(path) if is_cross_reference(key)} - known
+    assert not broken, f"{path.name} refers to {sorted(broken)}, which no chapter defines"
+
+
+def test_labels_and_keys_are_unique():
+    defined = [label for path in chapters() for label in labels(path)]
+    keys = bibliography()
+    twice = {name for names in (defined, keys) for name in names if names.count(name) > 1}
+    assert not twice, f"defined more than once: {sorted(twice)}"
+
+
+@each_chapter
+def test_chapter_begins_with_a_labelled_title(path):
+    first = cells(path, "markdown")[0]
+    assert path == INDEX or re.match(r"# \S.* \{#sec-[\w-]+\}\n\n> \S", first), (
+        f"{path.name} begins with {first[:80]!r} and not with '# Title {{#sec-name}}' and a sentence behind '> '"
+    )
+
+
+def test_contents_list_every_chapter_in_order():
+    book = yaml.safe_load((ROOT / "_quarto.yml").read_text())["book"]
+    listed = [page for part in book["chapters"] if isinstance(part, dict) for page in part["chapters"]]
+    existing = [path.relative_to(ROOT).as_posix() for path in chapters() if path != INDEX]
+    assert listed == existing, "the chapters of _quarto.yml are not the notebooks in their order"
+
+
+@pytest.mark.parametrize("path", [*chapters(), README], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    source = prose(path.read_text()) if path == README else text(path)
+    targets = re.findall(r"\]\(([^)\s]+)\)", source)
+    local = [target.split("#")[0] for target in targets if not re.match(r"\w+:|#", target)]
+    broken = [target for target in local if not (path.parent / target).exists()]
+    assert not broken, f"{path.name} links to {broken}, which do not exist"
+
+
+def documented(cls: type, name: str) -> bool:
+    """Whether a method has a docstring, its own or that of the base class in this package which it implements."""
+    bases = [base for base in cls.__mro__ if base.__module__.startswith("symbnn") and name in vars(base)]
+    return any(inspect.getdoc(vars(base)[name]) for base in bases)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_names_have_docstrings(module):
+    module = importlib.import_module(f"symbnn.{module}")
+    missing = [] if module.__doc__ else [module.__name__]
+    for name, value in vars(module).items():
+        ours = getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+        if not ours or not isinstance(value, (type, FunctionType)):
+            continue
+        doc = value.__doc__ or ""
+        if not doc or doc.startswith(f"{name}("):  # what a dataclass writes for itself
+            missing.append(name)
+        if isinstance(value, type):
+            kinds = (FunctionType, property, classmethod, staticmethod)
+            methods = [key for key, item in vars(value).items() if isinstance(item, kinds) and not key.startswith("_")]
+            missing += [f"{name}.{key}" for key in methods if not documented(value, key)]
+    assert not missing, f"no docstring: {', '.join(missing)}"

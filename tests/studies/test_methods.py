@@ -1,0 +1,320 @@
+"""What is done to a posterior, and when: values, triggers, moments, and what each method leaves invariant."""
+import json
+import math
+from dataclasses import asdict, replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from symbnn.equivariance.metrics import defect_plugin
+from symbnn.equivariance.predictions import orbit_predictions
+from symbnn.equivariance.projected_gradients import drift
+from symbnn.errors import Refusal
+from symbnn.layerwise.evidence import log_precisions, set_log_precisions
+from symbnn.layerwise.precisions import elbo_precisions, evidence_precisions
+from symbnn.posterior.layers import variational_tensors
+from symbnn.posterior.sampling import apply_weights, mean_weights, predict
+from symbnn.studies.experiments import Setup, prepare
+from symbnn.studies.methods import (
+    AVERAGES,
+    EXPANSIONS,
+    NAMES,
+    Method,
+    averaged,
+    change,
+    check_method,
+    guard,
+    precision_updates,
+    run_method,
+    start,
+    training_accuracy,
+)
+from symbnn.studies.studies import methods
+from symbnn.symmetry.networks import network_action
+from symbnn.training.config import TrainingConfig
+from symbnn.training.loop import train
+from tolerances import assert_close, exact32
+
+TASK = prepare(Setup(channels=(2, 4), train_size=64), dtype=torch.float64)
+CONFIG = TrainingConfig(epochs=4, batch_size=64, learning_rate=0.02, dtype="float64")
+INPUTS = TASK.data.test.inputs[:10]
+
+
+def build(factor, seed=0):
+    return TASK.network(seed, factor, torch.float64)
+
+
+def of_family(family):
+    return partial(prepare(Setup(family=family, channels=(2, 4)), dtype=torch.float64).network, 0, dtype=torch.float64)
+
+
+def run(method, config=CONFIG, make=build):
+    return run_method(method, make, TASK.data.train, config, action=TASK.action, prior=TASK.prior())
+
+
+def numbers(trained):
+    return [record._replace(seconds=0) for record in trained.history]
+
+
+def orbit(network, draws=4):
+    generator = torch.Generator().manual_seed(0)
+    return orbit_predictions(network.eval(), INPUTS, network_action(network, TASK.action), draws, generator=generator)
+
+
+def defect(network):
+    return defect_plugin(orbit(network).probabilities)
+
+
+@pytest.fixture
+def optimizers(monkeypatch):
+    """What the optimiser remembers after each epoch of `run`: how many parameters have a state."""
+    real, seen = methods.train, []
+
+    def spying(network, data, config, *, callback, **options):
+        def watch(epoch, net, optimizer):
+            before = len(optimizer.state)
+            other = callback(epoch, net, optimizer)
+            seen.append((before, len(optimizer.state)))
+            return other
+
+        return real(network, data, config, callback=watch, **options)
+
+    monkeypatch.setattr(methods, "train", spying)
+    return seen
+
+
+# Values
+
+
+@given(st.sampled_from([*AVERAGES, *EXPANSIONS]), st.booleans(),
+       st.one_of(st.integers(0, 10**6), st.floats(0.01, 0.99)))
+def test_a_method_survives_json_and_its_own_name(name, projected, trigger):
+    method = Method(name, projected, trigger)
+    assert Method(**json.loads(json.dumps(asdict(method)))) == method == Method.parse(str(method), trigger=trigger)
+
+
+@pytest.mark.parametrize("wrong, reason", [
+    (dict(name="magic"), "method is one of baseline"),
+    (dict(name="geometric", trigger=-1), "accuracy between 0 and 1"),
+    (dict(name="geometric", trigger=1.5), "accuracy between 0 and 1"),
+    (dict(name="geometric", trigger=True), "accuracy between 0 and 1"),
+    (dict(name="geometric", trigger="20"), "accuracy between 0 and 1"),
+    (dict(trigger=5), "belong to averages and expansions"),
+    (dict(name="tied", projected=True), "belong to averages and expansions"),
+    (dict(name="regular", trigger=1, keep_moments=True), "Moments are kept"),
+    (dict(precisions="guess"), "Precisions are one of"),
+    (dict(name="regular", precisions="elbo"), "stay what they are"),
+    (dict(precisions="elbo", learnt_every=0), "positive numbers of epochs"),
+])
+def test_methods_that_cannot_be_meant_are_refused(wrong, reason):
+    with pytest.raises(Refusal, match=reason):
+        Method(**wrong)
+
+
+@pytest.mark.parametrize("text", ["", "magic", "regular+magic", "+projected", "baseline+projected"])
+def test_names_that_are_none_are_refused(text):
+    with pytest.raises(Refusal):
+        Method.parse(text)
+
+
+def test_widths_are_those_of_the_networks():
+    for name in NAMES:
+        method = Method(name)
+        network = start(method, build, TASK.action)
+        before, after = method.widths(4)
+        assert variational_tensors(network)["0.weight"].posterior.shape[0] == 2 * before
+        if method.changes:
+            network, _ = change(method, network, TASK.action)
+        assert variational_tensors(network)["0.weight"].posterior.shape[0] == 2 * after
+
+
+# Triggers
+
+
+@pytest.mark.parametrize("name", [*AVERAGES, "block_diagonal"])
+def test_nothing_differs_before_the_trigger(name):
+    plain, late = run(Method()), run(Method(name, trigger=2))
+    assert numbers(late)[:2] == numbers(plain)[:2]
+    assert numbers(late)[2] != numbers(plain)[2] and len(late.history) == 4
+    assert (plain.changed, late.changed, late.status) == (None, 2, "complete")
+
+
+@pytest.mark.parametrize("trigger", [0, 4])
+def test_averages_at_the_ends_of_a_run(trigger):
+    trained = run(Method("projection", trigger=trigger))
+    moved = drift(trained.network, network_action(trained.network, TASK.action)).relative
+    assert trained.changed == trigger
+    if trigger:
+        assert moved < 1e-14
+    else:
+        assert 1e-6 < moved < drift(run(Method()).network, network_action(build(1), TASK.action)).relative
+
+
+def test_an_expansion_at_the_end_is_the_orbit_average_of_the_baseline():
+    small, expanded = run(Method()).network, run(Method("block_diagonal", trigger=4)).network
+    turned = [apply_weights(small, TASK.action.act(g, INPUTS), mean_weights(small)) for g in range(4)]
+    assert_close(apply_weights(expanded, INPUTS, mean_weights(expanded)), torch.stack(turned).mean(0))
+
+
+@pytest.mark.parametrize("accuracies, changed", [([0.2, 0.49, 0.5, 0.9], 3), ([0.9] * 4, 1), ([0.1] * 4, None)])
+def test_a_trigger_by_accuracy(accuracies, changed, monkeypatch):
+    values = iter(accuracies)
+    monkeypatch.setattr(methods, "training_accuracy", lambda *arguments: next(values))
+    assert run(Method("geometric", trigger=0.5)).changed == changed
+
+
+def test_training_accuracy_is_that_of_the_predictive_mean():
+    network, data = run(Method()).network, TASK.data.train
+    found = training_accuracy(network, data, torch.Generator().manual_seed(3), draws=5)
+    outputs = predict(network, data.inputs, draws=5, generator=torch.Generator().manual_seed(3))
+    assert found == (outputs.softmax(-1).mean(0).argmax(-1) == data.labels).double().mean().item()
+    assert network.training
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_moments_are_cleared_or_kept(keep, optimizers):
+    run(Method("geometric", trigger=2, keep_moments=keep))
+    every = 12  # locations and scales of weights and biases, of two convolutions and the head
+    assert optimizers == [(every, every), (every, every if keep else 0), (every, every), (every, every)]
+
+
+def test_moments_matter_to_what_follows_and_not_to_the_average():
+    kept, cleared = (run(Method("geometric", trigger=2, keep_moments=keep)) for keep in (True, False))
+    assert numbers(kept)[:2] == numbers(cleared)[:2] and numbers(kept)[3] != numbers(cleared)[3]
+
+
+def test_an_expansion_has_a_new_optimiser(optimizers):
+    run(Method("regular", trigger=2))
+    assert optimizers == [(12, 12)] * 4  # the callback sees the one that was replaced
+
+
+# What is invariant, and how long
+
+
+@pytest.mark.parametrize("name", [*AVERAGES, "regular", "row_rolled", "block_diagonal"])
+@pytest.mark.parametrize("trigger", [0, 2])
+def test_projected_gradients_keep_what_the_trigger_made(name, trigger):
+    trained, free = (run(Method(name, projected, trigger)) for projected in (True, False))
+    made, action = change(Method(name), build(1), TASK.action)
+    assert drift(trained.network, action if name in EXPANSIONS else network_action(made, TASK.action)).relative < 1e-15
+    assert defect(free.network) > 0
+    assert numbers(trained)[:trigger] == numbers(free)[:trigger] and numbers(trained)[3] != numbers(free)[3]
+    hooks = [p._backward_hooks for p in trained.network.parameters()]
+    assert not any(hooks)
+
+
+def test_hooks_are_removed_when_training_fails():
+    network = build(1)
+    with pytest.raises(Refusal, match="finite"):
+        run(Method("projection", projected=True), TrainingConfig(epochs=2, batch_size=64, learning_rate=1e200,
+                                                                 dtype="float64"), make=lambda factor: network)
+    assert not any(p._backward_hooks for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["tied", "tied_small"])
+def test_every_draw_of_a_tied_network_is_invariant(name):
+    probabilities = orbit(run(Method(name)).network).probabilities
+    assert_close(probabilities, probabilities[:, :, :1].expand_as(probabilities))
+    assert probabilities.std(0).max() > 1e-3
+
+
+def test_the_orbit_mixture_averages_predictions_and_nothing_else():
+    network, plain = run(Method("orbit_mixture")).network, run(Method()).network
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), plain.parameters()))
+    predictions = orbit(network)
+    mean = averaged(Method("orbit_mixture"), predictions).probabilities
+    assert_close(mean, predictions.probabilities.mean(2, keepdim=True).expand_as(mean), exact32)
+    assert averaged(Method(), predictions) is predictions and defect_plugin(mean) == 0 < defect(network)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("method, make, reason", [
+    (Method("row_constant", projected=True, trigger=2), build, "invariant network"),
+    (Method("geometric", trigger=5), build, "trigger lies within"),
+    (Method(precisions="elbo", learnt_from=5), build, "learnt within the run"),
+    (Method("arithmetic", trigger=2), of_family("laplace"), "exponential families"),
+    (Method("tied"), lambda factor: build(1), "multiple of the order|regular channels"),
+    (Method("block_diagonal"), of_family("lognormal"), "LogNormal"),
+])
+def test_refusals_come_before_training(method, make, reason, monkeypatch):
+    monkeypatch.setattr(methods, "train", lambda *arguments, **others: pytest.fail("training began"))
+    with pytest.raises(Refusal, match=reason):
+        run(method, make=make)
+
+
+def test_a_prior_that_is_not_invariant_cannot_be_kept_so():
+    task = prepare(Setup(channels=(2, 4), prior="random_means"))
+    check_method(Method("projection"), lambda factor: task.network(0, factor), task.action)
+    with pytest.raises(Refusal, match="prior"):
+        check_method(Method("projection", projected=True), lambda factor: task.network(0, factor), task.action)
+
+
+def test_the_guard_of_other_methods_does_nothing():
+    with guard(Method(), build(1), None) as nothing:
+        assert nothing is None
+
+
+# Precisions
+
+
+PLAIN = TrainingConfig(epochs=3, batch_size=32, learning_rate=0.02, dtype="float64", augmentation="none", draws=2)
+
+
+def relaxed(family):
+    task = prepare(Setup(family=family, architecture="FC+CONV", channels=(2,), strides=(2,), group="none",
+                         train_size=64), dtype=torch.float64)
+    return task, lambda factor=1: task.network(0, factor, torch.float64)
+
+
+@pytest.mark.parametrize("family, rule", [("gaussian", "elbo"), ("point", "evidence")])
+def test_precisions_are_learnt_on_their_schedule(family, rule):
+    """As by a callback of `train` that asks the rule, after epochs 1 and 3 of 3."""
+    task, make = relaxed(family)
+    method = Method(precisions=rule, learnt_from=1, learnt_every=2)
+    found = run_method(method, make, task.data.train, PLAIN, action=task.action).network
+    asked = []
+
+    def by_hand(epoch, network, optimizer):
+        if epoch in (0, 2):
+            asked.append(epoch)
+            data = task.data.train
+            set_log_precisions(network, elbo_precisions(network) if rule == "elbo" else evidence_precisions(
+                network, data.inputs, data.labels, curvature="sampled"))
+
+    expected = train(make(), task.data.train, PLAIN, action=task.action, callback=by_hand).network
+    assert asked == [0, 2]
+    for name, value in log_precisions(expected).items():
+        assert_close(log_precisions(found)[name], value)
+        assert (value - log_precisions(make())[name]).abs() > 1e-3, name
+    for one, two in zip(found.parameters(), expected.parameters(), strict=True):
+        assert_close(one, two)
+    if rule == "elbo":  # learnt last, so at its optimum for the posterior as it is
+        for name, value in elbo_precisions(found).items():
+            assert_close(log_precisions(found)[name], value)
+
+
+def test_precisions_stay_where_sgd_does_not_diverge():
+    """A step on d w^2 / (2 N) multiplies w by 1 - rate d / N, which at the ceiling is 0; beyond -1 it diverges."""
+    data, method = TASK.data.train, Method(precisions="elbo")
+    sgd = replace(PLAIN, optimizer="sgd", learning_rate=0.5)
+    d = math.exp(precision_updates(method, data, sgd).ceiling)
+    assert_close(1 - 0.5 * d / len(data), 0.0)
+    assert precision_updates(method, data, PLAIN).ceiling == 20.0
+    assert precision_updates(Method(), data, sgd) is None
+
+
+@pytest.mark.parametrize("family, rule, config, reason", [
+    ("gaussian", "evidence", PLAIN, "point masses"),
+    ("point", "elbo", PLAIN, "point masses"),
+    ("point", "evidence", CONFIG, "that of the training set"),
+])
+def test_precisions_are_refused_before_training(family, rule, config, reason, monkeypatch):
+    monkeypatch.setattr(methods, "train", lambda *arguments, **others: pytest.fail("training began"))
+    task, make = relaxed(family)
+    with pytest.raises(Refusal, match=reason):
+        run_method(Method(precisions=rule, learnt_from=1), make, task.data.train, config, action=task.action)
