@@ -34,9 +34,9 @@ test: ready
 	$(PYTEST) --numprocesses=4 -m "processes and not slow" || failed=1; \
 	exit $$failed
 
-CHECKS := style documentation in_step extras project types
+CHECKS := style documentation in_step face extras project packaging types
 check: ready
-	$(PYTEST) --numprocesses=$(WORKERS) $(CHECKS:%=tests/test_%.py)
+	$(PYTEST) --numprocesses=$(WORKERS) $(CHECKS:%=tests/house/test_%.py)
 
 types: ready
 	$(BIN)/python -m pyright

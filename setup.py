@@ -49,6 +49,7 @@ setup(
         *(f"Programming Language :: Python :: {version}" for version in PYTHONS),
     ],
     packages=find_packages(include=[settings["lib_name"], f"{settings['lib_name']}.*"]),
+    package_data={settings["lib_name"]: ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={extra: its.split() for extra, its in EXTRAS.items()},

@@ -39,7 +39,4 @@ echo "Installing the packages of constraints.txt into .venv (a few minutes the f
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 .venv/bin/python -m pip install --quiet --constraint constraints.txt torch
 .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-# Curvlinops declares a package that only a part of it uses which is not used here, and which brings torchvision, whose
-# build for CUDA cannot be imported beside a torch for the CPU. What it does need is the extra "evidence".
-.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-deps curvlinops-for-pytorch
 echo "$made_from" >"$stamp"

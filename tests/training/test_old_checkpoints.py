@@ -1,4 +1,4 @@
-"""Checkpoints that earlier versions wrote are read, and mean what they meant. `tests/data` says how each was made."""
+"""Checkpoints that earlier versions wrote are read, and mean what they meant. Beside each stands how it was made."""
 import json
 import shutil
 from dataclasses import replace
@@ -8,17 +8,18 @@ from typing import get_args
 import pytest
 import torch
 
-from symbnn.actions import field, rotations
-from symbnn.checkpoints import load_network, read_checkpoint
-from symbnn.data import Split
-from symbnn.expansion import Arrangement, arrangement_of
-from symbnn.families import FAMILIES
-from symbnn.layers import kl_sum, posterior_mean_network, variational_tensors
-from symbnn.models import Architecture
-from symbnn.training import TrainingConfig, train
+from symbnn.data.splits import Split
+from symbnn.equivariance.expansion import Arrangement, arrangement_of
+from symbnn.posterior.families import FAMILIES
+from symbnn.posterior.layers import kl_sum, posterior_mean_network, variational_tensors
+from symbnn.symmetry.fields import field, rotations
+from symbnn.training.architectures import Architecture
+from symbnn.training.checkpoints import load_network, read_checkpoint
+from symbnn.training.config import TrainingConfig
+from symbnn.training.loop import train
 from tolerances import assert_close, exact32
 
-FOLDER = Path(__file__).parent / "data" / "checkpoint_0.1"
+FOLDER = Path(__file__).parent / "checkpoint_0.1"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 INPUTS = torch.linspace(-1, 1, 3 * 16).reshape(3, 1, 4, 4)
 TURNS = field(rotations(), (1, 4, 4))
@@ -51,7 +52,7 @@ def test_the_arrangements_of_old_have_their_marks(arrangement):
 def test_an_old_run_goes_on(tmp_path):
     shutil.copytree(FOLDER / "trained", tmp_path, dirs_exist_ok=True)
     stored, network = read_checkpoint(tmp_path).description, load_network(tmp_path)
-    config = replace(TrainingConfig(**stored["config"]), epochs=2)
+    config = replace(TrainingConfig.from_dict(stored["config"]), epochs=2)
     found = train(network, Split(INPUTS, torch.arange(3)), config, action=TURNS, folder=tmp_path, resume=True,
                   architecture=Architecture(**stored["architecture"]))
     assert [record.epoch for record in found.history] == [0, 1]

@@ -4,7 +4,7 @@ import re
 import pytest
 import yaml
 
-from book import ROOT
+from book import LIBRARY, ROOT
 from lowest import pythons, settings
 
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -82,3 +82,12 @@ def test_what_the_papers_name_exists(name):
     within = [link.partition("#")[0] for link in links if link.startswith(url + "/")]
     assert all((ROOT / link.removeprefix(f"{url}/blob/{settings()['branch']}/")).exists() for link in within)
     assert set(re.findall(r"`make (?:\w+=\S+ )*([a-z]+)", text)) <= TARGETS
+
+
+def test_the_rooms_of_the_walks_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rooms = [path.name for path in LIBRARY.iterdir() if path.is_dir() and not path.name.startswith("_")]
+    named = re.findall(rf"`({'|'.join(rooms)})\.([a-z_]+)[.`]", text)
+    assert len(named) > 2 * 10
+    missing = [".".join(pair) for pair in named if not (LIBRARY / pair[0] / f"{pair[1]}.py").exists()]
+    assert not missing, f"CONTRIBUTING.md walks through {missing}, which do not exist"
