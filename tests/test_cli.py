@@ -481,6 +481,7 @@ def program(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
 
 
+@pytest.mark.processes
 def test_a_process_refuses_with_status_2(tmp_path):
     process = program("train", "-o", "out", "--group", "S5", cwd=tmp_path)
     out, err = process.communicate(timeout=120)
@@ -488,6 +489,7 @@ def test_a_process_refuses_with_status_2(tmp_path):
     assert err.startswith("symbnn: The group is one of") and err.count("\n") == 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", [TRAIN, COMPARE])
 def test_ctrl_c_leaves_what_is_finished_and_says_how_to_go_on(tmp_path, command):
     long = [part if part != "2" else "100000" for part in command]  # epochs that never end

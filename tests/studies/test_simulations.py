@@ -104,6 +104,7 @@ def test_files_that_hold_something_else_are_refused(tmp_path, damage):
         simulate(study(), tmp_path)
 
 
+@pytest.mark.processes
 def test_processes_give_the_same_rows(tmp_path):
     small = study(run=width, grids=({"method": ("marginal", "infonce"), "units": (3,), "separation": (1.0,)},))
     one, two = simulate(small, tmp_path / "one"), simulate(small, tmp_path / "two", jobs=2)
