@@ -18,8 +18,8 @@ from ..binding import Change, copy_tree, layer_with, no_change
 from ..errors import Refusal
 from .layers import VariationalTensor, variational_tensors
 
-# %% ../../nbs/2_posterior/10_folding.ipynb #59faf9a1-0
-Stacked = dict[str, Float[Tensor, "S *shape"]]  # of one layer: "weight" and "bias", where they have posteriors
+# %% ../../nbs/2_posterior/10_folding.ipynb #37ef01ad-0
+Stacked = dict[str, Float[Tensor, "S ..."]]  # of one layer: "weight" and "bias", where they have posteriors
 Posteriors = dict[str, VariationalTensor]  # of one layer, likewise
 Rule = Callable[[nn.Module, Stacked, Posteriors], Callable[[Tensor], Tensor]]  # what a layer does with all draws
 
