@@ -53,7 +53,7 @@ def trained(part, kind, channels, root, seed):
     network, data = task.network(seed), task.data.train
     epochs = EPOCHS[part]
     rule = partial(evidence_precisions, inputs=data.inputs, targets=data.labels, curvature="sampled")
-    config = TrainingConfig(epochs=epochs, batch_size=128, draws=1, estimator="shared", learning_rate=0.01,
+    config = TrainingConfig(epochs=epochs, batch_size=128, draws=1, estimator="whole", learning_rate=0.01,
                             schedule="cosine", augmentation="none", evaluate_every=100_000, seed=seed)
     train(network, data, config, callback=PrecisionUpdates(rule, epochs // 4, max(2, epochs // 20)))
     return network, task

@@ -68,7 +68,7 @@ def main():
             "trial_ms": milliseconds(lambda plain=plain, x=x: execution_plan(with_posteriors(plain), x), 5),
             "lookup_ms": milliseconds(lambda network=network, x=x: execution_plan(network, x), 101),
             "split_step_8_ms": milliseconds(lambda: step(8, "split"), 9),
-            "shared_step_8_ms": milliseconds(lambda: step(8, "shared"), 5),
+            "whole_step_8_ms": milliseconds(lambda: step(8, "whole"), 5),
             "predict_32_ms": milliseconds(lambda network=network, x=x: predict(network, x, draws=32), 5),
         }
         print(name, rows[name])

@@ -133,7 +133,7 @@ def peak_gflops():
 
 
 def step(repeats):
-    """One training step (loss and backward), S = 10 shared draws in a loop against the split estimator."""
+    """One training step (loss and backward), S = 10 draws for the whole batch in a loop against the split estimator."""
     x, y = batch()
     rate = peak_gflops()
     report = {"matrix product, GFLOP/s": rate}
@@ -143,7 +143,7 @@ def step(repeats):
             f"loop, S={DRAWS}": lambda loop=loop: loop_loss(loop, x, y, DRAWS).backward(),
             f"split, K={RUNS}": lambda ours=ours: our_loss(ours, x, y, RUNS).backward(),
             "split, K=8": lambda ours=ours: our_loss(ours, x, y, 8).backward(),
-            f"shared, S={DRAWS}": lambda ours=ours: (
+            f"whole, S={DRAWS}": lambda ours=ours: (
                 F.cross_entropy(forward(ours, x, DRAWS).flatten(0, 1), y.repeat(DRAWS)) + kl_sum(ours) / 20_000
             ).backward(),
             "flipout, S=1": lambda ours=ours: (
@@ -204,7 +204,7 @@ def variance(repeats):
         loop = found[f"loop, S={DRAWS}"][0]
         report[stage] = {
             "variance and its standard error": found,
-            "worth in shared draws": {name: DRAWS * loop / value for name, (value, _) in found.items()},
+            "worth in draws for the whole batch": {name: DRAWS * loop / value for name, (value, _) in found.items()},
         }
     return report
 

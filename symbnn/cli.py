@@ -71,7 +71,7 @@ class Commands(typer.core.TyperGroup):
             typer.echo(f"\nInterrupted. {RESUME.get(ctx.invoked_subcommand, 'Nothing was written.')}", err=True)
             raise typer.Exit(130) from interrupt
 
-# %% ../nbs/9_command_line/01_cli.ipynb #3f09616f-0
+# %% ../nbs/9_command_line/01_cli.ipynb #801927e5-0
 IMAGES, NETWORK, TRAINING, RESULTS = "Images and symmetry", "Network", "Training", "Evaluation and results"
 
 
@@ -110,7 +110,7 @@ OPTIONS = {
     "start": _as(str, NETWORK, "First means: random, or invariant (random ones averaged over the group)."),
     "batch_size": _as(int, TRAINING, "Images in a step."),
     "estimator": _as(str, TRAINING, "Gradient estimator. split: the batch in --draws parts with a weight draw each; "
-                     "shared: every draw on every image; flipout; local."),
+                     "whole: every draw on every image; flipout; local."),
     "draws": _as(int, TRAINING, "Weight draws in a training step."),
     "optimizer": _as(str, TRAINING, "adamw, or sgd (Nesterov momentum 0.9)."),
     "learning_rate": _as(float, TRAINING, "Step size of the posterior means."),

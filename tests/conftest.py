@@ -7,8 +7,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
+
+# Before the package is imported: see tests/shapes.py.
+jaxtyping.install_import_hook("symbnn", "shapes.checked")
 
 from book import ALLOWED_WARNINGS
 

@@ -430,7 +430,7 @@ def test_a_study_that_is_shown_can_be_edited(shell, tmp_path):
 def test_the_list_of_studies_has_their_costs(shell, monkeypatch):
     def estimate(study, speed):
         assert speed == "measured"
-        if study.base.training.estimator == "shared":
+        if study.base.training.estimator == "whole":
             raise Refusal("a", got="b", cause="c", fix="d")  # images that are not here
         return Cost(1, 12e12, 15120.0)
 
@@ -438,7 +438,7 @@ def test_the_list_of_studies_has_their_costs(shell, monkeypatch):
     monkeypatch.setattr(cli, "estimate", estimate)
     found = shell("reproduce", "--list")
     assert found.exit_code == 0 and all(name in found.stdout for name in STUDIES)
-    there = sum(study.base.training.estimator != "shared" for study in STUDIES.values())
+    there = sum(study.base.training.estimator != "whole" for study in STUDIES.values())
     assert found.stdout.count("1.2e+13") == found.stdout.count(" 4.2 ") == there < len(STUDIES)
     assert "factor of up to two" in found.stdout
 

@@ -6,7 +6,7 @@
 __all__ = ['raise_evidence', 'evidence_precisions', 'PrecisionUpdates', 'elbo_precisions', 'posterior_dimensions', 'PathReport',
            'learned_equivariance', 'equivariance_table', 'equivariance_picture']
 
-# %% ../../nbs/5_layerwise/05_precisions.ipynb #02462ab2-0
+# %% ../../nbs/5_layerwise/05_precisions.ipynb #a61fb531-0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,6 @@ from .curvature import LogPrecisions, log_precisions, set_log_precisions
 from .evidence import LaplaceApproximation, laplace
 from .paths import pathways
 from ..posterior.layers import variational_tensors
-from ..posterior.point_mass import PointMass
 
 # %% ../../nbs/5_layerwise/05_precisions.ipynb #76a13f2a-0
 def raise_evidence(
@@ -68,12 +67,14 @@ class PrecisionUpdates:
             set_log_precisions(network, values)
             self.history.append({"epoch": done} | {name: float(value) for name, value in values.items()})
 
-# %% ../../nbs/5_layerwise/05_precisions.ipynb #66afb9da-0
+# %% ../../nbs/5_layerwise/05_precisions.ipynb #92eb50db-0
 def _widths(network: nn.Module) -> None:
-    points = [name for name, tensor in variational_tensors(network).items() if isinstance(tensor.posterior, PointMass)]
-    require(not points, "The ELBO judges a precision by the posterior's widths", f"a PointMass for {points[:3]}",
-            "a network trained for maximum a posteriori",
-            "use the evidence: `laplace` and `evidence_precisions`; or train another family")
+    points = {name: type(tensor.posterior).__name__ for name, tensor in variational_tensors(network).items()
+              if not tensor.posterior.variance.any()}
+    require(not points, "posteriors of some width, by which the ELBO judges a precision",
+            ", ".join(f"a {kind} for {name!r}" for name, kind in list(points.items())[:3]),
+            "a network that was trained for its maximum a posteriori, whose posterior is one point",
+            "evidence_precisions(network, inputs, targets), which needs no widths")
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BlockGaussian']
 
-# %% ../../nbs/2_posterior/04_block_gaussian.ipynb #baf26cc8-0
+# %% ../../nbs/2_posterior/04_block_gaussian.ipynb #b755e664-0
 import math
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 from ..errors import Refusal
 from ..estimates import zero_tolerance
 from .family import Closure, Family, LinearMap, apply_map
-from .independent import MeanFieldGaussian, log_of_scale
+from .independent import DiagonalGaussian, log_of_scale
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/2_posterior/04_block_gaussian.ipynb #3e48d7f1-0
-class BlockGaussian(MeanFieldGaussian):
+# %% ../../nbs/2_posterior/04_block_gaussian.ipynb #e561f7f5-0
+class BlockGaussian(DiagonalGaussian):
     """Independent normal weights that share one standard deviation within each block.
 
     The shape of `log_scale` *is* the partition: weights that read the same entry of it by broadcasting form a block.
@@ -36,9 +36,10 @@ class BlockGaussian(MeanFieldGaussian):
         """
         kept = min(mean.ndim, 2) if block_ndim is None else mean.ndim - block_ndim
         if not 0 <= kept <= mean.ndim:
-            raise Refusal("a block must be made of trailing axes of the tensor",
-                          got=f"block_ndim={block_ndim} for shape {tuple(mean.shape)}",
-                          cause="a tensor of fewer axes", fix="pass at most its number of axes")
+            raise Refusal(f"a block over the last 0 to {mean.ndim} axes of the tensor",
+                          got=f"block_ndim={block_ndim} for a tensor of shape {tuple(mean.shape)}",
+                          cause="a block that was meant for a tensor of more axes, such as a kernel",
+                          fix=f"block_ndim={mean.ndim} for one scale in all, block_ndim=0 for one scale a weight")
         return cls(mean, log_of_scale(scale, mean, (*mean.shape[:kept], *[1] * (mean.ndim - kept))), trainable=trainable)
 
     @property
@@ -46,8 +47,6 @@ class BlockGaussian(MeanFieldGaussian):
         """The number of each weight's block."""
         numbers = torch.arange(self.log_scale.numel(), device=self.loc.device)
         return numbers.view(self.log_scale.shape).expand(self.shape)
-
-    marginal = Family.marginal  # refused: single weights would no longer share a scale
 
     def _sources(self, map: LinearMap) -> tuple[Tensor, Tensor] | None:
         """The block that each block of the image reads, and the factor squared; None where blocks are broken."""
@@ -75,7 +74,9 @@ class BlockGaussian(MeanFieldGaussian):
         return Closure(True, "the map sends each block onto one block as a multiple of an isometry")
 
     def _pushed(self, map: LinearMap) -> Family:
-        sources, gains = self._sources(map)
+        found = self._sources(map)
+        assert found is not None  # closedness was asked before
+        sources, gains = found
         log_scale = self.log_scale.flatten()[sources] + gains.log().to(self.loc.dtype) / 2
         loc = apply_map(map, self.mean.flatten()).view(self.shape)
         return BlockGaussian(self._compact(loc, self.loc), log_scale.view(self.log_scale.shape), shape=self.shape,

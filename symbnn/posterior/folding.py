@@ -18,7 +18,7 @@ from ..binding import Change, copy_tree, layer_with, no_change
 from ..errors import Refusal
 from .layers import VariationalTensor, variational_tensors
 
-# %% ../../nbs/2_posterior/10_folding.ipynb #e9f275dc-0
+# %% ../../nbs/2_posterior/10_folding.ipynb #432063a5-0
 Stacked = dict[str, Float[Tensor, "S *shape"]]  # of one layer: "weight" and "bias", where they have posteriors
 Posteriors = dict[str, VariationalTensor]  # of one layer, likewise
 Rule = Callable[[nn.Module, Stacked, Posteriors], Callable[[Tensor], Tensor]]  # what a layer does with all draws
@@ -47,7 +47,7 @@ def check_runs(x: Tensor, count: int) -> None:
             "A layer sees the rows of every draw, one draw after the other",
             got=f"an input of shape {tuple(x.shape)} for {count} draws",
             cause="a network that drops or joins rows, depending on their values",
-            fix='forward(network, x, draws=1), or estimator="shared" with predictions of one input at a time',
+            fix='forward(network, x, draws=1), or estimator="whole" with predictions of one input at a time',
         )
 
 

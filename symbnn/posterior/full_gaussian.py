@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FullGaussian']
 
-# %% ../../nbs/2_posterior/05_full_gaussian.ipynb #c40bc010-0
+# %% ../../nbs/2_posterior/05_full_gaussian.ipynb #ba52342e-0
 import math
 from typing import ClassVar
 
@@ -16,12 +16,12 @@ from torch.distributions import Distribution, MultivariateNormal, TransformedDis
 from torch.distributions.transforms import ReshapeTransform
 
 from ..errors import Refusal
-from .family import Closure, Family, LinearMap, apply_map
+from .family import Closure, ContinuousFamily, LinearMap, apply_map
 from .independent import log_of_scale
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/05_full_gaussian.ipynb #a6680e5f-0
-class FullGaussian(Family):
+# %% ../../nbs/2_posterior/05_full_gaussian.ipynb #1c40fbd9-0
+class FullGaussian(ContinuousFamily):
     """Normal weights with any covariance L L^T over the flattened tensor.
 
     `factor` holds L without constraint: L below the diagonal, log L on it; what lies above is never read.
@@ -29,16 +29,21 @@ class FullGaussian(Family):
     """
 
     exponential = True
+    loc: Tensor
+    factor: Tensor
     largest: ClassVar[int] = 4096  # the most weights that are accepted
 
     def __init__(self, loc: Tensor, scale_tril: Tensor, *, trainable: bool = True):
         self._check_size(loc)
         square = tuple(scale_tril.shape) == (loc.numel(), loc.numel())
         if not square or not (scale_tril.is_meta or self._is_factor(scale_tril)):
-            raise Refusal("scale_tril must be lower triangular over the flattened tensor, with a positive diagonal",
-                          got=f"shape {tuple(scale_tril.shape)} for {loc.numel()} weights" * (not square)
-                          + "a matrix that is not" * square, cause="a covariance in place of its Cholesky factor",
-                          fix="pass torch.linalg.cholesky(covariance)")
+            raise Refusal(f"a lower triangular scale_tril ({loc.numel()}, {loc.numel()}) with a positive diagonal",
+                          got="a matrix that is not triangular, or with a diagonal entry of 0 or less" if square else
+                          f"scale_tril of shape {tuple(scale_tril.shape)} for {loc.numel()} weights",
+                          cause="a covariance in place of its Cholesky factor" if square else
+                          "the factor of another tensor, or a vector of scales",
+                          fix="torch.linalg.cholesky(covariance)" if square else "torch.diag(scales) of the flattened "
+                          "tensor")
         super().__init__(loc.shape, trainable)
         self._hold("loc", loc)
         self._hold("factor", scale_tril.tril(-1) + scale_tril.diagonal().log().diag())
@@ -50,10 +55,11 @@ class FullGaussian(Family):
     @classmethod
     def _check_size(cls, loc: Tensor) -> None:
         if loc.numel() > cls.largest:
-            raise Refusal(f"a full covariance must cover at most {cls.largest} weights",
+            raise Refusal(f"at most {cls.largest} weights with a full covariance",
                           got=f"{loc.numel()} weights, whose factor alone would take "
                           f"{loc.numel() ** 2 * loc.element_size() / 2**30:.2f} GiB",
-                          cause="one covariance for a whole layer", fix="choose BlockGaussian or MeanFieldGaussian")
+                          cause="a wide layer, all of whose weights would be correlated",
+                          fix="family=MeanFieldGaussian, or family=BlockGaussian")
 
     @classmethod
     def initial(cls, mean: Tensor, scale: float | Tensor, trainable: bool = True) -> "FullGaussian":
@@ -107,15 +113,18 @@ class FullGaussian(Family):
         """Differential entropy in nats."""
         return self.factor.diagonal().sum() + self.numel * (1 + math.log(2 * math.pi)) / 2
 
-    def _cross_entropy(self, posterior: Family) -> Tensor:
-        columns = torch.cat([posterior._root(), (posterior.mean - self.loc).reshape(-1, 1)], 1)
+    def _cross_entropy(self, posterior: ContinuousFamily) -> Tensor | None:
+        root = posterior._root()
+        if root is None:
+            return None
+        columns = torch.cat([root, (posterior.mean - self.loc).reshape(-1, 1)], 1)
         square = torch.linalg.solve_triangular(self.scale_tril, columns, upper=False).square().sum()
         return self.factor.diagonal().sum() + (square + self.numel * math.log(2 * math.pi)) / 2
 
     def _closure(self, map: LinearMap) -> Closure:
         return Closure(True, "an invertible linear map takes every covariance to a covariance")
 
-    def _pushed(self, map: LinearMap) -> Family:
+    def _pushed(self, map: LinearMap) -> "FullGaussian":
         upper = torch.linalg.qr(apply_map(map, self.scale_tril.T)).R  # (map L)(map L)^T = upper^T upper
         return FullGaussian(apply_map(map, self.loc.flatten()).view(self.shape),
                             (upper * upper.diagonal().sign()[:, None]).T, trainable=self.trainable)
@@ -134,9 +143,10 @@ class FullGaussian(Family):
         """The member with these natural parameters; `Refusal` outside the natural parameter space."""
         root, failed = torch.linalg.cholesky_ex(-2 * natural["quadratic"].flip(0, 1))
         if int(failed) > 0:
-            raise Refusal("the quadratic natural parameter of a Gaussian must be negative definite",
-                          got="a matrix that is not", cause="parameters outside the natural parameter space",
-                          fix="weights of an average must not be negative: extrapolation may leave the space")
+            raise Refusal("a negative definite quadratic natural parameter, -precision / 2",
+                          got=f"a matrix that is not, from its minor of order {int(failed)} on",
+                          cause="an extrapolation: a combination of members with negative weights",
+                          fix="weights of at least 0, such as (a.natural()[key] + b.natural()[key]) / 2")
         factor = torch.linalg.inv(root.flip(0, 1)).T  # the precision is U U^T with U upper triangular, L = U^-T
         loc = factor @ (factor.T @ natural["linear"].flatten())
         return cls(loc.view(natural["linear"].shape), factor.tril(), trainable=trainable)

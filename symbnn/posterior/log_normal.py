@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LogNormal']
 
-# %% ../../nbs/2_posterior/03_log_normal.ipynb #d10a2a5f-0
+# %% ../../nbs/2_posterior/03_log_normal.ipynb #ec435e1e-0
 import math
 from typing import ClassVar
 
@@ -16,11 +16,11 @@ from torch.distributions import Distribution, Independent, Normal, TransformedDi
 from torch.distributions.transforms import AffineTransform, ExpTransform
 
 from ..errors import Refusal
-from .family import Closure, Family, LinearMap, monomial
+from .family import Closure, ContinuousFamily, Family, LinearMap, monomial
 from .independent import IndependentFamily, normals_of_natural, log_of_scale, natural_of_normals
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/03_log_normal.ipynb #d75a8da5-0
+# %% ../../nbs/2_posterior/03_log_normal.ipynb #5b0f38d2-0
 class LogNormal(IndependentFamily):
     """Weights mask * exp(loc + exp(log_scale) * normal noise): frozen signs, log-normal magnitudes.
 
@@ -29,14 +29,15 @@ class LogNormal(IndependentFamily):
     """
 
     exponential = True
+    mask: Tensor
     floor: ClassVar[float] = 1e-3  # the smallest magnitude at which `initial` starts: such a weight is never 0
 
     def __init__(self, loc: Tensor, log_scale: Tensor, mask: Tensor, *, shape: tuple[int, ...] | None = None,
                  trainable: bool = True):
         if not mask.is_meta and not bool((mask.abs() == 1).all()):
-            raise Refusal("a sign mask must hold +1 and -1", got=f"the values {mask.unique().tolist()[:5]}",
-                          cause="weights or a 0/1 mask passed as a sign mask",
-                          fix="pass the signs of the weights, with zeros replaced by 1")
+            raise Refusal("a sign mask of +1 and -1", got=f"a mask with the values {mask.unique().tolist()[:5]}",
+                          cause="the weights themselves, or a mask of zeros and ones",
+                          fix="torch.where(weight < 0, -1, 1)")
         if shape is None:
             shape = torch.broadcast_shapes(loc.shape, log_scale.shape, mask.shape)
         super().__init__(loc, log_scale, shape=shape, trainable=trainable)
@@ -86,7 +87,7 @@ class LogNormal(IndependentFamily):
         same = isinstance(prior, LogNormal) and torch.equal(self.mask.expand(self.shape), prior.mask.expand(self.shape))
         return self._kl_of_normals(prior) if same else super()._kl(prior)
 
-    def _cross_entropy(self, posterior: Family) -> Tensor:
+    def _cross_entropy(self, posterior: ContinuousFamily) -> Tensor | None:
         raise posterior._no_kl(self, "the posterior gives mass to signs that the prior's mask excludes: KL is infinite")
 
     def _closure(self, map: LinearMap) -> Closure:
@@ -108,8 +109,9 @@ class LogNormal(IndependentFamily):
 
     def marginal(self, index: Int[Tensor, " k"]) -> "LogNormal":
         """The law of some of the flattened coordinates, of shape (k,)."""
-        parts = (value.expand(self.shape).flatten()[index] for value in (self.loc, self.log_scale, self.mask))
-        return LogNormal(*parts, trainable=self.trainable)
+        loc, log_scale, mask = (
+            value.expand(self.shape).flatten()[index] for value in (self.loc, self.log_scale, self.mask))
+        return LogNormal(loc, log_scale, mask, trainable=self.trainable)
 
     def natural(self) -> dict[str, Tensor]:
         """`linear` and `quadratic` of the normal law of log|theta|, and the `mask`, which is no parameter."""

@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['PointMass']
 
-# %% ../../nbs/2_posterior/06_point_mass.ipynb #7fccff1c-0
+# %% ../../nbs/2_posterior/06_point_mass.ipynb #060e4671-0
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.distributions import Distribution
 
-from ..errors import Refusal
-from .family import Closure, Family, LinearMap, apply_map
+from .family import Closure, ContinuousFamily, Family, LinearMap, apply_map
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/06_point_mass.ipynb #67057764-0
+# %% ../../nbs/2_posterior/06_point_mass.ipynb #656ba4f7-0
 class PointMass(Family):
     """All mass at `loc`: with it the ELBO is the log-density of data and weights, and training finds its maximum.
 
@@ -23,6 +21,7 @@ class PointMass(Family):
     """
 
     symmetric = True
+    loc: Tensor
 
     def __init__(self, loc: Tensor, *, trainable: bool = True):
         super().__init__(loc.shape, trainable)
@@ -43,7 +42,10 @@ class PointMass(Family):
         """Zero."""
         return torch.zeros_like(self.loc)
 
-    variance = scale
+    @property
+    def variance(self) -> Float[Tensor, "*shape"]:
+        """Zero."""
+        return torch.zeros_like(self.loc)
 
     def noise(self, draws: int, generator: torch.Generator | None = None) -> Float[Tensor, "draws *shape"]:
         """Zeros; the generator is left alone."""
@@ -56,22 +58,8 @@ class PointMass(Family):
     def _kl(self, prior: Family) -> Tensor:
         return -prior.log_prob(self.loc)
 
-    def _no_density(self) -> Refusal:
-        return Refusal("a density exists where no single weight has positive probability", got="a PointMass",
-                       cause="a Bayesian quantity asked of maximum a posteriori weights",
-                       fix="train one of the other families, or approximate around the point: the chapter on evidence")
-
-    def distribution(self) -> Distribution:
-        """Refused: torch.distributions has densities."""
-        raise self._no_density()
-
-    def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
-        """Refused: there is no density."""
-        raise self._no_density()
-
-    def entropy(self) -> Float[Tensor, ""]:
-        """Refused: minus infinity."""
-        raise self._no_density()
+    def _cross_entropy(self, posterior: ContinuousFamily) -> Tensor | None:
+        raise posterior._no_kl(self, "all mass of this prior lies at one point: KL is infinite")
 
     def _closure(self, map: LinearMap) -> Closure:
         return Closure(True, "the image of a point is a point")

@@ -24,7 +24,7 @@ from .studies import Evaluation, Panel, Spec, Study, task_of
 from ..training.checks import choose_device
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/07_catalogue.ipynb #16f85529-0
+# %% ../../nbs/8_studies/07_catalogue.ipynb #ea660b15-0
 class Cost(NamedTuple):
     """What a study takes on one core, or on a GPU."""
 
@@ -66,7 +66,7 @@ def estimate(study: Study, speed: tuple[float, float], root: Path | None = None)
         steps = -(-order * len(task.data.train) // training.batch_size)
         images = its.images or len(getattr(task.data, its.split))
         draws = its.repeats * max(its.sweep) if its.sweep else its.draws
-        passes = {"split": 1, "local": 1, "shared": training.draws, "flipout": 2 * training.draws}[training.estimator]
+        passes = {"split": 1, "local": 1, "whole": training.draws, "flipout": 2 * training.draws}[training.estimator]
         each = [epoch_cost(task, width, training) for width in widths]
         trained = before * each[0] + (training.epochs - before) * each[1]
         evaluated = draws * images * each[1] // (3 * passes * len(task.data.train))
@@ -75,7 +75,7 @@ def estimate(study: Study, speed: tuple[float, float], root: Path | None = None)
     seeds = len(study.seeds)
     return Cost(len(study.runs()), seeds * work, seeds * seconds)
 
-# %% ../../nbs/8_studies/07_catalogue.ipynb #50ebba59-0
+# %% ../../nbs/8_studies/07_catalogue.ipynb #2dac0359-0
 def _studies(base: Spec, triggers: tuple[int, ...], sizes: dict[int, int], equal: int, tied_rate: float,
              swept: dict, adamw: dict) -> dict[str, Study]:
     """The studies around one base.
@@ -204,7 +204,7 @@ SMALL = Spec(
 )
 FULL = Spec(
     Setup(dataset="fashion_mnist", train_size=5000, validation_size=5000, channels=(32, 64), initial_scale=0.0486),
-    TrainingConfig(epochs=500, estimator="shared", draws=10, optimizer="sgd", learning_rate=0.01, scale_rate=10.0,
+    TrainingConfig(epochs=500, estimator="whole", draws=10, optimizer="sgd", learning_rate=0.01, scale_rate=10.0,
                    clip_norm=1.0, evaluate_every=1000, evaluation_draws=8),
     evaluation=Evaluation(images=None, draws=64),
 )
@@ -219,7 +219,7 @@ STUDIES: dict[str, Study] = _studies(
     adamw={"optimizer": "adamw", "learning_rate": 3e-3, "scale_rate": 1.0, "clip_norm": None},
 ).items()} | {
     name: _permutations(Setup(dataset, validation_size=1000), f"{PERMUTED}, table 1", (5, 10, 20, 30), (5, 10, 20), 10,
-                        1000, {"epochs": 10, "estimator": "shared", "learning_rate": 1e-3})
+                        1000, {"epochs": 10, "estimator": "whole", "learning_rate": 1e-3})
     for name, dataset in (("permutations", "mnist"), ("permutations-fashion", "fashion_mnist"))
 } | {
     "permutations-few": _permutations(

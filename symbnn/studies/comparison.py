@@ -30,7 +30,7 @@ from ..training.checkpoints import has_checkpoint
 from ..training.checks import choose_device
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/03_comparison.ipynb #8ca2e4db-0
+# %% ../../nbs/8_studies/03_comparison.ipynb #7c1464aa-0
 class Plan(NamedTuple):
     """`small_epochs` of training the small network, then `epochs` on one with `order` times the channels."""
 
@@ -83,7 +83,7 @@ class Comparison:
 
 def epoch_cost(task: Task, order: int, training: TrainingConfig) -> int:
     """Multiply-adds of one epoch of the network with `order` times the channels: three passes for each that is made."""
-    passes = {"split": 1, "local": 1, "shared": training.draws, "flipout": 2 * training.draws}[training.estimator]
+    passes = {"split": 1, "local": 1, "whole": training.draws, "flipout": 2 * training.draws}[training.estimator]
     copies = task.action.group.order if training.augmentation == "full" else 1
     return 3 * passes * copies * len(task.data.train) * multiply_adds(task.network(0, order), task.data.shape)
 

@@ -6,7 +6,7 @@
 __all__ = ['SYMMETRIES', 'PRIORS', 'ARRAYS', 'UNREADABLE', 'WORK', 'Setup', 'load_npz', 'Task', 'prepare', 'check_training',
            'fit', 'learning', 'path_reports', 'evaluate']
 
-# %% ../../nbs/8_studies/02_experiments.ipynb #f05e70fe-0
+# %% ../../nbs/8_studies/02_experiments.ipynb #ebad4d53-0
 import json
 import math
 import sys
@@ -35,7 +35,7 @@ from ..layerwise.evidence import LaplaceApproximation, laplace
 from ..layerwise.paths import pathways
 from ..layerwise.precisions import PathReport, learned_equivariance
 from ..posterior.families import FAMILIES
-from ..posterior.layers import with_posteriors, variational_tensors
+from ..posterior.layers import variational_tensors, with_posteriors
 from ..posterior.point_mass import PointMass
 from ..posterior.priors import Prior, isotropic, per_tensor, random_means
 from .methods import Method, averaged, check_method, precision_updates

@@ -7,7 +7,7 @@ __all__ = ['AVERAGES', 'EXPANSIONS', 'STEADY', 'NAMES', 'Precisions', 'Build', '
            'precision_updates', 'check_precisions', 'averaged', 'check_method', 'Trained', 'training_accuracy',
            'run_method']
 
-# %% ../../nbs/8_studies/01_methods.ipynb #39221c1b-0
+# %% ../../nbs/8_studies/01_methods.ipynb #c64a0f85-0
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ from torch import nn
 from ..data.batches import epoch_generator
 from ..data.splits import Split
 from ..equivariance.averages import Barycentre, symmetrize_
-from ..equivariance.expansion import Arrangement, expand, expanded_action
+from ..equivariance.expansion import Arrangement, expand
 from ..equivariance.mixture import orbit_average
 from ..equivariance.predictions import OrbitPredictions
 from ..equivariance.projected_gradients import keep_invariant
@@ -103,7 +103,7 @@ class Method:
         return order if self.name in ("wide", "tied") else 1, 1 if self.name in (
             "baseline", "orbit_mixture", "tied_small", *AVERAGES) else order
 
-# %% ../../nbs/8_studies/01_methods.ipynb #6ddac1b9-0
+# %% ../../nbs/8_studies/01_methods.ipynb #125670ad-0
 Build = Callable[[int], nn.Module]  # the untrained Bayesian network with so many times the channels
 
 
@@ -126,8 +126,7 @@ def change(
     """
     small = network_action(network, action)
     if method.name in EXPANSIONS:
-        network = expand(network.cpu(), small, method.name, prior)
-        return network, expanded_action(network, small, method.name)
+        return expand(network.cpu(), small, method.name, prior)
     if method.name in AVERAGES:
         symmetrize_(network, small, method.name)
     return network, small

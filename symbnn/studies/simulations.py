@@ -6,7 +6,7 @@
 __all__ = ['TWO_WEIGHT_METHODS', 'SIMULATIONS', 'Simulation', 'simulate', 'averages', 'save_rows', 'read_rows', 'paired',
            'unit_network', 'width', 'grid_predictive', 'two_weight_problem', 'two_weights']
 
-# %% ../../nbs/8_studies/08_simulations.ipynb #9b39cab4-0
+# %% ../../nbs/8_studies/08_simulations.ipynb #a4a3b1c2-0
 import hashlib
 import json
 import math
@@ -29,7 +29,7 @@ from ..files import write_file
 from ..hidden_units.mutual_information import InformationEstimator
 from ..hidden_units.two_weights import GaussianFit, TwoWeights
 from ..posterior.independent import MeanFieldGaussian
-from ..posterior.layers import with_posteriors, variational_tensors
+from ..posterior.layers import variational_tensors, with_posteriors
 from ..posterior.priors import isotropic
 from ..posterior.sampling import sample_weights
 from .studies import Panel, words

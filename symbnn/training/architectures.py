@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Architecture', 'build', 'multiply_adds', 'weight_count']
 
-# %% ../../nbs/7_training/01_architectures.ipynb #89e52d4c-0
+# %% ../../nbs/7_training/01_architectures.ipynb #6d7577d7-0
 import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -16,11 +16,11 @@ from torch import nn
 from torch.nn.utils import skip_init
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import Refusal
+from ..errors import Refusal, require
 from ..layerwise.paths import path_kinds, relaxed_network
 from ..posterior.layers import is_variational, posterior_mean_network
 
-# %% ../../nbs/7_training/01_architectures.ipynb #bcdb4522-0
+# %% ../../nbs/7_training/01_architectures.ipynb #dd99af31-0
 @dataclass(frozen=True)
 class Architecture:
     """A network as a value, equal to itself after a round trip through JSON (`as_dict`, `Architecture(**d)`).
@@ -41,18 +41,19 @@ class Architecture:
         for name in ("input_shape", "channels", "strides"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         sizes = (*self.input_shape, self.classes, *self.channels, *self.strides)
-        if not self.input_shape or not all(type(size) is int and size > 0 for size in sizes):
-            raise self._refusal(
-                "Shapes, classes and channels are positive integers", str(sizes), "an empty or computed size",
-                "state each of them",
-            )
+        require(bool(self.input_shape) and all(type(size) is int and size > 0 for size in sizes),
+                "positive whole numbers as input_shape, classes, channels and strides",
+                f"input_shape={self.input_shape}, classes={self.classes}, channels={self.channels}, "
+                f"strides={self.strides}", "a shape left empty, or a quotient, which is a float",
+                'Architecture("cnn", (1, 28, 28), 10, (32, 64)), with numbers of your own')
         if self.is_relaxed:
-            self._check_strides()
+            self._fill_strides()
         elif self.name == "cnn":
             self._check_pooling()
-        if self.strides and not self.is_relaxed:
-            raise self._refusal("Strides belong to relaxed networks", f"{self.name} with strides={self.strides}",
-                                "a cnn is pooled, an mlp has no pixels", "leave them out")
+        require(not self.strides or self.is_relaxed, f"no strides for {self.name!r}", f"strides={self.strides}",
+                "a cnn, which is pooled by 2 after each convolution" if self.name == "cnn" else
+                "an mlp, which has no pixels",
+                f"Architecture({self.name!r}, {self.input_shape}, {self.classes}, {self.channels})")
 
     @property
     def is_relaxed(self) -> bool:
@@ -62,47 +63,47 @@ class Architecture:
         try:
             return bool(path_kinds(self.name))
         except Refusal as refusal:
-            raise self._refusal("An architecture is called cnn or mlp, or by its paths, such as FC+CONV",
-                                repr(self.name), "a misspelt name", '"cnn"') from refusal
+            raise Refusal('"cnn", "mlp", or the paths of a relaxed network such as "FC+CONV"', got=repr(self.name),
+                          cause="a misspelt name, or a network of your own, which needs no Architecture",
+                          fix='name="cnn"') from refusal
 
-    def _check_strides(self) -> None:
-        """Fill in the strides, and see that they divide the sizes."""
-        shape = self.input_shape
-        if not self.strides and len(shape) == 3:
-            even = [not any(size % 2**depth for size in shape[1:]) for depth in range(1, len(self.channels))]
-            object.__setattr__(self, "strides", tuple(1 + halves for halves in [False, *even][: len(self.channels)]))
+    def _fill_strides(self) -> None:
+        """Fill in the strides where there are none, and see that they divide the sides."""
+        shape, depth = self.input_shape, len(self.channels)
+        require(len(shape) == 3 and depth > 0,
+                f"input_shape=(channels, height, width) and at least one entry of channels for {self.name!r}",
+                f"input_shape={shape}, channels={self.channels}",
+                "images without a channel axis" if depth else "no hidden layer",
+                f"input_shape={(1, *shape[-2:])}" if depth else "channels=(8,)")
+        even = [not any(size % 2**layer for size in shape[1:]) for layer in range(1, depth)]
+        filled = tuple(1 + halves for halves in [False, *even])
+        if not self.strides:
+            object.__setattr__(self, "strides", filled)
+        require(len(self.strides) == depth, f"one stride for each of the {depth} entries of channels",
+                f"strides={self.strides} for channels={self.channels}", "strides of another network",
+                f"strides={filled}, or none to have them filled in")
         total = prod(self.strides)
-        if len(shape) != 3 or not self.channels or len(self.strides) != len(self.channels) or any(
-                size % total for size in shape[1:]):
-            raise self._refusal(
-                "A relaxed network has inputs (channels, height, width), a stride for every entry of channels, and "
-                "sides that their product divides",
-                f"input_shape={shape}, channels={self.channels}, strides={self.strides}",
-                "images of another size, or strides for another number of layers",
-                "leave out the strides, or pad the images",
-            )
+        require(not any(size % total for size in shape[1:]),
+                f"sides that the product of the strides, {total}, divides", f"{shape[1]} x {shape[2]} pixels and "
+                f"strides={self.strides}", "images of another size", f"strides={filled}, or images padded to "
+                f"{' x '.join(str(-(-size // total) * total) for size in shape[1:])} pixels")
 
     def _check_pooling(self) -> None:
-        if len(self.input_shape) != 3 or not self.channels:
-            raise self._refusal(
-                "A cnn has inputs (channels, height, width) and at least one convolution",
-                f"input_shape={self.input_shape}, channels={self.channels}",
-                "images without a channel axis",
-                "(1, 28, 28) for grey images, or the architecture mlp",
-            )
-        for depth in range(len(self.channels)):
-            pooled = [size >> depth for size in self.input_shape[1:]]
-            if any(size % 2 for size in pooled):
-                raise self._refusal(
-                    "What a 2x2 pooling pools is even, or a turned image would lose other pixels than the image",
-                    f"{pooled[0]} x {pooled[1]} before pooling {depth + 1} of {len(self.channels)}",
+        shape, depth = self.input_shape, len(self.channels)
+        require(len(shape) == 3 and depth > 0,
+                "input_shape=(channels, height, width) and at least one convolution for 'cnn'",
+                f"input_shape={shape}, channels={self.channels}",
+                "images without a channel axis" if depth else "no entry of channels",
+                f"input_shape={(1, *shape[-2:])} for grey images, or name=\"mlp\"" if depth else "channels=(8,)")
+        for number in range(depth):
+            pooled = [size >> number for size in shape[1:]]
+            padded = [-(-size // 2**depth) * 2**depth for size in shape[1:]]
+            require(not any(size % 2 for size in pooled),
+                    "even sides before each 2x2 pooling, or a turned image would lose other pixels than the image",
+                    f"{pooled[0]} x {pooled[1]} before pooling {number + 1} of {depth}",
                     "an odd image size, or too many poolings",
-                    "pad the images, or use fewer channels entries",
-                )
-
-    @staticmethod
-    def _refusal(invariant: str, received: str, cause: str, fix: str) -> Refusal:
-        return Refusal(invariant, got=received, cause=cause, fix=fix)
+                    f"images padded to {padded[0]} x {padded[1]} pixels" + (
+                        f", or channels={self.channels[:number]}" if number else ""))
 
     def expanded(self, order: int) -> "Architecture":
         """The same with `order` times the channels: what orbit expansion by a group of that order makes of it."""
@@ -113,19 +114,22 @@ class Architecture:
         return {name: value for name, value in asdict(self).items() if name != "strides" or value}
 
 
-PRESETS = {
+PRESETS: dict[str, Architecture] = {
     "small": Architecture("cnn", (1, 28, 28), 10, (32, 64)),  # arXiv 2606.26273
     "digits": Architecture("cnn", (1, 8, 8), 10, (8, 16)),  # the same for 8x8 images
     "mlp": Architecture("mlp", (1, 8, 8), 10, (32,)),
 }
 
-# %% ../../nbs/7_training/01_architectures.ipynb #f00fdb8a-0
-def _layer(kind: type[nn.Module], *sizes: int, gain: float, generator: torch.Generator | None, **options) -> nn.Module:
+# %% ../../nbs/7_training/01_architectures.ipynb #2974f41f-0
+def _layer(
+    kind: type[nn.Linear] | type[nn.Conv2d], *sizes: int, gain: float, generator: torch.Generator | None, **options
+) -> nn.Module:
     """A layer with normal weights of variance gain / fan-in and zero biases; torch's global generator is not used."""
     layer = skip_init(kind, *sizes, **options)
+    weight, bias = layer.parameters()
     with torch.no_grad():
-        layer.weight.normal_(0, (gain / prod(layer.weight.shape[1:])) ** 0.5, generator=generator)
-        layer.bias.zero_()
+        weight.normal_(0, (gain / prod(weight.shape[1:])) ** 0.5, generator=generator)
+        bias.zero_()
     return layer
 
 
@@ -151,9 +155,9 @@ def build(
     head = _layer(nn.Linear, architecture.channels[-1], architecture.classes, gain=1, **options)
     return nn.Sequential(*hidden, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
-# %% ../../nbs/7_training/01_architectures.ipynb #425e7463-0
+# %% ../../nbs/7_training/01_architectures.ipynb #22414513-0
 def multiply_adds(network: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-adds of convolutions and matrix products for one input and one draw of the weights."""
+    """Multiply-adds of convolutions and matrix products for one input and one sample of the weights."""
     if is_variational(network):
         network = posterior_mean_network(network)
     network = copy.deepcopy(network).to("meta").eval()

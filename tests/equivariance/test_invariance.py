@@ -272,7 +272,8 @@ def test_drift_is_the_distance_from_the_group_mean():
 def pixel_pair():
     """The network, action, datum and SymPy gradient of two pixels under exchange with a change of signs."""
     torch.manual_seed(0)
-    network = with_posteriors(nn.Sequential(nn.Linear(2, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False)).double())
+    layers = nn.Linear(2, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False)
+    network = with_posteriors(nn.Sequential(*layers).double())
     swap = SignedPermutation([1, 0], [-1, -1])
     source = Action(Cyclic(2), (2,), lambda g: swap if g else SignedPermutation.identity(2), "exchange")
     action = network_action(network, source)
@@ -378,7 +379,7 @@ def noisy_steps(network, optimizer, steps):
     for step in range(steps):
         batch = torch.randint(12, (3,), generator=generator)
         optimizer.zero_grad()
-        outputs = forward(network, x[batch], 1, "shared", generator)
+        outputs = forward(network, x[batch], 1, "whole", generator)
         (-elbo(network, outputs, y[batch], 48, likelihood=Gaussian(0.5)).elbo).backward()
         if step % 2:
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -413,7 +414,7 @@ def test_lbfgs_stays_up_to_rounding():
 
     def closure():
         optimizer.zero_grad()
-        loss = -elbo(network, forward(network, x, 1, "shared", seeded(1)), y, 6, likelihood=Gaussian(0.5)).elbo
+        loss = -elbo(network, forward(network, x, 1, "whole", seeded(1)), y, 6, likelihood=Gaussian(0.5)).elbo
         loss.backward()
         return loss
 
@@ -477,7 +478,7 @@ def test_running_statistics_stay_invariant():
         for seed in range(3):
             x = random(6, 1, 4, 4, seed=seed)
             optimizer.zero_grad()
-            forward(network, x, 1, "shared", seeded(seed)).square().sum().backward()
+            forward(network, x, 1, "whole", seeded(seed)).square().sum().backward()
             optimizer.step()
         norm = network[1]
         assert norm.running_mean.abs().min() > 0
@@ -485,9 +486,9 @@ def test_running_statistics_stay_invariant():
             assert torch.equal(value, value[:1].expand(4))
         norm.running_mean[0] += 1  # by hand; a prediction does not touch it
         kept = norm.running_mean.clone()
-        forward(network.eval(), x, 1, "shared", seeded())
+        forward(network.eval(), x, 1, "whole", seeded())
         assert torch.equal(norm.running_mean, kept)
-    forward(network.train(), x, 1, "shared", seeded())
+    forward(network.train(), x, 1, "whole", seeded())
     assert not torch.equal(norm.running_mean, norm.running_mean[:1].expand(4))
     with pytest.raises(Refusal, match="running_mean"):
         keep_invariant(network, action)

@@ -1,5 +1,6 @@
 """Metrics against slow loops in float64, the defect against exact moments, orbit predictions against the slow way."""
 
+import copy
 import math
 
 import pytest
@@ -21,16 +22,23 @@ from symbnn.equivariance.metrics import (
     summarize,
     symmetric_kl,
 )
-from symbnn.equivariance.predictions import OrbitPredictions, check_labels, check_probabilities, orbit_predictions
+from symbnn.equivariance.predictions import (
+    Equivariance,
+    OrbitPredictions,
+    check_labels,
+    check_probabilities,
+    orbit_predictions,
+)
 from symbnn.errors import Refusal
 from symbnn.estimates import Estimate
 from symbnn.posterior.divergences import jensen_shannon, orbit_error, through_jensen_shannon
 from symbnn.posterior.layers import with_posteriors
-from symbnn.posterior.sampling import sample_weights
-from symbnn.symmetry.actions import regular_channels
+from symbnn.posterior.sampling import predict, sample_weights
+from symbnn.symmetry.actions import Action, regular_channels
 from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.groups import Cyclic
 from symbnn.symmetry.networks import network_action
+from symbnn.training.architectures import Architecture, build
 from tolerances import assert_close as tensors_close
 from tolerances import exact32, exact64, within_standard_errors
 
@@ -552,3 +560,136 @@ def test_cuda(require_cuda, setting):
     found = orbit_predictions(network, x, action, 3)
     assert found.probabilities.device.type == "cuda"
     assert summarize(found, torch.zeros(7, dtype=torch.int64))["nll_nats"] > 0
+
+
+# --- predictors whose weights no group moves ---
+
+@pytest.fixture(scope="module")
+def ensemble():
+    """Networks with a stride and dropout, which have no action on weights, in training mode."""
+    def member(seed):
+        torch.manual_seed(seed)
+        layers = nn.Conv2d(1, 3, 3, stride=2), nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(3, 4)
+        return nn.Sequential(*layers).double()
+
+    members = [member(seed) for seed in range(3)]
+    with pytest.raises(Refusal):
+        network_action(members[0].eval(), field(rotations(), (1, 4, 4)))
+    return [one.train() for one in members]
+
+
+def asked_of(setting):
+    """The actions on inputs and outputs alone."""
+    return Equivariance(setting[2].input, setting[2].output)
+
+
+@pytest.mark.parametrize("mode", ["common", "shared", "fresh"])
+def test_only_inputs_and_outputs_have_to_be_acted_on(setting, mode):
+    _, network, action, x = setting
+    wanted, found = (orbit_predictions(network, x, its, 3, mode, 3, torch.Generator().manual_seed(5)).probabilities
+                     for its in (action, asked_of(setting)))
+    assert torch.equal(wanted, found)
+
+
+@pytest.mark.parametrize("batch_size", [3, 256])
+def test_ensembles_networks_and_functions_against_the_slow_way(setting, ensemble, batch_size):
+    asked, x = asked_of(setting), setting[3]
+    evaluated = [copy.deepcopy(one).eval() for one in ensemble]
+    expected = torch.empty(3, 7, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        for s, one in enumerate(evaluated):
+            for k in range(4):
+                logits = one(torch.rot90(x, k, (-2, -1)))
+                expected[s, :, k] = torch.roll(logits.exp() / logits.exp().sum(-1, keepdim=True), -k, -1)
+    for several in (ensemble, tuple(evaluated), nn.ModuleList(ensemble), [lambda x, f=f: f(x) for f in evaluated]):
+        found = orbit_predictions(several, x, asked, batch_size=batch_size)
+        assert_close(found.probabilities, expected, exact64)
+        assert not found.probabilities.requires_grad and found.mode == "common"
+    for one in (ensemble[0], evaluated[0].forward, [ensemble[0]]):
+        assert_close(orbit_predictions(one, x, asked, 1, batch_size=batch_size).probabilities, expected[:1], exact64)
+    assert all(module.training for one in ensemble for module in one.modules())
+    assert all(one[1].num_batches_tracked == 0 for one in ensemble)
+
+
+def test_relaxed_networks_are_measured(setting):
+    """Bayesian, with paths on whose weights no action is derived."""
+    architecture = Architecture("FC+CONV", (1, 4, 4), 4, (2, 2))
+    network = with_posteriors(build(architecture, torch.Generator().manual_seed(0), torch.float64), scale=0.3)
+    with pytest.raises(Refusal):
+        network_action(network, setting[2].input)
+    found = orbit_predictions(network, setting[3], asked_of(setting), 8, generator=torch.Generator().manual_seed(0))
+    weights = sample_weights(network, 8, torch.Generator().manual_seed(0))
+    logits = predict(network, torch.rot90(setting[3], 1, (-2, -1)), weights=weights)
+    assert_close(found.probabilities[:, :, 1], torch.roll(logits.softmax(-1), -1, -1), exact64)
+    assert summarize(found, torch.zeros(7, dtype=torch.int64))["defect_unbiased"] > 0
+
+
+def test_members_write_into_inputs_of_their_own(setting):
+    def writes(x):
+        return x.mul_(2).flatten(1)[:, :4]
+
+    def reads(x):
+        return x.flatten(1)[:, :4]
+
+    P = orbit_predictions([writes, reads], setting[3], asked_of(setting)).probabilities
+    assert_close(P[1:], orbit_predictions(reads, setting[3], asked_of(setting)).probabilities, exact64)
+
+
+def test_functions_of_whole_numbers(setting):
+    """Inputs that have no fractions, as tokens have none, give probabilities all the same."""
+    x = torch.arange(112).view(7, 1, 4, 4)
+    P = orbit_predictions(lambda x: -(x.flatten(1)[:, :4] / 112.0), x, asked_of(setting)).probabilities
+    assert P.dtype == torch.get_default_dtype() and P.shape == (1, 7, 4, 4)
+    check_probabilities(P)
+
+
+def test_one_draw_has_a_defect_without_noise(setting, ensemble):
+    P = orbit_predictions(ensemble[0], setting[3], asked_of(setting)).probabilities
+    with pytest.raises(Refusal, match=r"1 draw.*defect_plugin"):
+        defect_unbiased(P)
+    assert defect_plugin(P) == pytest.approx((P[0] - P[0, :, :1]).square().sum(-1).mean().item(), rel=exact64)
+    assert "defect_unbiased" not in summarize(orbit_predictions(ensemble[0], setting[3], asked_of(setting)),
+                                              torch.zeros(7, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("predictor", "options", "words"), [
+    (lambda plain, network: plain, {"draws": 16}, r"draws=16.*with_posteriors\(network\).*defect_plugin"),
+    (lambda plain, network: [plain] * 3, {"draws": 2}, "3 member"),
+    (lambda plain, network: plain, {"mode": "shared"}, "mode='common'"),
+    (lambda plain, network: [plain, network], {}, "list with a Bayesian network"),
+    (lambda plain, network: network, {}, "draws=16"),
+    (lambda plain, network: [], {}, "empty list"),
+    (lambda plain, network: nn.Linear, {}, "A predictor is a network"),
+    (lambda plain, network: "net.pt", {}, "A predictor is a network"),
+    (lambda plain, network: [plain, copy.deepcopy(plain).float()], {}, "one device and of one type"),
+    (lambda plain, network: lambda x: plain(x)[:, :3], {}, "one vector of logits"),
+    (lambda plain, network: lambda x: plain(x).argmax(-1), {}, "one vector of logits"),
+    (lambda plain, network: lambda x: plain(x).round().long(), {}, "int64"),
+    (lambda plain, network: lambda x: plain(x).detach().numpy(), {}, "torch.as_tensor"),
+    (lambda plain, network: [plain, lambda x: plain(x)[:, :3]], {}, "one tensor"),
+    (lambda plain, network: nn.Sequential(plain, nn.Softmax(-1)), {}, "softmax as the last layer"),
+    (lambda plain, network: with_posteriors(nn.Sequential(plain, nn.Softmax(-1))), {"draws": 4},
+     "probabilities already"),
+], ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "")
+def test_predictors_and_draws_that_are_refused(setting, predictor, options, words):
+    plain, network, action, x = setting
+    with pytest.raises(Refusal, match=words):
+        orbit_predictions(predictor(plain, network), x, action, **options)
+
+
+def test_log_probabilities_are_logits(setting):
+    plain, _, action, x = setting
+    wanted, found = (orbit_predictions(f, x, action).probabilities
+                     for f in (plain, nn.Sequential(plain, nn.LogSoftmax(-1))))
+    assert_close(found, wanted, exact64)
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda turns: Equivariance(rotations(), Action.trivial(Cyclic(4), (4,))), r"field\(space, \(C, H, W\)\)"),
+    (lambda turns: Equivariance(turns, 4), r"Action\.trivial\(action\.group, \(classes,\)\)"),
+    (lambda turns: Equivariance(turns, Action.trivial(Cyclic(2), (4,))), "One group acts"),
+], ids=["space", "classes", "groups"])
+def test_actions_on_inputs_and_outputs_belong_together(setting, make, words):
+    with pytest.raises(Refusal, match=words):
+        make(setting[2].input)
+    assert asked_of(setting).group == Cyclic(4)

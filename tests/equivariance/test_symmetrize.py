@@ -375,7 +375,7 @@ REFUSED = {
     "laplace moments": (lambda: average(Laplace(normal(3), normal(3)), EXCHANGE, "arithmetic"), "free location"),
     "mask": (lambda: average(LogNormal(normal(3), normal(3), torch.tensor([1, -1, 1])), EXCHANGE), "sign mask"),
     "shape": (lambda: average(members()["gaussian, S3"][0], natural_action(Symmetric(4))), "another tensor"),
-    "one mean": (lambda: average(MeanFieldGaussian(torch.zeros(1), torch.zeros(3)), EXCHANGE), "one mean a weight"),
+    "one mean": (lambda: average(MeanFieldGaussian(torch.zeros(1), torch.zeros(3)), EXCHANGE), "mean for each weight"),
     "flattened": (lambda: average(MeanFieldGaussian(*torch.zeros(2, 2, 2)), natural_action(Symmetric(4))),
                   "another tensor"),
     "blocks": (lambda: average(BlockGaussian(torch.zeros(2, 2), torch.zeros(2, 1)), Action(

@@ -153,7 +153,7 @@ CASES = {
     "expansion": [
         (lambda: expand(None, action), "torch network"), (lambda: expand(action, network), "torch network"),
         (lambda: expand(network, turns), MAKE), (lambda: expand(network, action, None), "block_diagonal"),
-        (lambda: expanded_action(expand(network, action), turns), MAKE),
+        (lambda: expanded_action(expand(network, action).network, turns), MAKE),
         (lambda: expanded_action(None, action), "network"),
     ],
     "checkpoints": [
@@ -168,7 +168,7 @@ CASES = {
         (lambda: batches(Split(torch.rand(2, 1, 4, 5), y[:2]), 2, "full"), r"field\(flips\(\), \(1, 4, 5\)\)"),
         (lambda: batches(Split(x, y), 2, "full"), r"field\(rotations\(\), \(1, 4, 4\)\)"),
         (lambda: batches(Split(x, y), 2, "full", action=rotations()), r"field\(space, \(1, 4, 4\)\)"),
-        (lambda: Split(torch.randint(9, (4, 5)), y), "one_hot"), (lambda: Split(x, y.float()), r"Fix: labels.long\(\)"),
+        (lambda: Split(torch.randint(9, (4, 5)), y), "one_hot"), (lambda: Split(x, y.float()), r"labels.long\(\)"),
         (lambda: Split((255 * x).to(torch.uint8), y), "inputs / 255"),
     ],
 }

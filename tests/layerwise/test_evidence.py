@@ -375,7 +375,8 @@ def test_a_network_of_one_layer_and_training_mode():
     alone = with_posteriors(nn.Conv2d(2, 3, 1, groups=1, bias=False).double(), PointMass)
     with pytest.raises(Refusal, match="one vector of outputs"):
         E.kronecker_curvature(alone, normal(2, 2, 3, 3))
-    assert set(E.kronecker_curvature(with_posteriors(nn.Linear(4, 3).double(), PointMass), x).factors) == {"weight", "bias"}
+    layer = with_posteriors(nn.Linear(4, 3).double(), PointMass)
+    assert set(E.kronecker_curvature(layer, x).factors) == {"weight", "bias"}
 
 
 # The evidence in the precisions
@@ -1023,7 +1024,7 @@ def test_the_elbo_refuses_point_masses():
 
 
 DATA = Split(normal(60, 1, 6, 6).float(), labels(60))
-MAP = TrainingConfig(epochs=9, batch_size=30, estimator="shared", draws=1, augmentation="none", evaluation_draws=1)
+MAP = TrainingConfig(epochs=9, batch_size=30, estimator="whole", draws=1, augmentation="none", evaluation_draws=1)
 
 
 def small(family=PointMass, seed: int = 0, prior=None):
@@ -1077,7 +1078,7 @@ def learn(where: bool):
     network = with_posteriors(plain, PointMass)
     updates = R.PrecisionUpdates(partial(R.evidence_precisions, inputs=data.inputs, targets=data.labels,
                                          curvature="sampled"), 10, 3)
-    config = TrainingConfig(epochs=80, batch_size=100, estimator="shared", draws=1, learning_rate=0.02,
+    config = TrainingConfig(epochs=80, batch_size=100, estimator="whole", draws=1, learning_rate=0.02,
                             schedule="cosine", augmentation="none", evaluation_draws=1)
     train(network, data, config, callback=updates)
     report = R.learned_equivariance(network, E.laplace(network, data.inputs, data.labels))

@@ -637,7 +637,7 @@ def test_variational_twins(kind):
 
 
 @each_kind
-@pytest.mark.parametrize(("estimator", "draws"), [("shared", 3), ("split", 1), ("flipout", 3), ("local", 1)])
+@pytest.mark.parametrize(("estimator", "draws"), [("whole", 3), ("split", 1), ("flipout", 3), ("local", 1)])
 def test_estimators_agree_with_the_plain_network_as_scales_vanish(kind, estimator, draws):
     network, x = small(kind), normal(5, 2, 8, 8)
     outputs = forward(with_posteriors(network, scale=1e-30), x, 3, estimator, seeded(3))

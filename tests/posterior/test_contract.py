@@ -175,7 +175,7 @@ def test_given_weights_and_fresh_draws_equal_the_loop(name):
     weights = sample_weights(network, 5, seeded(1))
     expected = loop(plain, x, weights)
     assert_close(apply_weights(network, x, weights), expected, UNSEEN)
-    assert_close(forward(network, x, 5, "shared", seeded(1)), expected, UNSEEN)
+    assert_close(forward(network, x, 5, "whole", seeded(1)), expected, UNSEEN)
     assert_close(apply_weights(network, x, mean_weights(network)), loop(plain, x, mean_weights(network)), UNSEEN)
 
 
@@ -223,10 +223,10 @@ def test_estimators_with_noise_for_rows_ask_for_rows(name):
         if plan == TOGETHER and (estimator == "flipout" or name not in ("residual", "looks at its layers")):
             assert len(forward(network, x, 2, estimator, seeded())[0]) == len(x)
         else:  # "local" also refuses a layer that each input passes twice
-            with pytest.raises(Refusal, match=r"split|shared"):
+            with pytest.raises(Refusal, match=r"split|whole"):
                 forward(network, x, 2, estimator)
     if plan == WHOLE and name not in ("decides by a value", "selects by a mask"):  # a run of rows is a batch, too
-        with pytest.raises(Refusal, match="shared"):
+        with pytest.raises(Refusal, match="whole"):
             forward(network, x, 2, "split")
 
 
@@ -320,7 +320,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+@pytest.mark.parametrize("estimator", ["whole", "split", "flipout", "local"])
 def test_a_backward_pass_that_recomputes_has_its_weights(estimator, reentrant):
     def gradients(active):
         torch.manual_seed(0)
@@ -417,10 +417,10 @@ def test_a_step_in_training_mode_moves_statistics_as_the_loop_does():
     norms = nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None)
     plain = nn.Sequential(conv(2, 4), norms[0], nn.ReLU(), conv(4, 4), norms[1]).double()
     x = torch.randn(6, 2, 7, 7, dtype=torch.float64)
-    for estimator, draws in (("shared", 3), ("split", 3)):
+    for estimator, draws in (("whole", 3), ("split", 3)):
         network, looped = with_posteriors(plain), copy.deepcopy(plain)
         weights = sample_weights(network, draws, seeded())
-        pieces = [x] * draws if estimator == "shared" else x.chunk(draws)
+        pieces = [x] * draws if estimator == "whole" else x.chunk(draws)
         tensors = [{name: weight[s] for name, weight in weights.items()} for s in range(draws)]
         expected = [functional_call(looped, one, (piece,)) for one, piece in zip(tensors, pieces)]
         found = forward(network, x, draws, estimator, seeded())
@@ -509,11 +509,12 @@ def test_compiled_networks_predict_and_train(backend):
     weights = sample_weights(compiled, 3, seeded())
     assert list(weights) == list(variational_tensors(network))
     assert_close(predict(compiled, x, weights=weights), loop(plain, x, weights), UNSEEN)
-    for estimator in ("shared", "split", "flipout", "local"):
+    for estimator in ("whole", "split", "flipout", "local"):
         ours, theirs = (forward(one, x, 2, estimator, seeded()) for one in (compiled, network))
         assert_close(ours, theirs, UNSEEN)
     apply_weights(compiled, x, weights).sum().backward()
-    inside = with_posteriors(nn.Sequential(torch.compile(nn.Sequential(linear(), nn.ReLU()), backend=backend), linear()))
+    first = torch.compile(nn.Sequential(linear(), nn.ReLU()), backend=backend)
+    inside = with_posteriors(nn.Sequential(first, linear()))
     assert len(predict(inside, x.float(), draws=2)) == 2
     in_place = with_posteriors(plain)
     in_place.compile(backend=backend)

@@ -13,7 +13,13 @@ from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
-from symbnn.posterior.layers import kl_per_datum, kl_sum, posterior_mean_network, variational_tensors, with_posteriors
+from symbnn.posterior.layers import (
+    kl_per_datum,
+    kl_sum,
+    posterior_mean_network,
+    variational_tensors,
+    with_posteriors,
+)
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import fixed_means, isotropic, per_tensor, random_means
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, predict, sample_weights
@@ -280,7 +286,7 @@ def posterior_parameters(network):
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 @pytest.mark.parametrize(
-    ("estimator", "draws"), [("shared", 1), ("shared", 4), ("split", 4), ("split", 3), ("flipout", 2), ("local", 4)]
+    ("estimator", "draws"), [("whole", 1), ("whole", 4), ("split", 4), ("split", 3), ("flipout", 2), ("local", 4)]
 )
 def test_estimators_are_unbiased(kind, estimator, draws):
     network, x, y, design = linear_problem(kind)
@@ -308,20 +314,21 @@ def location_variance(network, x, y, repeats, draws, estimator):
     return torch.stack(found).var(0).sum()
 
 
-def test_split_and_flipout_have_lower_variance_than_shared_at_equal_cost():
+def test_split_and_flipout_have_lower_variance_than_whole_at_equal_cost():
     network, _, _, _ = linear_problem("convolution")
     x = torch.randn(64, 1, 4, 4, generator=seeded(7), dtype=torch.float64)
     y = torch.randn(64, 1, generator=seeded(8), dtype=torch.float64)
     one, two, split, flipout = (
         location_variance(network, x, y, 400, draws, estimator)
-        for estimator, draws in [("shared", 1), ("shared", 2), ("split", 8), ("flipout", 1)]
+        for estimator, draws in [("whole", 1), ("whole", 2), ("split", 8), ("flipout", 1)]
     )
     assert split < one / 4  # one pass each; the derivation gives 8 where the covariance dominates
     assert flipout < two / 4  # two passes each
 
 
 def test_local_is_exact_for_the_head_and_does_not_touch_convolutions():
-    network, x = with_posteriors(small_cnn(), scale=0.3), torch.randn(1, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    network = with_posteriors(small_cnn(), scale=0.3)
+    x = torch.randn(1, 1, 8, 8, generator=seeded(), dtype=torch.float64)
     many = x.expand(6000, -1, -1, -1)  # each row its own draw in both estimators
     split, local = (forward(network, many, len(many), name, seeded(1))[0].detach() for name in ("split", "local"))
     error = 2 * split.var(0) * (4 / 6000) ** 0.5  # heavy tails: twice a Gaussian's error of a difference of variances
@@ -351,12 +358,12 @@ class Several(nn.Module):
 
 @pytest.mark.parametrize("folded", [True, False], ids=["folded", "calls"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+@pytest.mark.parametrize("estimator", ["whole", "split", "flipout", "local"])
 def test_weights_that_an_example_meets_several_times_are_the_same_weights(folded, bias, estimator):
     network = with_posteriors(Several(folded, bias).double(), scale=0.5)
     x = torch.randn(1, 3, 2, generator=seeded(), dtype=torch.float64)
     many = x.expand(6000, -1, -1)
-    draws = {"shared": 1, "split": 6000, "flipout": 1, "local": 6000}[estimator]
+    draws = {"whole": 1, "split": 6000, "flipout": 1, "local": 6000}[estimator]
     if estimator == "local" and not folded:
         with pytest.raises(Refusal, match="used twice"):
             forward(network, many, draws, estimator)
@@ -397,13 +404,13 @@ def test_local_is_the_standard_deviation_times_the_noise_number_by_number():
     assert_close(centred / noise, exact)
 
 
-@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+@pytest.mark.parametrize("estimator", ["whole", "split", "flipout", "local"])
 def test_outputs_have_the_exact_variance(estimator):
     network, x = weighted_inputs()
     count, generator = 20_000, seeded(5)
     weight, bias = (tensor.posterior for tensor in variational_tensors(network).values())
     variance = (x.square() @ weight.variance.T + bias.variance)[0]
-    if estimator in ("shared", "flipout"):
+    if estimator in ("whole", "flipout"):
         out = forward(network, x, count, estimator, generator)[:, 0]
     else:
         out = forward(network, x.expand(count, -1), count, estimator, generator)[0]
@@ -411,7 +418,7 @@ def test_outputs_have_the_exact_variance(estimator):
     within_standard_errors(out.var(0), variance, variance * (2 / count) ** 0.5)  # five percent are five errors
 
 
-@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+@pytest.mark.parametrize("estimator", ["whole", "split", "flipout", "local"])
 def test_an_empty_batch_is_refused(estimator):
     with pytest.raises(Refusal, match="not empty"):
         forward(with_posteriors(nn.Linear(2, 1)), torch.zeros(0, 2), 3, estimator)
@@ -439,10 +446,10 @@ def test_flipout_refuses_families_whose_noise_depends_on_signs(family):
 def test_flipout_rows_have_the_right_marginal_law():
     network = with_posteriors(nn.Conv2d(2, 2, 2).double(), scale=0.5)
     x = torch.randn(1, 2, 3, 3, generator=seeded(), dtype=torch.float64)
-    shared = forward(network, x, 20_000, "shared", seeded(1)).detach()[:, 0].flatten(1)
+    whole = forward(network, x, 20_000, "whole", seeded(1)).detach()[:, 0].flatten(1)
     flipout = forward(network, x, 20_000, "flipout", seeded(2)).detach()[:, 0].flatten(1)
-    assert_close(flipout.T.cov(), shared.T.cov(), 0.15)  # the joint law over positions, not only the variances
-    within_standard_errors(flipout.mean(0), shared.mean(0), (shared.var(0) * 2 / 20_000).sqrt())
+    assert_close(flipout.T.cov(), whole.T.cov(), 0.15)  # the joint law over positions, not only the variances
+    within_standard_errors(flipout.mean(0), whole.mean(0), (whole.var(0) * 2 / 20_000).sqrt())
 
 
 def test_unknown_estimator_is_refused():
@@ -531,7 +538,7 @@ def test_half_precision_and_tiny_scales_stay_finite():
     assert forward(network.bfloat16(), torch.randn(2, 1, 8, 8).bfloat16(), 2).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+@pytest.mark.parametrize("estimator", ["whole", "split", "flipout", "local"])
 def test_cuda_agrees_with_cpu(estimator, require_cuda):
     network, x = with_posteriors(small_cnn(), scale=1e-9), torch.randn(4, 1, 8, 8, dtype=torch.float64)
     expected = forward(network, x, 2, estimator)

@@ -198,7 +198,7 @@ def test_wrong_files_are_refused(content, tmp_path):
 # Equal budget
 
 
-@pytest.mark.parametrize("estimator", ["split", "shared", "flipout"])
+@pytest.mark.parametrize("estimator", ["split", "whole", "flipout"])
 @pytest.mark.parametrize("group", ["C4", "D4"])
 def test_budgets_are_equal_and_the_baseline_gets_no_less(group, estimator):
     training = replace(TINY.training, estimator=estimator)
@@ -208,7 +208,7 @@ def test_budgets_are_equal_and_the_baseline_gets_no_less(group, estimator):
     task = prepare(comparison.setup)
     plans = plan(comparison, task)
     order = task.action.group.order
-    passes = {"split": 1, "shared": 8, "flipout": 16}[estimator]
+    passes = {"split": 1, "whole": 8, "flipout": 16}[estimator]
     assert epoch_cost(task, 1, training) == 3 * passes * order * 64 * multiply_adds(task.network(0), (1, 8, 8))
     budget = 3 * epoch_cost(task, 1, training) + 2 * epoch_cost(task, order, training)
     for method, its in plans.items():

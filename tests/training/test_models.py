@@ -75,7 +75,7 @@ def test_expanded_is_the_same_network_with_more_channels():
     small = PRESETS["small"]
     assert small.expanded(4) == Architecture("cnn", (1, 28, 28), 10, (128, 256))
     network = build(small, seeded(), torch.float64)
-    expanded = expand(network, network_action(network, field(rotations(), (1, 28, 28))))
+    expanded = expand(network, network_action(network, field(rotations(), (1, 28, 28)))).network
     fresh = build(small.expanded(4), dtype=torch.float64)
     assert [type(layer) for layer in fresh] == [type(layer) for layer in expanded]
     left = fresh.load_state_dict(expanded.state_dict(), strict=False)  # without the marks of how it was expanded

@@ -78,7 +78,7 @@ def press_ctrl_c(at):
     return lambda epoch, net, optimizer: signal.raise_signal(signal.SIGINT) if epoch == at else None
 
 
-@pytest.mark.parametrize("estimator", ["shared", "split", "flipout", "local"])
+@pytest.mark.parametrize("estimator", ["whole", "split", "flipout", "local"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_it_learns(estimator, optimizer):
     config = replace(CONFIG, epochs=20, estimator=estimator, optimizer=optimizer, learning_rate=3e-2)
@@ -437,7 +437,7 @@ def test_random_layers_follow_the_seed_and_leave_the_world_alone(tmp_path):
 def normed(track=True):
     torch.manual_seed(0)
     return with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4, track_running_stats=track),
-                                     nn.ReLU(), nn.Dropout(0.2), nn.Linear(4, 3)))
+                                         nn.ReLU(), nn.Dropout(0.2), nn.Linear(4, 3)))
 
 
 @pytest.mark.parametrize("before", ["train", "eval", "norm in eval", "norm frozen, all in eval"])
@@ -579,7 +579,7 @@ def test_batch_normalisation_is_trained_and_saved(tmp_path):
     def normalised():
         torch.manual_seed(0)
         return with_posteriors(nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(),
-                                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
+                                             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)))
 
     straight = run(net=normalised(), architecture=None)
     assert straight.network[1].num_batches_tracked == 4 * math.ceil(92 / 16) * 4  # training steps alone, and each draw

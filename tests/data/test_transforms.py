@@ -100,7 +100,7 @@ def test_standardizing_takes_its_numbers_from_the_training_images():
     assert_close(found.train.inputs.std(), 1.0)
     for name in ("validation", "test"):
         assert_close(getattr(found, name).inputs * deviation + mean, getattr(digits, name).inputs)
-    with pytest.raises(Refusal):
+    with pytest.raises(Refusal, match="every pixel 1"):
         standardize(replace(digits, train=Split(torch.ones_like(digits.train.inputs), digits.train.labels)))
 
 
@@ -109,7 +109,11 @@ def test_refusals():
     series = Split(torch.rand(4, 1, 9), torch.arange(4))
     flat = Dataset("series", series, series, series, tuple("abcd"))
     many = Dataset("many", digits.train, digits.validation, digits.test, tuple(map(str, range(11))))
-    for call in (lambda: vary(digits, "mirrored"), lambda: vary(digits, size=0), lambda: vary(flat, "turned"),
-                 lambda: vary(many, "quadrant"), lambda: turn(torch.zeros(1, 1, 3, 4), torch.zeros(1))):
-        with pytest.raises(Refusal):
+    for call, said in (
+        (lambda: vary(digits, "shiftd"), "'shifted'"), (lambda: vary(digits, size=0), "size=32"),
+        (lambda: vary(flat, "turned"), r"\(1, 9\).*inputs\[:, None\]"), (lambda: vary(many, "quadrant"), "11 classes"),
+        (lambda: turn(torch.zeros(1, 1, 3, 4), torch.zeros(1)), r"\(1, 1, 3, 4\).*pad"),
+        (lambda: turn(torch.zeros(1, 4, 4), torch.zeros(1)), r"images\[:, None\]"),
+    ):
+        with pytest.raises(Refusal, match=said):
             call()
