@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Numbers', 'SignedPermutation']
 
-# %% ../../nbs/1_symmetry/02_signed_permutations.ipynb #3d30cc95-0
+# %% ../../nbs/1_symmetry/02_signed_permutations.ipynb #2ddc6d1b-0
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field as attribute
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float, Int, Int8, Int64, Shaped
+from jaxtyping import Int8, Int64, Shaped
 from torch import Tensor
 
 from ..errors import Refusal, check_tensor, require, shortened
@@ -40,8 +40,8 @@ def _fault(index: Tensor) -> str:
         return ""
     return f"the place {int(counts.argmax())} {int(counts.max())} times, and the place {int(counts.argmin())} never"
 
-# %% ../../nbs/1_symmetry/02_signed_permutations.ipynb #ee27cc3e-0
-Numbers = Sequence[int] | Int[Tensor, " n"]
+# %% ../../nbs/1_symmetry/02_signed_permutations.ipynb #e2e0d59d-0
+Numbers = Sequence[int] | Shaped[Tensor, " n"]  # whole numbers, of whatever dtype
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -113,7 +113,7 @@ class SignedPermutation:
             sign = (sign[:, None] * factor.sign).flatten()
         return SignedPermutation(index, sign)
 
-    def matrix(self, dtype: torch.dtype = torch.float64) -> Float[Tensor, "n n"]:
+    def matrix(self, dtype: torch.dtype = torch.float64) -> Shaped[Tensor, "n n"]:
         """The orthogonal matrix with `matrix() @ x == self(x)` for a vector `x`."""
         zeros = torch.zeros(self.size, self.size, dtype=dtype, device=self.index.device)
         return zeros.scatter_(1, self.index[:, None], self.sign.to(dtype)[:, None])
