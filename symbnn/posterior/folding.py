@@ -18,8 +18,8 @@ from ..binding import Change, copy_tree, layer_with, no_change
 from ..errors import Refusal
 from .layers import VariationalTensor, variational_tensors
 
-# %% ../../nbs/2_posterior/10_folding.ipynb #59faf9a1-0
-Stacked = dict[str, Float[Tensor, "S *shape"]]  # of one layer: "weight" and "bias", where they have posteriors
+# %% ../../nbs/2_posterior/10_folding.ipynb #05ebbad0-0
+Stacked = dict[str, Float[Tensor, "S ..."]]  # of one layer: "weight" and "bias", where they have posteriors
 Posteriors = dict[str, VariationalTensor]  # of one layer, likewise
 Rule = Callable[[nn.Module, Stacked, Posteriors], Callable[[Tensor], Tensor]]  # what a layer does with all draws
 
@@ -82,7 +82,7 @@ def apply_draws(layer: nn.Module, stacked: Stacked, posteriors: Posteriors | Non
 
 
 def bind_together(
-    network: nn.Module, weights: Mapping[str, Float[Tensor, "S *shape"]], *, rule: Rule = apply_draws,
+    network: nn.Module, weights: Mapping[str, Float[Tensor, "S ..."]], *, rule: Rule = apply_draws,
     tensors: Mapping[int, Tensor] | None = None, evaluating: bool = False, compiled: bool = True,
     isolated: bool = False, settle: Change = no_change,
 ) -> nn.Module:

@@ -23,7 +23,7 @@ from .row_noise import Flipout, Local
 from .trials import Plan, has_hooks, watch_hooks, without_hooks
 from ..symmetry.networks import check_network
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #0c1bd599-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #f9ee058a-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
@@ -153,11 +153,11 @@ class _Bound:
 
         return run
 
-    def fold(self, x: Float[Tensor, "B ..."], draws: int) -> Float[Tensor, "draws*B ..."]:
+    def fold(self, x: Float[Tensor, "B ..."], draws: int) -> Float[Tensor, "rows ..."]:
         """`draws` copies of the batch, in the layout of the plan."""
         return fold(x, draws, self.plan.channels_last)
 
-    def every_draw(self, x: Float[Tensor, "B ..."], weights: Weights) -> Float[Tensor, "S B ..."]:
+    def every_draw(self, x: Float[Tensor, "B ..."], weights: Weights) -> Float[Tensor, "S ..."]:
         """The outputs of every draw for the whole batch."""
         draws = len(next(iter(weights.values())))
         if self.plan.together:
@@ -166,7 +166,7 @@ class _Bound:
 
 
 @eager
-def apply_weights(network: nn.Module, x: Float[Tensor, "B ..."], weights: Weights) -> Float[Tensor, "S B ..."]:
+def apply_weights(network: nn.Module, x: Float[Tensor, "B ..."], weights: Weights) -> Float[Tensor, "S ..."]:
     """Every draw on every input: the loop over draws with the plain network. `weights` as from `sample_weights` or
     `mean_weights`. A network whose outputs have no axis of examples gives (S, *outputs)."""
     check_network(network)
@@ -174,7 +174,7 @@ def apply_weights(network: nn.Module, x: Float[Tensor, "B ..."], weights: Weight
     _check_weights(network, weights)
     return _with_hooks(lambda: _Bound(network, x).every_draw(x, weights), network, x, False, None)
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #c2522839-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #aeb9c63f-0
 Estimator = Literal["whole", "split", "flipout", "local"]
 
 
@@ -204,7 +204,7 @@ def _run_count(network: nn.Module, rows: int, draws: int) -> int:
 def forward(
     network: nn.Module, x: Float[Tensor, "B ..."], draws: int = 1, estimator: Estimator = "whole",
     generator: torch.Generator | None = None,
-) -> Float[Tensor, "S B ..."]:
+) -> Float[Tensor, "S ..."]:
     """Differentiable outputs with drawn weights; the mean of a loss over the first two axes is an unbiased estimate.
 
     "whole": the whole batch sees each of `draws` draws, S = draws. "split": the batch is cut into `draws` runs of
@@ -227,7 +227,7 @@ def forward(
 
 def try_step(
     network: nn.Module, x: Float[Tensor, "B ..."], draws: int = 1, estimator: Estimator = "whole"
-) -> Float[Tensor, "S B ..."]:
+) -> Float[Tensor, "S ..."]:
     """What `forward` would give, in the modes that the network is in, with every buffer and generator left as it is."""
     check_inputs(x)
     def once() -> Tensor:
@@ -239,7 +239,7 @@ def try_step(
 
 def _estimate(
     bound: _Bound, x: Tensor, draws: int, estimator: Estimator, generator: torch.Generator | None
-) -> Float[Tensor, "S B ..."]:
+) -> Float[Tensor, "S ..."]:
     network = bound.network
     _check_estimator(network, bound, estimator)
     if estimator == "whole":
@@ -257,7 +257,7 @@ def _estimate(
     rule = apply_draws if estimator == "split" else Local(len(padded), generator)
     return _unfold(bound.all(weights, rule)(bound.fold(padded, 1)), 1, len(padded))[:, : len(x)]
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #2df766bd-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #1ffa694f-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
@@ -268,7 +268,7 @@ class _Copies:
     def __init__(self, x: Tensor, draws: int, plan: Plan):
         self.x, self.draws, self.plan, self.folded = x, draws, plan, None
 
-    def first(self, draws: int) -> Float[Tensor, "draws*B ..."]:
+    def first(self, draws: int) -> Float[Tensor, "rows ..."]:
         """The first `draws` copies, as `fold` gives them."""
         if self.folded is None or self.plan.writes_input:
             self.folded = fold(self.x, self.draws, self.plan.channels_last)
@@ -297,7 +297,7 @@ def _bytes_per_row(bound: _Bound, x: Tensor, weights: Weights) -> int:
 def predict(
     network: nn.Module, x: Float[Tensor, "B ..."], *, draws: int | None = None, weights: Weights | None = None,
     memory: int | None = None, generator: torch.Generator | None = None,
-) -> Float[Tensor, "S B ..."]:
+) -> Float[Tensor, "S ..."]:
     """Outputs of every draw for every input, without gradients, in pieces whose activations fit `memory` bytes.
 
     The network is evaluated: dropout and batch statistics are off, whatever mode its modules are in, and neither modes

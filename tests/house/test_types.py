@@ -10,8 +10,8 @@ from book import ROOT
 CALLS = """
 from torch import nn
 
-from symbnn.layers import bayesianize
-from symbnn.training import TrainingConfig
+from symbnn.equivariance.symmetric import bayesianize
+from symbnn.training.config import TrainingConfig
 
 bayesianize(nn.Linear(2, 1))
 bayesianize("network")  # mistake
