@@ -26,7 +26,7 @@ from symbnn.posterior.priors import random_means
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, sample_weights
 from symbnn.symmetry.actions import Action, natural_action, regular_channels, sign_change
 from symbnn.symmetry.fields import field, flips, rotations, rotations_and_flips, shifts
-from symbnn.symmetry.groups import Cyclic, Product, Permutations
+from symbnn.symmetry.groups import Cyclic, Permutations, Product
 from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.orbits import Orbits
 from symbnn.symmetry.signed_permutations import SignedPermutation
