@@ -6,7 +6,7 @@
 __all__ = ['LogPrecisions', 'Curvature', 'check_finite', 'check_data', 'network_at_means', 'FullCurvature', 'KernelCurvature',
            'full_curvature']
 
-# %% ../../nbs/5_layerwise/03_curvature.ipynb #d68a5085-0
+# %% ../../nbs/5_layerwise/03_curvature.ipynb #d4c434b9-0
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ..errors import Refusal, check_count, check_kind, check_tensor, require
@@ -33,7 +33,7 @@ class Curvature(Protocol):
         """log det(I + D^-1/2 G D^-1/2) with D = diag(d), differentiable in log d; float64."""
         ...
 
-# %% ../../nbs/5_layerwise/03_curvature.ipynb #0fcbbc8c-0
+# %% ../../nbs/5_layerwise/03_curvature.ipynb #e73936ec-0
 def check_finite(values: Tensor) -> Tensor:
     """The outputs, gradients or factors of a network, as they are. Raises `Refusal` unless they are finite."""
     require(bool(values.isfinite().all()), "finite outputs of the network, and finite gradients of them",
@@ -70,7 +70,7 @@ def _first_outputs(plain: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def network_at_means(network: nn.Module, inputs: Float[Tensor, "N ..."], likelihood: Likelihood) -> nn.Module:
+def network_at_means(network: nn.Module, inputs: Shaped[Tensor, "N ..."], likelihood: Likelihood) -> nn.Module:
     """The plain network at its posterior means, in evaluation mode, once its curvature is known to make sense.
 
     Raises `Refusal` for a likelihood whose curvature is not known, inputs that are not finite, and networks whose
@@ -99,7 +99,7 @@ def network_at_means(network: nn.Module, inputs: Float[Tensor, "N ..."], likelih
             "layers that choose and normalise for each input, such as nn.LayerNorm or Subsample")
     return plain
 
-# %% ../../nbs/5_layerwise/03_curvature.ipynb #23bfcb05-0
+# %% ../../nbs/5_layerwise/03_curvature.ipynb #d3ddabce-0
 def _log_det_of_one_plus(matrix: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
     """log det(I + matrix) of a positive semi-definite matrix, which is overwritten."""
     matrix.diagonal().add_(1)
@@ -154,7 +154,7 @@ def _output_root(outputs: Float[Tensor, "B C"], likelihood: Likelihood) -> Float
     return below.tril(-1) + nn.functional.pad(diagonal.exp().diag_embed(), (0, 0, 0, 1))
 
 
-def _rows(plain: nn.Module, names: Iterable[str], x: Float[Tensor, "B ..."], likelihood: Likelihood
+def _rows(plain: nn.Module, names: Iterable[str], x: Shaped[Tensor, "B ..."], likelihood: Likelihood
           ) -> Float[Tensor, "BR P"]:
     """L^T J of every datum, with columns for the weights of the named tensors; float64."""
     weights = {name: plain.get_parameter(name).detach() for name in names}
@@ -192,7 +192,7 @@ def _data_side(plain: nn.Module, sizes: dict[str, int], batches: Sequence[Tensor
 
 @torch.no_grad()
 def full_curvature(
-    network: nn.Module, inputs: Float[Tensor, "N ..."], likelihood: Likelihood = Categorical(), batch_size: int = 32,
+    network: nn.Module, inputs: Shaped[Tensor, "N ..."], likelihood: Likelihood = Categorical(), batch_size: int = 32,
     memory_limit: int = 2**30,
 ) -> FullCurvature | KernelCurvature:
     """The generalised Gauss-Newton matrix at the posterior means, summed over the inputs, from its smaller side.

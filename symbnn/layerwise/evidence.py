@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Structure', 'log_precisions', 'set_log_precisions', 'LaplaceApproximation', 'log_likelihood', 'laplace']
 
-# %% ../../nbs/5_layerwise/05_evidence.ipynb #311dda56-0
+# %% ../../nbs/5_layerwise/05_evidence.ipynb #9bb24ec7-0
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ..errors import Refusal, check_choice, check_count, require
@@ -111,12 +111,12 @@ class LaplaceApproximation:
         slopes = torch.autograd.grad(self.curvature.log_det(free), list(free.values()))
         return {name: -float(slope) for name, slope in zip(free, slopes, strict=True)}
 
-# %% ../../nbs/5_layerwise/05_evidence.ipynb #5fbccdf5-0
+# %% ../../nbs/5_layerwise/05_evidence.ipynb #2bd90f13-0
 Structure = Literal["exact", "sampled", "full"]
 
 
 @torch.no_grad()
-def log_likelihood(network: nn.Module, inputs: Float[Tensor, "N ..."], targets: Tensor,
+def log_likelihood(network: nn.Module, inputs: Shaped[Tensor, "N ..."], targets: Tensor,
                    likelihood: Likelihood = Categorical(), batch_size: int = 128) -> float:
     """Log-likelihood at the posterior means, summed over the data, in nats.
 
@@ -134,7 +134,7 @@ def log_likelihood(network: nn.Module, inputs: Float[Tensor, "N ..."], targets: 
 
 
 def laplace(
-    network: nn.Module, inputs: Float[Tensor, "N ..."], targets: Tensor, *, likelihood: Likelihood = Categorical(),
+    network: nn.Module, inputs: Shaped[Tensor, "N ..."], targets: Tensor, *, likelihood: Likelihood = Categorical(),
     curvature: Structure = "exact", sharing: Sharing | None = None, batch_size: int = 128, seed: int = 0,
     memory_limit: int = 2**32,
 ) -> LaplaceApproximation:

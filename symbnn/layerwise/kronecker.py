@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sharing', 'factor_bytes', 'check_factors', 'KroneckerCurvature', 'kronecker_curvature']
 
-# %% ../../nbs/5_layerwise/04_kronecker.ipynb #181d31e8-0
+# %% ../../nbs/5_layerwise/04_kronecker.ipynb #c3913ba3-0
 import importlib
 import math
 import warnings
@@ -16,7 +16,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..errors import Refusal, check_count, require
@@ -150,7 +150,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
             "needs no curvature")
     return needed
 
-# %% ../../nbs/5_layerwise/04_kronecker.ipynb #3c44dceb-0
+# %% ../../nbs/5_layerwise/04_kronecker.ipynb #6d1b95bc-0
 @dataclass(frozen=True)
 class KroneckerCurvature:
     """Eigenvalues of Kronecker factors, float64: for each tensor the pairs (of A, of B) of its independent blocks."""
@@ -190,7 +190,7 @@ def _uses(plain: nn.Module, layer: str, x: Tensor) -> int:
 
 
 @torch.no_grad()
-def _spoilt(plain: nn.Module, layer: str, x: Float[Tensor, "1 ..."], use: int) -> Bool[Tensor, " C"]:
+def _spoilt(plain: nn.Module, layer: str, x: Shaped[Tensor, "1 ..."], use: int) -> Bool[Tensor, " C"]:
     """The outputs that depend on this use of a layer: those that are NaN after it was made NaN."""
     seen = 0
 
@@ -224,7 +224,7 @@ def _traced(plain: nn.Module, layers: Iterable[str], x: Tensor) -> tuple[Tensor,
     return outputs + sum(0 * added.sum() for _, _, added in calls), calls
 
 
-def _reached(plain: nn.Module, layer: str, x: Float[Tensor, "1 ..."]) -> Bool[Tensor, "uses C"]:
+def _reached(plain: nn.Module, layer: str, x: Shaped[Tensor, "1 ..."]) -> Bool[Tensor, "uses C"]:
     """Which outputs depend on which use of a layer: by what a NaN reaches, or by slopes, as `where` stops a NaN."""
     outputs, calls = _traced(plain, [layer], x)
     slopes = [torch.autograd.grad(output, [added for _, _, added in calls], retain_graph=True) for output in outputs[0]]
@@ -315,7 +315,7 @@ class _Standardised(nn.Module):
         super().__init__()
         self.plain, self.noise = plain, noise
 
-    def forward(self, x: Float[Tensor, "B ..."]) -> Float[Tensor, "B C"]:
+    def forward(self, x: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B C"]:
         """The outputs divided by the noise."""
         return self.plain(x) / self.noise
 
@@ -369,7 +369,7 @@ def _fit_factors(
 
 
 def kronecker_curvature(
-    network: nn.Module, inputs: Float[Tensor, "N ..."], likelihood: Likelihood = Categorical(), *,
+    network: nn.Module, inputs: Shaped[Tensor, "N ..."], likelihood: Likelihood = Categorical(), *,
     sampled: bool = False, sharing: Sharing | None = None, batch_size: int = 128, seed: int = 0,
     memory_limit: int = 2**32,
 ) -> KroneckerCurvature:

@@ -6,7 +6,7 @@
 __all__ = ['raise_evidence', 'evidence_precisions', 'PrecisionUpdates', 'elbo_precisions', 'posterior_dimensions', 'PathReport',
            'learned_equivariance', 'equivariance_table', 'equivariance_picture']
 
-# %% ../../nbs/5_layerwise/06_precisions.ipynb #0e752d50-0
+# %% ../../nbs/5_layerwise/06_precisions.ipynb #72c59659-0
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from ..errors import check_count, check_kind, optional, require
@@ -28,7 +28,7 @@ from ..posterior.likelihoods import Categorical, Likelihood
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/5_layerwise/06_precisions.ipynb #2055c561-0
+# %% ../../nbs/5_layerwise/06_precisions.ipynb #5e3accb2-0
 def raise_evidence(
     approximation: LaplaceApproximation, start: LogPrecisions, steps: int = 20, learning_rate: float = 0.1,
 ) -> LogPrecisions:
@@ -51,7 +51,7 @@ def raise_evidence(
 
 
 def evidence_precisions(
-    network: nn.Module, inputs: Float[Tensor, "N ..."], targets: Tensor, *, steps: int = 20,
+    network: nn.Module, inputs: Shaped[Tensor, "N ..."], targets: Tensor, *, steps: int = 20,
     learning_rate: float = 0.1, likelihood: Likelihood = Categorical(), curvature: Structure = "exact",
     sharing: Sharing | None = None, batch_size: int = 128, seed: int = 0, memory_limit: int = 2**32,
 ) -> LogPrecisions:

@@ -6,7 +6,7 @@
 __all__ = ['Optimizer', 'Schedule', 'Dtype', 'Select', 'Objective', 'RENAMED', 'TrainingConfig', 'TrainingSettings', 'renamed',
            'configured', 'learning_rate_factor', 'kl_annealing_factor', 'make_optimizer']
 
-# %% ../../nbs/7_training/03_config.ipynb #44fda26b-0
+# %% ../../nbs/7_training/03_config.ipynb #ba79f321-0
 import difflib
 import math
 from collections.abc import Iterable, Mapping
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ..data.batches import Augmentation
 from ..errors import check_choice, check_count, check_kind, require, shortened
-from ..hidden_units.mutual_information import Method
+from ..hidden_units.mutual_information import InformationMethod
 from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Estimator
 from ..symmetry.actions import Action
 
-# %% ../../nbs/7_training/03_config.ipynb #f671daec-0
+# %% ../../nbs/7_training/03_config.ipynb #698fc38a-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -31,8 +31,8 @@ Select = Literal["last", "best"]
 Objective = Literal["elbo", "symmetrised"]
 
 _CHOICES = {
-    "estimator": Estimator, "optimizer": Optimizer, "schedule": Schedule, "objective": Objective, "information": Method,
-    "augmentation": Augmentation, "dtype": Dtype, "select": Select,
+    "estimator": Estimator, "optimizer": Optimizer, "schedule": Schedule, "objective": Objective,
+    "information": InformationMethod, "augmentation": Augmentation, "dtype": Dtype, "select": Select,
 }
 _COUNTS = ("epochs", "batch_size", "draws", "information_draws", "alternatives", "evaluate_every", "evaluation_draws")
 
@@ -53,7 +53,7 @@ class TrainingConfig:
     kl_weight: float = 1.0  # beta of the objective, see `elbo`
     kl_annealing: int = 0  # epochs in which that weight rises linearly from 0, see `kl_annealing_factor`
     objective: Objective = "elbo"  # "symmetrised": that of the orbit mixture, see `symmetrized_elbo`
-    information: Method = "auto"  # how the gain of the symmetrised objective is estimated, see `mutual_information`
+    information: InformationMethod = "auto"  # how its gain is estimated, see `mutual_information`
     information_draws: int = 4  # samples of the weights in each step, for that gain
     alternatives: int = 64  # group elements that each draw is compared with, where that gain is estimated from samples
     clip_norm: float | None = None  # largest norm of the whole gradient
@@ -106,7 +106,7 @@ def _check_number(name: str, value: Any, fix: str, above_zero: bool) -> None:
             f"{name}={shortened(value)}",
             "another sign" if number else "a text, a NaN or a tensor in place of a number", fix)
 
-# %% ../../nbs/7_training/03_config.ipynb #178e112a-0
+# %% ../../nbs/7_training/03_config.ipynb #4207991a-0
 class TrainingSettings(TypedDict, total=False):
     """The settings of `TrainingConfig` as keywords, for type checkers."""
 
@@ -122,7 +122,7 @@ class TrainingSettings(TypedDict, total=False):
     kl_weight: float
     kl_annealing: int
     objective: Objective
-    information: Method
+    information: InformationMethod
     information_draws: int
     alternatives: int
     clip_norm: float | None

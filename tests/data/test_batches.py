@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from helpers_data import seeded, typed
-from symbnn.data import batches as module
+from symbnn.data.batches import batches as module
 from symbnn.data.batches import batches, epoch_generator
 from symbnn.data.sources import load
 from symbnn.data.splits import Split

@@ -174,7 +174,8 @@ def test_geometric_average_beats_laws_outside_the_family():
 def test_means_far_from_zero_and_tiny_scales():
     """@eq-arithmetic-variance: a difference of second moments would lose the variance, float32 the weights."""
     means = torch.tensor([1e7 + 0.3, 1e7 + 1.1], dtype=torch.float64)
-    found = average(MeanFieldGaussian(means, torch.full_like(means, -14)), natural_action(Permutations(2)), "arithmetic")
+    far = MeanFieldGaussian(means, torch.full_like(means, -14))
+    found = average(far, natural_action(Permutations(2)), "arithmetic")
     assert_close(found.variance, [0.16] * 2, exact32)
     tiny = MeanFieldGaussian(torch.tensor([1.0, 2.0]), torch.tensor([-60.0, -60.0]))
     assert_close(average(tiny, natural_action(Permutations(2))).log_scale, [-60.0, -60.0], exact32)

@@ -84,7 +84,8 @@ def test_untied_priors_are_infinitely_far():
     with pytest.raises(Refusal, match="infinite"):
         full.kl(law)
     with pytest.raises(Refusal, match="infinite"):  # as many orbits, other ones
-        law.kl(Tied(law.base, Orbits(Action.product(natural_action(Permutations(3)), Action.trivial(Permutations(3), (3,))))))
+        rows = Action.product(natural_action(Permutations(3)), Action.trivial(Permutations(3), (3,)))
+        law.kl(Tied(law.base, Orbits(rows)))
     with pytest.raises(Refusal, match="one coordinate an orbit"):
         Tied(full, law.orbits)
 
