@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_contraction', 'stretch', 'through_lipschitz']
 
-# %% ../../nbs/3_equivariance/05_lipschitz.ipynb #038acbcd-0
+# %% ../../nbs/3_equivariance/05_lipschitz.ipynb #3262c57f-0
 import math
 from collections.abc import Iterator, Sequence
 from typing import NoReturn, get_args
@@ -20,7 +20,7 @@ from ..errors import Refusal, check_tensor
 from ..posterior.family import Family
 from ..posterior.layers import VariationalTensor, variational_tensors
 from ..symmetry.networks import NetworkAction, check_acting
-from ..symmetry.rules import Window, convolution_windows
+from ..symmetry.windows import Window, convolution_windows
 
 # %% ../../nbs/3_equivariance/05_lipschitz.ipynb #28d19508-0
 _ENTRYWISE = (nn.ReLU, nn.Tanh, nn.Identity)  # exact types: Lipschitz 1, and 0 at 0

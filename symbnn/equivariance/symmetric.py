@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Symmetry', 'Symmetric', 'bayesianize']
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #c46784e1-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #ad8c5692-0
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .predictions import Mode, OrbitPredictions, orbit_predictions
 from .conditions import moved_tensors
 from .projected_gradients import Drift, drift
 from .tied import tie
-from ..errors import check_kind, require
+from ..errors import check_kind, check_shape, require
 from ..estimates import Estimate, rounding_tolerance
 from ..posterior.family import Family
 from ..posterior.independent import MeanFieldGaussian
@@ -76,7 +76,7 @@ def _check_pair(network: nn.Module, action: NetworkAction) -> None:
             "weights", "the action of another network of the same shapes, layers that were changed after it was "
             "derived, or running statistics that are not finite", "Symmetric(network, action.input)")
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #9150a060-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #610aaad0-0
 Symmetry = SpatialAction | Action | NetworkAction
 
 
@@ -86,6 +86,8 @@ def _action_on(network: nn.Module, symmetry: SpatialAction | Action, shape: Sequ
     check_kind(symmetry, (SpatialAction, Action), "The symmetry of the inputs",
                "rotations() with shape=(C, H, W), or an action on inputs such as field(rotations(), (1, 28, 28))",
                {Group: "an action of the group, such as rotations() with shape=(C, H, W)"})
+    if shape is not None:
+        check_shape(shape, "The shape of one input", "shape=(C, H, W)", least=1)
     if isinstance(symmetry, SpatialAction):
         require(shape is not None, "The shape of one input says which pixels are moved",
                 f"'{symmetry.name}' without a shape", "an argument left out",
@@ -107,27 +109,27 @@ class Symmetric:
     network: nn.Module
     action: NetworkAction
 
-    def __init__(self, network: nn.Module, symmetry: Symmetry, shape: Sequence[int] | None = None, *,
+    def __init__(self, network: nn.Module, action: Symmetry, shape: Sequence[int] | None = None, *,
                  hidden: Hidden = "trivial", output: Action | None = None) -> None:
-        """Derive the action and check it at random weights; a `NetworkAction` is taken as it is, and checked.
+        """Derive the action and check it at random weights.
 
-        `shape` is that of one input, (C, H, W) or (C, L), and needed for actions on pixels alone. `hidden` and `output`
-        are the actions on hidden channels and on outputs, as in `network_action`. Raises `Refusal` for a network
-        without posteriors, for one that does not commute with the group (naming the layer), and for an action of
-        another network.
+        `action` is one on pixels, one on inputs, or the network's own, which is checked alone. `shape` is that of one
+        input, (C, H, W) or (C, L), and needed for actions on pixels. `hidden` and `output` are the actions on hidden
+        channels and on outputs, as in `network_action`. Raises `Refusal` for a network without posteriors, for one that
+        does not commute with the group (naming the layer), and for an action of another network.
         """
         check_network(network)
         require(is_variational(network), "A network with a symmetry has posteriors, which the group moves",
                 f"a {type(network).__name__} without any", "a plain torch network",
                 "bayesianize(network, symmetry, shape), which makes both")
-        given = isinstance(symmetry, NetworkAction)
+        given = isinstance(action, NetworkAction)
         require(not given or (shape is None and hidden == "trivial" and output is None),
                 "An action on a whole network says all about it", f"shape={shape}, hidden={hidden!r}, output={output}",
                 "arguments that derive an action", "Symmetric(network, action.input, hidden=..., output=...)")
-        action = symmetry if given else _action_on(network, symmetry, shape, hidden, output)
-        _check_pair(network, action)
+        whole = action if given else _action_on(network, action, shape, hidden, output)
+        _check_pair(network, whole)
         object.__setattr__(self, "network", network)
-        object.__setattr__(self, "action", action)
+        object.__setattr__(self, "action", whole)
 
     @property
     def group(self) -> Group:

@@ -29,7 +29,7 @@ from ..posterior.layers import VariationalTensor, variational_tensors, with_post
 from ..symmetry.networks import check_network
 from .architectures import Architecture, build
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #ef3c10d9-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #05a15a36-0
 FORMAT, VERSION = "symbnn checkpoint", 1
 DESCRIPTION = "checkpoint.json"
 
@@ -41,8 +41,9 @@ def json_values(description: Mapping[str, Any]) -> dict[str, Any]:
         try:
             read[name] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError) as error:
+            found = " ".join(f"{shortened(value)} ({error})".split())
             raise Refusal(f"JSON values as {name}: numbers that are finite, texts, booleans, None, lists, dictionaries",
-                          got=f"{shortened(value)} ({error})", cause="a tensor, an array, a path or a NaN among them",
+                          got=found, cause="a tensor, an array, a path or a NaN among them",
                           fix="value.item(), value.tolist(), str(value), or None for what is missing") from error
     return read
 

@@ -6,7 +6,7 @@
 __all__ = ['Optimizer', 'Schedule', 'Dtype', 'Select', 'Objective', 'RENAMED', 'TrainingConfig', 'TrainingSettings', 'renamed',
            'configured', 'learning_rate_factor', 'kl_annealing_factor', 'make_optimizer']
 
-# %% ../../nbs/7_training/03_config.ipynb #f8e4fc8e-0
+# %% ../../nbs/7_training/03_config.ipynb #ba79f321-0
 import difflib
 import math
 from collections.abc import Iterable, Mapping
@@ -16,14 +16,14 @@ from typing import Any, Literal, TypedDict, get_args
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import AUGMENTATIONS, Augmentation
+from ..data.batches import Augmentation
 from ..errors import check_choice, check_count, check_kind, require, shortened
 from ..hidden_units.mutual_information import InformationMethod
 from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Estimator
 from ..symmetry.actions import Action
 
-# %% ../../nbs/7_training/03_config.ipynb #38437369-0
+# %% ../../nbs/7_training/03_config.ipynb #ec9da183-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -56,7 +56,7 @@ class TrainingConfig:
     kl_weight: float = 1.0  # beta of the objective, see `elbo`
     kl_annealing: int = 0  # epochs in which that weight rises linearly from 0, see `kl_annealing_factor`
     objective: Objective = "elbo"  # "symmetrised": that of the orbit mixture, see `symmetrized_elbo`
-    information_method: InformationMethod = "auto"  # of the gain of that objective, see `mutual_information`
+    information_method: InformationMethod = "auto"  # how its gain is estimated, see `mutual_information`
     information_draws: int = 4  # samples of the weights in each step, for that gain
     negatives: int = 64  # group elements that each draw is compared with, where that gain is estimated from samples
     clip_norm: float | None = None  # largest norm of the whole gradient

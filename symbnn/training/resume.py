@@ -39,7 +39,7 @@ def describe_run(
         "action": action and repr(action), "symmetry": symmetry and repr(symmetry), "notes": notes or {},
     })
 
-# %% ../../nbs/7_training/05_resume.ipynb #783f0f50-0
+# %% ../../nbs/7_training/05_resume.ipynb #8fa75253-0
 def check_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise `Refusal` unless a checkpoint's description is that of the run that would go on from it.
 
@@ -55,8 +55,9 @@ def check_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
     if ours["schedule"] == "constant" and type(length) is int and length <= ours["epochs"]:
         theirs["epochs"] = ours["epochs"]
     theirs["device"] = ours["device"]
-    parts = ("data", "architecture", "family", "action", "symmetry")
-    check_continued(theirs | {name: stored.get(name) for name in parts}, ours | {name: wanted[name] for name in parts})
+    parts = ("data", "architecture", "family", "action", "symmetry", "begun")
+    parts_of = [{name: its.get(name) for name in parts} for its in (stored, wanted)]
+    check_continued(theirs | parts_of[0], ours | parts_of[1])
 
 # %% ../../nbs/7_training/05_resume.ipynb #5934bcc9-0
 class EpochRecord(NamedTuple):

@@ -328,6 +328,8 @@ def test_copies(pair, change, again):
 def test_it_is_itself_and_nothing_else(pair):
     other = Symmetric(pair.network, pair.action)
     assert pair == pair and pair != other and len({pair, other}) == 2
+    replaced = dataclasses.replace(pair, network=other.network)
+    assert replaced.network is pair.network and replaced.action is pair.action
 
 
 def test_a_device(pair):
@@ -371,6 +373,7 @@ MISTAKES = {
     "no shape": (lambda: Symmetric(BAYESIAN, rotations()), r"shape=\(C, H, W\)"),
     "no shape, plain": (lambda: bayesianize(plain(), rotations()), r"shape=\(C, H, W\)"),
     "shape of other data": (lambda: Symmetric(BAYESIAN, field(rotations(), SHAPE), (1, 8, 8)), r"shape=\(1, 4, 4\)"),
+    "a number": (lambda: Symmetric(BAYESIAN, field(rotations(), SHAPE), 4), r"shape=\(C, H, W\)"),
     "not square": (lambda: Symmetric(BAYESIAN, rotations(), (1, 4, 6)), "crop or pad"),
     "other channels": (lambda: Symmetric(BAYESIAN, rotations(), (3, 4, 4)), "'0"),
     "a group": (lambda: Symmetric(BAYESIAN, Cyclic(4), SHAPE), r"rotations\(\) with shape"),

@@ -8,7 +8,11 @@ from torch import nn
 
 from helpers_layerwise import normal, randomised, seeded
 from symbnn.errors import Refusal
-from symbnn.layerwise.paths import convolution_path, dense_path, matrix_of
+from symbnn.layerwise.paths import (
+    convolution_path,
+    dense_path,
+    matrix_of,
+)
 from symbnn.layerwise.relaxed_networks import (
     CHANNELS,
     STRIDES,
