@@ -23,8 +23,8 @@ from peak import peak_megabytes
 from symbnn.hidden_units.mutual_information import InformationEstimator
 from symbnn.hidden_units.permanents import log_bethe_permanent, log_capacity
 from symbnn.posterior.sampling import sample_weights
-from symbnn.symmetry.networks import unit_permutations
 from symbnn.studies.simulations import unit_network
+from symbnn.symmetry.networks import unit_permutations
 
 WIDTHS = (8, 16, 64, 256, 1000)
 METHODS = {  # method and the K of those that have one; the widths up to which it is run
@@ -151,7 +151,7 @@ def truth(units, separation, draws):
     if units <= 16:
         found = InformationEstimator(network, action, "permanent")(draws, seeded(7))
         error = 4 * found.standard_error
-        return found.value.item() - error, found.value.item() + error, f"exact permanent, {draws} draws"
+        return found.value - error, found.value + error, f"exact permanent, {draws} draws"
     sides = {}
     many = {64: 4096, 256: 512, 1000: 128}[units]
     for label, K in (("importance", 2000 if units <= 64 else 200), ("capacity", 2), ("bethe", 2),
@@ -159,8 +159,8 @@ def truth(units, separation, draws):
         if units <= 256 or not label.startswith("importance"):
             count = 64 if label.startswith("importance") else many
             sides[label] = InformationEstimator(network, action, label, K)(count, seeded(7))
-    low = max((f.value.item() - 4 * f.standard_error, label) for label, f in sides.items() if f.kind == "lower")
-    high = min((f.value.item() + 4 * f.standard_error, label) for label, f in sides.items() if f.kind == "upper")
+    low = max((f.value - 4 * f.standard_error, label) for label, f in sides.items() if f.kind == "lower")
+    high = min((f.value + 4 * f.standard_error, label) for label, f in sides.items() if f.kind == "upper")
     return low[0], min(high[0], math.lgamma(units + 1)), f"between {low[1]} and {high[1]}, each with 4 standard errors"
 
 

@@ -65,7 +65,7 @@ class Evaluation:
         if self.information:
             InformationEstimator(network, unit_permutations(network, task.data.shape))
 
-# %% ../../nbs/8_studies/03_evaluations.ipynb #caff37fb-0
+# %% ../../nbs/8_studies/03_evaluations.ipynb #13ed6f62-0
 def _sweep(network: nn.Module, task: Task, evaluation: Evaluation, seed: int) -> list[dict]:
     """The defect from the first T draws, for each T and repeat."""
     rows, parameter = [], next(network.parameters())
@@ -109,7 +109,7 @@ def _bounds(network: nn.Module, task: Task, draws: int, seed: int) -> dict[str, 
     generator = torch.Generator(next(network.parameters()).device).manual_seed(seed)
     gain = mutual_information(network, unit_permutations(network, task.data.shape), draws=draws, generator=generator)
     fit = _fit(network, task, generator)
-    count, kl, information = len(task.data.train), kl_sum(network).item(), gain.value.item()
+    count, kl, information = len(task.data.train), kl_sum(network).item(), gain.value
     return {"fit_nats": fit, "kl_of_q_nats": kl, "information_nats": information,
             "information_nats_se": gain.standard_error, "information_ceiling_nats": gain.ceiling,
             "information_method": gain.method, "elbo_of_q": fit - kl / count,
