@@ -27,7 +27,7 @@ from ..symmetry.actions import Action
 from ..symmetry.networks import NetworkAction, check_acting
 from ..symmetry.orbits import Orbits
 
-# %% ../../nbs/3_equivariance/11_averages.ipynb #1992c418-0
+# %% ../../nbs/3_equivariance/11_averages.ipynb #83cfd459-0
 Barycentre = Literal["geometric", "arithmetic", "projection"]
 
 
@@ -75,7 +75,7 @@ def _average_diagonal_gaussian(family: DiagonalGaussian, action: Action, barycen
 @average_rule.register(LogNormal)
 def _average_log_normal(family: LogNormal, action: Action, barycentre: Barycentre) -> LogNormal:
     loc, log_scale = _average_of_normals(family, action, barycentre)
-    return LogNormal(loc, log_scale, family.mask, shape=family.shape, trainable=family.trainable)
+    return type(family)(loc, log_scale, family.mask, shape=family.shape, trainable=family.trainable)
 
 
 @average_rule.register(Laplace)
@@ -86,7 +86,7 @@ def _average_laplace(family: Laplace, action: Action, barycentre: Barycentre) ->
                       cause="the densities of Laplace laws with a free location have no finite number of statistics, and "
                       "their average is no Laplace law", fix='barycentre="projection", or OrbitMixture(network, action)')
     loc, log_scale = _average_of_normals(family, action, barycentre)
-    return Laplace(loc, log_scale, shape=family.shape, trainable=family.trainable)
+    return type(family)(loc, log_scale, shape=family.shape, trainable=family.trainable)
 
 
 @average_rule.register(PointMass)
