@@ -75,7 +75,7 @@ class TestLogNormal(FamilySuite):
 
     def check_prior(self, q, prior):
         assert torch.equal(prior.mask, q.mask)
-        assert_close(prior.loc.exp(), torch.tensor(0.7))  # the median of the magnitude
+        assert_close(prior.loc.exp(), torch.tensor(0.7, dtype=torch.float64))  # the median of the magnitude
 
     def broken(self):
         return SignedPermutation([0, 1, 2], [1, 1, -1])
