@@ -29,7 +29,7 @@ from ..symmetry.actions import Action
 from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 
-# %% ../../nbs/3_equivariance/11_averages.ipynb #3ffc7937-0
+# %% ../../nbs/3_equivariance/11_averages.ipynb #4b3ef46f-0
 Barycentre = Literal["geometric", "arithmetic", "projection"]
 
 
@@ -77,7 +77,7 @@ def _average_diagonal_gaussian(family: DiagonalGaussian, action: Action, barycen
 @average_rule.register(LogNormal)
 def _average_log_normal(family: LogNormal, action: Action, barycentre: Barycentre) -> LogNormal:
     loc, log_scale = _average_of_normals(family, action, barycentre)
-    return LogNormal(loc, log_scale, family.mask, shape=family.shape, trainable=family.trainable)
+    return type(family)(loc, log_scale, family.mask, shape=family.shape, trainable=family.trainable)
 
 
 @average_rule.register(Laplace)
@@ -89,7 +89,7 @@ def _average_laplace(family: Laplace, action: Action, barycentre: Barycentre) ->
                       "and their average is no Laplace law",
                       fix='barycentre="projection", or OrbitMixture(network, action)')
     loc, log_scale = _average_of_normals(family, action, barycentre)
-    return Laplace(loc, log_scale, shape=family.shape, trainable=family.trainable)
+    return type(family)(loc, log_scale, shape=family.shape, trainable=family.trainable)
 
 
 @average_rule.register(PointMass)

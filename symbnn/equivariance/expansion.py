@@ -258,7 +258,7 @@ def _widen(layer: nn.Module, read: int, written: int) -> None:
         first, *rest = layer.normalized_shape
         layer.normalized_shape = (written * first, *rest)
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #b8c7b5fd-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #f737220f-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
     require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
@@ -276,8 +276,8 @@ def _check_tensors(network: nn.Module, action: NetworkAction) -> None:
              for key, tensor in {**layer._parameters, **layer._modules, **layer._buffers}.items()
              if isinstance(tensor, (Tensor, VariationalTensor)) and tensor.ndim}
     moved = {name: rule.shape for name, rule in action.parameters.items() if rule.shape}
-    require(found == moved, _OWN, f"a network with {_listed(found.items() - moved.items())}, where the action has "
-            f"{_listed(moved.items() - found.items())}", *_NOT_OWN)
+    require(found == moved, _OWN, f"tensors that only the network has: {_listed(found.items() - moved.items())}; that "
+            f"only the action has: {_listed(moved.items() - found.items())}", *_NOT_OWN)
 
 
 def _check_own(network: nn.Module, action: NetworkAction, graph: fx.Graph) -> None:

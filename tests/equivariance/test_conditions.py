@@ -23,7 +23,7 @@ from helpers_equivariance import (
     transported,
 )
 from late import ORDERS, reordered
-from symbnn.equivariance.conditions import violations
+from symbnn.equivariance.conditions import moved_tensors, violations
 from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.elbo import elbo
@@ -329,14 +329,17 @@ def test_refusals():
     _, action, x, labels = complete()
     plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     signed, zeros = network_action(plain, PLANE, output=PLANE), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(Refusal, match="permuting classes"):
+    with pytest.raises(Refusal, match="permute"):
         violations(with_posteriors(plain), signed, normal(4, 2), zeros)
-    with pytest.raises(Refusal, match="own shape"):
-        violations(with_posteriors(nn.Sequential(nn.Linear(2, 3)).double()), action, x, labels)
-    with pytest.raises(Refusal, match="derived from"):
+    linear = with_posteriors(nn.Sequential(nn.Linear(2, 3)).double())
+    with pytest.raises(Refusal, match=r"'0.weight' of shape \(3, 2\) in the network, of shape \(3, 1, 3, 3\) in the"):
+        violations(linear, action, x, labels)
+    with pytest.raises(Refusal, match=r"'weight' of shape .* unknown to the action.*derived from another network"):
         violations(with_posteriors(nn.Linear(2, 3).double()), action, x, labels)
-    with pytest.raises(Refusal, match="variational layers"):
+    with pytest.raises(Refusal, match="posteriors"):
         violations(nn.Linear(2, 3), action, x, labels)
+    own = network_action(linear, Action.trivial(Cyclic(2), (2,)))  # as the refusals advise
+    assert set(moved_tensors(linear, own)) == {"0.weight", "0.bias"}
 
 
 def test_labels_move_as_unit_vectors_do():

@@ -222,7 +222,7 @@ def test_orbit_average_of_predictions():
     assert defect_unbiased(plain.probabilities).value > 1e-6
     assert_close(defect_unbiased(mixed.probabilities).value, 0.0)
     assert nll(mixed.probabilities, labels) < nll(plain.probabilities, labels, over="orbit")  # Jensen
-    with pytest.raises(Refusal, match="softmax"):
+    with pytest.raises(Refusal, match=r"log-probabilities.*Fix: probabilities.exp\(\)"):
         orbit_average(type(plain)(plain.probabilities.log(), plain.elements, plain.mode))
 
 

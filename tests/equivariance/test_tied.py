@@ -203,7 +203,7 @@ def test_tied_networks_in_the_rest_of_the_library():
     assert_close(plain(x), apply_weights(tied, x, mean_weights(tied))[0])
     assert_close(plain(torch.rot90(x, 1, (-2, -1))), plain(x))
     assert multiply_adds(tied, (1, 4, 4)) == multiply_adds(network, (1, 4, 4))
-    with pytest.raises(Refusal, match="Flipout"):
+    with pytest.raises(Refusal, match="flipout"):
         forward(tied, x, 1, "flipout")
     for estimator in ("split", "local"):
         assert forward(tied, x, 2, estimator, seeded()).shape == (1, 2, 3)
@@ -215,7 +215,7 @@ def test_tied_networks_in_the_rest_of_the_library():
 
 def test_tie_refuses():
     network, action = bayesian(norm=True, hidden="regular")
-    with pytest.raises(Refusal, match=r"no posterior.*1\.weight"):
+    with pytest.raises(Refusal, match=r"without a posterior.*1\.weight"):
         tie(network, action)
     plain = plain_cnn()
     plain.insert(1, nn.BatchNorm2d(4, affine=False).double())

@@ -6,18 +6,270 @@ import pickle
 
 import pytest
 import torch
+from family_suite import FamilySuite
 from torch import distributions as D
 
 from helpers_posterior import NAMES, NORMAL, SHAPE, SIZE, each_family, members, random, seeded, unchecked_shapes
+from symbnn.equivariance.averages import average, average_rule
+from symbnn.equivariance.expansion import expansion_rule
+from symbnn.equivariance.tied import Tied
 from symbnn.errors import Refusal
+from symbnn.hidden_units.mutual_information import UnitLaw, unit_rule
 from symbnn.posterior.block_gaussian import BlockGaussian
+from symbnn.posterior.divergences import log_affinity, wasserstein2_squared, wasserstein_rule
 from symbnn.posterior.families import FAMILIES
-from symbnn.posterior.family import Family
+from symbnn.posterior.family import Closure, ContinuousFamily, Family, monomial
 from symbnn.posterior.full_gaussian import FullGaussian
-from symbnn.posterior.independent import Laplace, MeanFieldGaussian
+from symbnn.posterior.independent import IndependentFamily, Laplace, MeanFieldGaussian
 from symbnn.posterior.log_normal import LogNormal
+from symbnn.posterior.point_mass import PointMass
+from symbnn.symmetry.actions import natural_action
+from symbnn.symmetry.fields import flips, rotations
+from symbnn.symmetry.groups import Symmetric
+from symbnn.symmetry.orbits import Orbits
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, exact32, exact64, within_standard_errors
+
+# The suite
+
+
+class TestMeanFieldGaussian(FamilySuite):
+    def member(self, shape, seed=0, trainable=True):
+        return MeanFieldGaussian(random(shape, seed), 0.5 * random(shape, seed + 1) - 1, trainable=trainable)
+
+
+class TestIsotropicGaussian(FamilySuite):
+    """Parameters that are stored once for all weights."""
+
+    refused = dict.fromkeys(("geometric", "arithmetic", "projection"), "mean for each weight")
+
+    def member(self, shape, seed=0, trainable=True):
+        number = torch.tensor(0.4 + 0.1 * seed, dtype=torch.float64)
+        return MeanFieldGaussian(number, -number, shape=shape, trainable=trainable)
+
+
+class TestLaplace(FamilySuite):
+    refused = dict.fromkeys(("geometric", "arithmetic"), "exponential family.*no finite number of statistics")
+
+    def member(self, shape, seed=0, trainable=True):
+        return Laplace(random(shape, seed), 0.5 * random(shape, seed + 1) - 1, trainable=trainable)
+
+
+class TestLogNormal(FamilySuite):
+    refused = {"expansion": "log-normal weights cannot have mean zero"}
+
+    def member(self, shape, seed=0, trainable=True):
+        mask = torch.where(random(shape, 99) < 0, -1, 1) if len(shape) > 1 else torch.full(shape, -1)
+        return LogNormal(random(shape, seed) - 1, 0.5 * random(shape, seed + 1) - 1, mask, trainable=trainable)
+
+    def line(self, q):
+        logs = torch.linspace(-12, 12, 100_001, dtype=torch.float64) * q.scale + q.loc
+        return (q.mask * logs.exp())[:, None], logs.exp() * (logs[1] - logs[0])
+
+    def network(self, plain, scale=0.3):
+        """With positive weights, whose signs every permutation keeps."""
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter.abs_()
+        return super().network(plain, scale)
+
+    def check_prior(self, q, prior):
+        assert torch.equal(prior.mask, q.mask)
+        assert_close(prior.loc.exp(), torch.tensor(0.7, dtype=torch.float64))  # the median of the magnitude
+
+    def broken(self):
+        return SignedPermutation([0, 1, 2], [1, 1, -1])
+
+
+class TestBlockGaussian(FamilySuite):
+    def member(self, shape, seed=0, trainable=True):
+        return BlockGaussian(random(shape, seed), 0.5 * random((1,) * len(shape), seed + 1) - 1, trainable=trainable)
+
+    def broken(self):
+        return torch.diag(torch.tensor([2.0, 1.0, 1.0], dtype=torch.float64))  # a block of unequal scales
+
+
+class TestFullGaussian(FamilySuite):
+    refused = {"expansion": "correlations between the blocks", "units": "weights are correlated"}
+
+    def member(self, shape, seed=0, trainable=True):
+        n = math.prod(shape)
+        root = 0.3 / n**0.5 * random((n, n), seed + 2).tril(-1) + (0.5 * random((n,), seed + 1) - 1).exp().diag()
+        return FullGaussian(random(shape, seed), root, trainable=trainable)
+
+    def broken(self):
+        return None
+
+
+class TestPointMass(FamilySuite):
+    refused = {
+        "density": "has a density", "kl": "has a density", "affinity": "which have none", "bound": "has a density",
+        "geometric": "have no density", "arithmetic": "have no density", "units": "all of its mass lies at one point",
+    }
+
+    def member(self, shape, seed=0, trainable=True):
+        return PointMass(random(shape, seed), trainable=trainable)
+
+    def broken(self):
+        return None
+
+
+# Two families of somebody else: one with rules for most of the operations, one with none
+
+
+class StudentT(IndependentFamily):
+    """Independent Student-t weights of twelve degrees of freedom."""
+
+    symmetric = True
+    freedom = 12
+
+    def _log_variance(self):
+        return 2 * self.log_scale + math.log(self.freedom / (self.freedom - 2))
+
+    def noise(self, draws, generator=None):
+        normal = torch.randn((self.freedom + 1, draws, *self.shape), generator=generator, dtype=self.loc.dtype)
+        return normal[0] / normal[1:].square().mean(0).sqrt()
+
+    def distribution(self):
+        return D.Independent(D.StudentT(self.freedom, self.mean, self.scale), len(self.shape))
+
+
+@wasserstein_rule.register
+def _wasserstein_of_student_t(q: StudentT, p: StudentT):
+    return (q.mean - p.mean).square().sum() + (q.variance.sqrt() - p.variance.sqrt()).square().sum()
+
+
+@average_rule.register(StudentT)
+def _average_student_t(family, action, barycentre):
+    if barycentre != "projection":
+        raise Refusal("a projection", got=barycentre, cause="no other average is a Student-t law", fix="projection")
+    scale = Orbits(action.absolute()).project(family.scale)
+    return StudentT(Orbits(action).project(family.loc), scale.log(), trainable=family.trainable)
+
+
+@expansion_rule.register(StudentT)
+def _expand_student_t(family, widen):
+    return StudentT(widen(family.loc), widen(family.log_scale, scales=True), trainable=family.trainable)
+
+
+def _student_t_pairs(x, loc, log_scale):
+    return D.StudentT(StudentT.freedom, loc, log_scale.exp()).log_prob(x[:, :, None]).sum(-1)
+
+
+@unit_rule.register(StudentT)
+def _student_t_units(posterior):
+    return UnitLaw(_student_t_pairs, (posterior.loc, posterior.log_scale))
+
+
+class TestStudentT(FamilySuite):
+    refused = {
+        "kl": "no closed form is known for this pair", "bound": "no closed form is known for this pair",
+        "affinity": r"rule for the Hellinger affinity.*a StudentT.*affinity_rule\.register\(StudentT\)",
+        "geometric": "no other average", "arithmetic": "no other average",
+    }
+
+    def member(self, shape, seed=0, trainable=True):
+        return StudentT(random(shape, seed), 0.5 * random(shape, seed + 1) - 1, trainable=trainable)
+
+
+class Gumbel(ContinuousFamily):
+    """Independent Gumbel weights, which are skewed: closed under maps that permute weights and stretch them."""
+
+    def __init__(self, loc, log_scale, *, trainable=True):
+        super().__init__(loc.shape, trainable)
+        self._hold("loc", loc)
+        self._hold("log_scale", log_scale)
+
+    @classmethod
+    def initial(cls, mean, scale, trainable=True):
+        return cls(mean, torch.full_like(mean, scale).log(), trainable=trainable)
+
+    def distribution(self):
+        return D.Independent(D.Gumbel(self.loc, self.log_scale.exp()), len(self.shape))
+
+    @property
+    def mean(self):
+        return self.distribution().mean
+
+    @property
+    def variance(self):
+        return self.distribution().variance
+
+    def noise(self, draws, generator=None):
+        exponential = torch.empty((draws, *self.shape)).exponential_(generator=generator)
+        return -exponential.log().to(self.loc.dtype)
+
+    def transport(self, noise):
+        return self.loc + self.log_scale.exp() * noise
+
+    def _closure(self, map):
+        pair = monomial(map, self.loc)
+        keeps = pair is not None and bool((pair[1] > 0).all())
+        return Closure(keeps, "skewed weights may be permuted and stretched, and neither mixed nor turned over")
+
+    def _pushed(self, map):
+        index, factor = monomial(map, self.loc)
+        loc, log_scale = (value.flatten()[index] for value in (self.loc, self.log_scale))
+        return Gumbel((factor * loc).view(self.shape), (log_scale + factor.log()).view(self.shape),
+                      trainable=self.trainable)
+
+
+class TestGumbel(FamilySuite):
+    """Nothing is registered, and each refusal says what is missing, for which class, and how it is added."""
+
+    refused = {
+        "affinity": r"the Hellinger affinity.*a Gumbel.*@affinity_rule\.register\(Gumbel\)",
+        "wasserstein": r"the Wasserstein distance.*a Gumbel.*@wasserstein_rule\.register\(Gumbel\)",
+        "expansion": r"orbit expansion.*a Gumbel.*'0\.weight'.*@expansion_rule\.register\(Gumbel\)",
+        "units": "does not factorise.*a Gumbel, for which none is registered", "bound": "Hellinger affinity.*a Gumbel",
+        **dict.fromkeys(("geometric", "arithmetic", "projection"),
+                        r"the average over a group.*a Gumbel.*@average_rule\.register\(Gumbel\)"),
+    }
+
+    def member(self, shape, seed=0, trainable=True):
+        return Gumbel(random(shape, seed), 0.5 * random(shape, seed + 1) - 1, trainable=trainable)
+
+
+def test_a_subclass_has_the_rules_of_its_class():
+    class Renamed(MeanFieldGaussian):
+        pass
+
+    q, p = (Renamed(random((3,), seed), random((3,), seed + 1)) for seed in (0, 7))
+    plain = [MeanFieldGaussian(member.loc, member.log_scale) for member in (q, p)]
+    assert_close(log_affinity(q, p), log_affinity(*plain))
+    found = average(q, natural_action(Symmetric(3)))
+    assert type(found) is Renamed
+    with pytest.raises(Refusal, match="two members of one family"):
+        log_affinity(q, plain[1])
+
+
+def test_no_family_takes_back_what_it_inherits():
+    assert not issubclass(BlockGaussian, IndependentFamily) and "marginal" not in vars(BlockGaussian)
+    assert not issubclass(PointMass, ContinuousFamily)
+    assert not {"log_prob", "entropy", "distribution"} & vars(PointMass).keys()
+
+
+def tied(action, seed):
+    orbits = Orbits(action)
+    return Tied(MeanFieldGaussian(random((orbits.dimension,), seed), random((orbits.dimension,), seed + 1)), orbits)
+
+
+def test_tied_weights_have_the_rules_of_their_coordinates():
+    kernel = rotations().kernel(3, 3)
+    q, p = tied(kernel, 0), tied(kernel, 7)
+    assert_close(log_affinity(q, p), log_affinity(q.base, p.base))
+    noise = q.noise(100_000, seeded(1))
+    cost = (q.transport(noise) - p.transport(noise)).square().flatten(1).sum(1)
+    within_standard_errors(cost.mean(), wasserstein2_squared(q, p), cost.std() / math.sqrt(len(cost)))
+    for kind in ("geometric", "arithmetic", "projection"):
+        found = average(q, kernel, kind)
+        assert type(found) is Tied and torch.equal(found.mean, q.mean)
+    other = tied(flips().kernel(3, 3), 0)
+    with pytest.raises(Refusal, match="two laws that tie the same weights"):
+        log_affinity(q, other)
+
+
+# Every family by name
 
 EXPONENTIAL = [name for name in NAMES if name != "laplace"]
 
