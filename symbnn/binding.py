@@ -56,7 +56,7 @@ def eager(function: Callable) -> Callable:
 
     return call
 
-# %% ../nbs/0_ground/04_binding.ipynb #0ae16931-0
+# %% ../nbs/0_ground/04_binding.ipynb #38ce39ea-0
 Change = Callable[[nn.Module, nn.Module], None]  # of a copy, given the module that it was copied from
 OF_EVERY_MODULE = nn.Module().__dict__.keys()  # attributes that torch itself keeps
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -131,8 +131,8 @@ def _own_attributes(module: nn.Module) -> list[str]:
     return [*hooks, *(module.__dict__.keys() - OF_EVERY_MODULE)]
 
 
-def layer_with(layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of one layer with these parameters."""
+def layer_with(layer: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
+    """A copy of one layer with these parameters; None leaves one out."""
     copy = _copy(layer, {}, False)
     cast(dict[str, Tensor | None], copy._parameters).update(tensors)
     return copy

@@ -71,7 +71,7 @@ def stretch(layer: _Weighted, shape: Sequence[int]) -> float:
     windows, wraps = convolution_windows(layer), layer.padding_mode == "circular"
     return math.sqrt(math.prod(_most_reads(w, n, wraps) for w, n in zip(windows, shape[-len(windows):], strict=True)))
 
-# %% ../../nbs/3_equivariance/05_lipschitz.ipynb #be43555c-0
+# %% ../../nbs/3_equivariance/05_lipschitz.ipynb #999465b9-0
 def _tensors(layer: nn.Module) -> dict[str, VariationalTensor]:
     """The weights of one layer that have posteriors, by their names in it."""
     return {key: child for key, child in layer.named_children() if isinstance(child, VariationalTensor)}
@@ -104,7 +104,7 @@ def _check_layers(network: nn.Module) -> nn.Sequential:
     first_use: dict[int, str] = {}
     for name, layer in _named_layers(network):
         if not _is_known(layer):
-            refuse(f"layer {name!r}, {layer}", "a layer that may stretch distances or does not map 0 to 0")
+            refuse(f"layer {name!r}, a {_shown(layer)}", "a layer that may stretch distances or does not map 0 to 0")
         for tensor in _tensors(layer).values():
             if id(tensor) in first_use:
                 refuse(f"a weight that is used twice, in layers {first_use[id(tensor)]!r} and {name!r}",
@@ -112,8 +112,12 @@ def _check_layers(network: nn.Module) -> nn.Sequential:
             first_use[id(tensor)] = name
     *_, last = network
     if not (isinstance(last, nn.Linear) and _tensors(last)):
-        refuse(f"{last} as the last layer", "outputs that are no logits, such as those of a softmax")
+        refuse(f"a {_shown(last)} as the last layer", "outputs that are no logits, such as those of a softmax")
     return network
+
+
+def _shown(layer: nn.Module) -> str:
+    return f"{type(layer).__name__}({layer.extra_repr()})"
 
 
 def _root_second_moment(member: Family) -> Tensor:

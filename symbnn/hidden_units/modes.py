@@ -6,7 +6,7 @@
 __all__ = ['Tensors', 'UNITS', 'units', 'mode_distance', 'NearestMode', 'closest_pair', 'nearest_mode', 'ProximityBound',
            'packing_distance', 'proximity_bound', 'interpolate', 'barrier', 'align']
 
-# %% ../../nbs/4_hidden_units/01_modes.ipynb #24f7da58-0
+# %% ../../nbs/4_hidden_units/01_modes.ipynb #569dd565-0
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ..errors import Refusal, check_kind, check_tensor, require
-from ..symmetry.groups import Element, Product, Symmetric
+from ..symmetry.groups import Element, Product, Permutations
 from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 
-# %% ../../nbs/4_hidden_units/01_modes.ipynb #9d543a46-0
+# %% ../../nbs/4_hidden_units/01_modes.ipynb #0eb159a0-0
 Tensors = Mapping[str, Tensor]  # weights by plain parameter name, each of shape (*shape,) or with leading draw axes
 
 
@@ -32,7 +32,7 @@ def _sizes(action: NetworkAction) -> dict[str, int]:
     """The hidden channel classes in the order of the group's factors, and how many units each has."""
     check_kind(action, NetworkAction, "The action on hidden units", UNITS)
     sizes = {name: moves.numel for name, moves in action.channels.items() if name not in ("input", "output")}
-    require(action.group == Product(*map(Symmetric, sizes.values())), "the action that permutes hidden units",
+    require(action.group == Product(*map(Permutations, sizes.values())), "the action that permutes hidden units",
             f"an action of the group {action.group.name}", "the action of a symmetry of the data", UNITS)
     return sizes
 
@@ -61,7 +61,7 @@ def _element(action: NetworkAction, hidden: str, images: Element) -> Element:
 
 def _coordinates(action: NetworkAction, name: str, hidden: str) -> Int[Tensor, "n d"]:
     """The flattened coordinates of a tensor that belong to each unit; d is 0 where the class is not met."""
-    symmetric = Symmetric(_sizes(action)[hidden])
+    symmetric = Permutations(_sizes(action)[hidden])
     moves = action.parameters[name].pulled_back(symmetric, lambda images: _element(action, hidden, images))
     orbits = Orbits(moves)
     moved = (orbits.sizes[orbits.orbit] > 1).nonzero().flatten()

@@ -18,7 +18,7 @@ from .family import Closure, Family, LinearMap, apply_map
 from .independent import DiagonalGaussian, log_of_scale
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/2_posterior/04_block_gaussian.ipynb #e561f7f5-0
+# %% ../../nbs/2_posterior/04_block_gaussian.ipynb #e3788441-0
 class BlockGaussian(DiagonalGaussian):
     """Independent normal weights that share one standard deviation within each block.
 
@@ -40,7 +40,8 @@ class BlockGaussian(DiagonalGaussian):
                           got=f"block_ndim={block_ndim} for a tensor of shape {tuple(mean.shape)}",
                           cause="a block that was meant for a tensor of more axes, such as a kernel",
                           fix=f"block_ndim={mean.ndim} for one scale in all, block_ndim=0 for one scale a weight")
-        return cls(mean, log_of_scale(scale, mean, (*mean.shape[:kept], *[1] * (mean.ndim - kept))), trainable=trainable)
+        blocks = (*mean.shape[:kept], *[1] * (mean.ndim - kept))
+        return cls(mean, log_of_scale(scale, mean, blocks), trainable=trainable)
 
     @property
     def blocks(self) -> Int[Tensor, "*shape"]:

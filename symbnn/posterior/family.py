@@ -72,7 +72,7 @@ def apply_map(map: LinearMap, value: Tensor) -> Tensor:
     """The map applied along the last axis."""
     return map(value) if isinstance(map, SignedPermutation) else value @ map.to(value.device, value.dtype).T
 
-# %% ../../nbs/2_posterior/01_family.ipynb #1c7154ab-0
+# %% ../../nbs/2_posterior/01_family.ipynb #bab18ac3-0
 class Family(nn.Module):
     """A distribution over one tensor of weights, of shape `shape`, together with its parameters.
 
@@ -93,13 +93,21 @@ class Family(nn.Module):
         super().__init__()
         self.shape, self.trainable = tuple(shape), trainable
 
+    @classmethod
+    def initial(cls, mean: Tensor, scale: float | Tensor, trainable: bool = True) -> "Family":
+        """A member centred at `mean` with weights of this `scale`: where `with_posteriors` starts."""
+        raise Refusal("a family with a classmethod `initial`", got=f"the class {cls.__name__}, which has none",
+                      cause="a class of your own that was not meant as a posterior to start from",
+                      fix=f"def initial(cls, mean, scale, trainable=True) in {cls.__name__}, or "
+                      "family=MeanFieldGaussian")
+
     def _hold(self, name: str, value: Tensor) -> None:
         """Keep a copy of `value` as a parameter, or as a buffer where this member is frozen."""
         real = value.is_floating_point()
         if not real or not (value.is_meta or bool(value.isfinite().all())):
             bad = int((~value.isfinite()).sum()) if real else 0
             raise Refusal(f"finite real numbers as `{name}` of a {type(self).__name__}",
-                          got=f"{bad} of {value.numel()} numbers infinite or NaN" if real else f"a {value.dtype} tensor",
+                          got=f"{bad} of {value.numel()} infinite or NaN" if real else f"a {value.dtype} tensor",
                           cause="weights of a training that diverged, or the logarithm of a scale of 0" if real else
                           "a tensor of whole numbers", fix="torch.log(scale) of scales above 0, and finite weights" if
                           real else f"{name}.float()")
@@ -190,8 +198,8 @@ class Family(nn.Module):
         return Refusal("a posterior that has a density", got=f"a {type(self).__name__}, asked for {what}",
                        cause="a family that is no ContinuousFamily, as where weights are trained for their maximum a "
                        "posteriori: a single point has no density",
-                       fix="with_posteriors(network, family=MeanFieldGaussian), or laplace(network, inputs, targets) for "
-                       "a Gaussian around the point")
+                       fix="with_posteriors(network, family=MeanFieldGaussian), or laplace(network, inputs, targets) "
+                       "for a Gaussian around the point")
 
     def kl(self, prior: "Family") -> Float[Tensor, ""]:
         """KL(self || prior) in nats: exact, summed over the tensor, in float32 at least.
@@ -290,7 +298,8 @@ class Family(nn.Module):
     def marginal(self, index: Tensor) -> "Family":
         """The law of some of the flattened coordinates, of shape (k,). `Refusal` where weights share parameters."""
         raise Refusal("a family in which each weight has parameters of its own",
-                      got=f"{type(self).__name__} over {self.shape}", cause="weights that share a scale, or are correlated",
+                      got=f"{type(self).__name__} over {self.shape}",
+                      cause="weights that share a scale, or are correlated",
                       fix="family=MeanFieldGaussian, family=Laplace or family=LogNormal")
 
     def natural(self) -> dict[str, Tensor]:
@@ -305,9 +314,10 @@ class Family(nn.Module):
     @classmethod
     def _not_exponential(cls) -> Refusal:
         return Refusal("an exponential family, which has natural parameters", got=f"a {cls.__name__}",
-                       cause="no finite number of statistics determines its densities (as with a free location under an "
-                       "absolute value), or there are none", fix="family=MeanFieldGaussian, BlockGaussian, FullGaussian "
-                       "or LogNormal; or an average of parameters, average(family, action, \"projection\")")
+                       cause="no finite number of statistics determines its densities (as with a free location under "
+                       "an absolute value), or there are none",
+                       fix="family=MeanFieldGaussian, BlockGaussian, FullGaussian or LogNormal; or, for an average "
+                       'over a group, average(family, action, "projection")')
 
 
 class ContinuousFamily(Family):
@@ -363,10 +373,11 @@ class ContinuousFamily(Family):
         except NotImplementedError:
             raise self._no_kl(prior, "no closed form is known for this pair") from None
 
-# %% ../../nbs/2_posterior/01_family.ipynb #badd7c59-0
+# %% ../../nbs/2_posterior/01_family.ipynb #8419f83f-0
 def no_rule(member: Family, rule: str, what: str) -> Refusal:
     """What a generic function called `rule` raises for a class that has registered nothing; `what` it would give."""
     name = type(member).__name__
     return Refusal(f"a family with a rule for {what}", got=f"a {name}, for which none is registered",
-                   cause="a class that nobody has written this rule for", fix=f"@{rule}.register({name}) above a function "
-                   f"with the arguments of {rule}; or family=MeanFieldGaussian, which has one")
+                   cause="a class that nobody has written this rule for",
+                   fix=f"@{rule}.register({name}) above a function with the arguments of {rule}; or "
+                   "family=MeanFieldGaussian, which has one")

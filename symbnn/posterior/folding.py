@@ -18,14 +18,16 @@ from ..binding import Change, copy_tree, layer_with, no_change
 from ..errors import Refusal
 from .layers import VariationalTensor, variational_tensors
 
-# %% ../../nbs/2_posterior/10_folding.ipynb #432063a5-0
-Stacked = dict[str, Float[Tensor, "S *shape"]]  # of one layer: "weight" and "bias", where they have posteriors
+# %% ../../nbs/2_posterior/10_folding.ipynb #05ebbad0-0
+Stacked = dict[str, Float[Tensor, "S ..."]]  # of one layer: "weight" and "bias", where they have posteriors
 Posteriors = dict[str, VariationalTensor]  # of one layer, likewise
 Rule = Callable[[nn.Module, Stacked, Posteriors], Callable[[Tensor], Tensor]]  # what a layer does with all draws
 
 
 class _Folding:
     """Makes a layer's class call its `rule`."""
+
+    rule: Callable[[Tensor], Tensor]
 
     def forward(self, x: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows ..."]:
         return self.rule(x)
@@ -37,6 +39,7 @@ def _folding(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def fold_layer(layer: nn.Module, rule: Callable[[Tensor], Tensor]) -> None:
+    """Let a copy of a layer compute by `rule`, in place; its class becomes one derived from its own."""
     layer.__class__, layer.__dict__["rule"] = _folding(type(layer)), rule
 
 
@@ -44,10 +47,10 @@ def check_runs(x: Tensor, count: int) -> None:
     """`Refusal` unless the rows of `x` can be cut into `count` runs of one length."""
     if x.ndim < 2 or len(x) == 0 or len(x) % count:
         raise Refusal(
-            "A layer sees the rows of every draw, one draw after the other",
-            got=f"an input of shape {tuple(x.shape)} for {count} draws",
+            f"a number of rows that {count} draws or examples divide, in every layer with a posterior",
+            got=f"an input of shape {tuple(x.shape)}",
             cause="a network that drops or joins rows, depending on their values",
-            fix='forward(network, x, draws=1), or estimator="whole" with predictions of one input at a time',
+            fix="forward(network, x, draws=1); or a forward hook that returns its output, with which draws run singly",
         )
 
 
@@ -79,7 +82,7 @@ def apply_draws(layer: nn.Module, stacked: Stacked, posteriors: Posteriors | Non
 
 
 def bind_together(
-    network: nn.Module, weights: Mapping[str, Float[Tensor, "S *shape"]], *, rule: Rule = apply_draws,
+    network: nn.Module, weights: Mapping[str, Float[Tensor, "S ..."]], *, rule: Rule = apply_draws,
     tensors: Mapping[int, Tensor] | None = None, evaluating: bool = False, compiled: bool = True,
     isolated: bool = False, settle: Change = no_change,
 ) -> nn.Module:
@@ -115,10 +118,10 @@ def one_tensor(y: object) -> Tensor:
     """What a network returned. `Refusal` unless it is one tensor."""
     if not isinstance(y, Tensor):
         raise Refusal(
-            "A network returns one tensor",
+            "a network that returns one tensor",
             got=f"a {type(y).__name__}" + (f" with the keys {list(y)}" if isinstance(y, dict) else ""),
             cause="a network with several outputs",
-            fix="wrap it in an nn.Module whose forward returns one of them, as in return self.network(x)[0]",
+            fix="an nn.Module around it whose forward returns one of them, as in return self.network(x)[0]",
         )
     return y
 
@@ -128,9 +131,12 @@ def uses_batch_statistics(network: nn.Module) -> bool:
     return any(_uses_batch_statistics(module) for module in network.modules())
 
 
-def fold(x: Float[Tensor, "B ..."], draws: int, channels_last: bool = False) -> Float[Tensor, "draws*B ..."]:
-    """`draws` copies of the batch; images in channels-last layout where asked for (one-channel strides are ambiguous,
-    so they are copied into a tensor of that layout)."""
+def fold(x: Float[Tensor, "B ..."], draws: int, channels_last: bool = False) -> Float[Tensor, "rows ..."]:
+    """`draws` copies of the batch, draws * B rows.
+
+    Images come in channels-last layout where asked for: strides of one channel are ambiguous, so they are copied into a
+    tensor of that layout.
+    """
     layout = torch.channels_last if channels_last and x.ndim == 4 else torch.contiguous_format
     folded = torch.empty((draws * len(x), *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
     folded.unflatten(0, (draws, len(x))).copy_(x)

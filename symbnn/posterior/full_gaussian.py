@@ -20,7 +20,7 @@ from .family import Closure, ContinuousFamily, LinearMap, apply_map
 from .independent import log_of_scale
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/05_full_gaussian.ipynb #1c40fbd9-0
+# %% ../../nbs/2_posterior/05_full_gaussian.ipynb #27c398c0-0
 class FullGaussian(ContinuousFamily):
     """Normal weights with any covariance L L^T over the flattened tensor.
 
@@ -98,7 +98,8 @@ class FullGaussian(ContinuousFamily):
 
     def distribution(self) -> Distribution:
         """This law as a `torch.distributions` object with `event_shape == shape`."""
-        return TransformedDistribution(self._multivariate(), [ReshapeTransform((self.numel,), self.shape)])
+        shapes = torch.Size([self.numel]), torch.Size(self.shape)
+        return TransformedDistribution(self._multivariate(), ReshapeTransform(*shapes))
 
     def transport(self, noise: Float[Tensor, "draws *shape"]) -> Float[Tensor, "draws *shape"]:
         """loc + L noise, differentiable in both."""

@@ -160,14 +160,15 @@ class IndependentFamily(LocationScaleFamily):
         loc, log_scale = (value.expand(self.shape).flatten()[index] for value in (self.loc, self.log_scale))
         return type(self)(loc, log_scale, trainable=self.trainable)
 
-# %% ../../nbs/2_posterior/02_independent.ipynb #b9c108d1-0
+# %% ../../nbs/2_posterior/02_independent.ipynb #573d8a88-0
 def natural_of_normals(member: LocationScaleFamily) -> dict[str, Tensor]:
     """Natural parameters of independent normals with the locations and scales of `member`."""
     precision = (-2 * member.log_scale).exp()
     if not bool(precision.isfinite().all()):
-        raise Refusal(f"scales whose precision 1 / scale^2 is finite in {precision.dtype}", got=f"a smallest "
-                      f"scale of exp({member.log_scale.min().item():.4g})", cause="a posterior that became almost certain "
-                      "of a weight", fix="family.in_dtype(torch.float64).natural()")
+        raise Refusal(f"scales whose precision 1 / scale^2 is finite in {precision.dtype}",
+                      got=f"a smallest scale of exp({member.log_scale.min().item():.4g})",
+                      cause="a posterior that became almost certain of a weight",
+                      fix="family.in_dtype(torch.float64).natural()")
     return {"linear": (member.loc * precision).expand(member.shape), "quadratic": -precision / 2}
 
 

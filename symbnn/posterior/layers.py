@@ -21,7 +21,7 @@ from .independent import MeanFieldGaussian
 from .priors import Prior, isotropic
 from ..symmetry.networks import check_network
 
-# %% ../../nbs/2_posterior/09_layers.ipynb #a5d156ba-0
+# %% ../../nbs/2_posterior/09_layers.ipynb #1939d527-0
 class VariationalTensor(Placeholder):
     """One weight tensor: its posterior and its prior, families over the same shape.
 
@@ -34,10 +34,10 @@ class VariationalTensor(Placeholder):
         super().__init__()
         if tuple(posterior.shape) != tuple(prior.shape):
             raise Refusal(
-                "Posterior and prior are distributions over the same tensor",
-                got=f"a posterior over {tuple(posterior.shape)} and a prior over {tuple(prior.shape)}",
+                f"a prior over the posterior's own tensor, of shape {tuple(posterior.shape)}",
+                got=f"a prior over a tensor of shape {tuple(prior.shape)}",
                 cause="a prior built for another layer",
-                fix="build the prior from the posterior's own shape, as `isotropic` does",
+                fix="VariationalTensor(posterior, isotropic(1.0)(name, posterior))",
             )
         self.posterior, self.prior = posterior, prior
 
@@ -76,14 +76,14 @@ class VariationalTensor(Placeholder):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         raise Refusal(
-            "A weight with a posterior has a value once somebody has chosen it",
-            got=f"{getattr(function, '__name__', function)} of a {cls.__name__}, as in a plain call network(x)",
-            cause="the habit of deterministic networks",
+            "weights that the caller has chosen: drawn, given, or averaged",
+            got=f"{getattr(function, '__name__', function)} of a {cls.__name__}, which has a distribution and no value",
+            cause="a plain call network(x), as of a deterministic network",
             fix="forward(network, x, draws=...) to train, predict(network, x, draws=...) to predict, "
             "apply_weights(network, x, mean_weights(network)) for the posterior mean",
         )
 
-# %% ../../nbs/2_posterior/09_layers.ipynb #2fac64c0-0
+# %% ../../nbs/2_posterior/09_layers.ipynb #4bf1699f-0
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these types; a subclass may do something else with its weights
 DETERMINISTIC = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
@@ -106,44 +106,60 @@ def _refuse_unconvertible(network: nn.Module) -> None:
     for name, module, key, parameter in trainable:
         title = name.rpartition(".")[0]
         if not is_lazy(parameter) and not _is_convertible(module, key) and not isinstance(module, DETERMINISTIC):
-            what = f"the parameter {key!r}" if type(module) in CONVERTED else "its own parameters"
             raise Refusal(
-                "Every weight gets a posterior, so every layer with weights must be known",
-                got=f"layer {title!r} of type {type(module).__name__}, with {what}",
-                cause="a layer type that has no variational counterpart, a subclass, a forward pass of its own, or a "
-                "parametrisation such as weight_norm",
-                fix="rewrite it with nn.Linear, nn.Conv1d or nn.Conv2d, or keep it deterministic: "
-                "layer.requires_grad_(False)",
+                "trainable weights in layers of exactly the types nn.Linear, nn.Conv1d or nn.Conv2d",
+                got=f"the parameter {key!r} of layer {title!r}, of type {type(module).__name__}",
+                cause=_why_unconvertible(module, key),
+                fix=f"network.get_submodule({title!r}).requires_grad_(False), which keeps it deterministic; or the "
+                "layer written with nn.Linear, nn.Conv1d or nn.Conv2d",
             )
-        require(not is_lazy(parameter), "Layers know their sizes",
-                f"{name!r} of a {type(module).__name__}, which has no size yet", "a lazy layer",
-                "network(x) once on an input, and then with_posteriors(network)")
-        require(not parameter.is_complex(), "Families of distributions here are over real weights",
-                f"{name!r} of type {parameter.dtype}", "a network with complex weights",
-                "keep real and imaginary parts in two real layers")
+        require(not is_lazy(parameter), "layers that know their sizes",
+                f"{name!r} of a {type(module).__name__}, which has no size yet",
+                "a lazy layer that has not seen an input", "network(x) once on a batch, then with_posteriors(network)")
+        require(not parameter.is_complex(), "real weights", f"{name!r} of type {parameter.dtype}",
+                "a layer with complex weights", "two real layers, for the real and for the imaginary part")
         if _is_convertible(module, key):
             converted.add(id(parameter))
     for name, module, key, parameter in trainable:
         require(_is_convertible(module, key) or id(parameter) not in converted,
-                "A tensor that several layers share is converted in all of them or in none",
+                "tied weights that all belong to layers which are converted",
                 f"{name!r} of a {type(module).__name__}, which stays deterministic, tied to a layer that is converted",
-                "weight tying between layers of different types", "give each layer its own tensor")
+                "weight tying between layers of different types", "a tensor of its own for each layer: "
+                f"module.{name.rpartition('.')[2]} = nn.Parameter(tensor.clone())")
     if not converted:
-        frozen = any(type(module) in CONVERTED and module._parameters for module in network.modules())
-        raise Refusal(
-            "There is at least one trainable weight to put a posterior on",
-            got=f"a {type(network).__name__} without trainable Linear, Conv1d or Conv2d layers",
-            cause="all its parameters are frozen (requires_grad=False)" if frozen else
-            "an empty network, or one that is Bayesian already",
-            fix="network.requires_grad_(True)" if frozen else "pass the plain torch network",
-        )
+        raise _nothing_to_convert(network)
+
+
+def _why_unconvertible(module: nn.Module, key: str) -> str:
+    if type(module) in CONVERTED:
+        return "a forward pass of its own, set on the layer" if "forward" in module.__dict__ else (
+            f"a parameter {key!r} that was added to the layer, and whose use is not known")
+    if isinstance(module, CONVERTED):
+        return "a subclass or a parametrisation such as weight_norm, which may use its weights in another way"
+    return "a layer type without a variational counterpart"
+
+
+def _nothing_to_convert(network: nn.Module) -> Refusal:
+    frozen = any(type(module) in CONVERTED and module._parameters for module in network.modules())
+    already = is_variational(network)
+    return Refusal(
+        "a network with at least one trainable weight to put a posterior on",
+        got=f"a {type(network).__name__} without trainable Linear, Conv1d or Conv2d layers",
+        cause="a network that is Bayesian already" if already else
+        "parameters that are all frozen (requires_grad=False)" if frozen else "a network without weights",
+        fix="with_posteriors(posterior_mean_network(network)), or the plain torch network" if already else
+        "network.requires_grad_(True)" if frozen else "a network with an nn.Linear, nn.Conv1d or nn.Conv2d",
+    )
 
 
 def _put(module: nn.Module, key: str, value: nn.Module | nn.Parameter) -> None:
     """Replace the parameter, or the posterior of a parameter, that a module has under this name."""
     module._parameters.pop(key, None)
     module._modules.pop(key, None)
-    (module._modules if isinstance(value, nn.Module) else module._parameters)[key] = value
+    if isinstance(value, nn.Module):
+        module._modules[key] = value
+    else:
+        module._parameters[key] = value
 
 
 def _built(prior: Prior, name: str, posterior: Family) -> Family:
@@ -151,8 +167,9 @@ def _built(prior: Prior, name: str, posterior: Family) -> Family:
     try:
         made = prior(name, posterior)
     except TypeError as error:
-        raise Refusal("A prior builds a family from a name and a posterior", got=f"{error}",
-                      cause="a builder without its brackets", fix="prior=isotropic(1.0)") from error
+        raise Refusal("a prior that builds a family from a name and a posterior", got=f"a TypeError: {error}",
+                      cause="a builder without its brackets, such as prior=isotropic",
+                      fix="prior=isotropic(1.0)") from error
     check_kind(made, Family, "What a prior builds", "prior=isotropic(1.0), with its brackets")
     return made
 
@@ -169,10 +186,12 @@ def with_posteriors(
     the layer, for any other trainable parameter.
     """
     check_network(module)
-    near = {(float, int): "with_posteriors(network, scale=0.1)"}
-    check_kind(family, type, "The family", "family=MeanFieldGaussian", near)
+    check_kind(family, type, "The family", "family=MeanFieldGaussian",
+               {float: f"with_posteriors(network, scale={family})", int: f"with_posteriors(network, scale={family})"})
+    require(issubclass(family, Family), "a class of posteriors as the family", f"the class {family.__name__}",
+            "the class of a layer or of a distribution", "family=MeanFieldGaussian")
     check_kind(scale, (int, float, Tensor), "The scale", "scale=0.05")
-    require(prior is None or callable(prior), "The prior is a builder", f"{prior!r}", "a number, or a family",
+    require(prior is None or callable(prior), "a builder as the prior", f"{prior!r}", "a number, or a family",
             "prior=isotropic(1.0)")
     _refuse_unconvertible(module)
     prior, network, made = prior or isotropic(), copy_network(module), {}
@@ -230,27 +249,25 @@ def variational_tensors(network: nn.Module) -> dict[str, VariationalTensor]:
             seen.add(id(tensor))
     if not found:
         raise Refusal(
-            "The network has variational layers, whose weights have posteriors",
-            got=f"a {type(network).__name__} without any",
-            cause="a plain torch network",
-            fix="convert it with `with_posteriors`",
+            "a Bayesian network, whose weights have posteriors",
+            got=f"a {type(network).__name__} in which no weight has one",
+            cause="the plain torch network in place of its Bayesian copy",
+            fix="network = with_posteriors(network)",
         )
     return found
 
 
 def kl_sum(network: nn.Module) -> Float[Tensor, ""]:
-    """KL(posterior || prior) summed over all weights, in nats."""
+    """KL(posterior || prior) summed over all weights, in nats. Raises `Refusal` for a plain network."""
     return torch.stack([tensor.kl() for tensor in variational_tensors(network).values()]).sum()
 
 
 def kl_per_datum(network: nn.Module, num_data: int) -> Float[Tensor, ""]:
-    """`kl_sum` divided by the number of data (of the augmented data set, if it is augmented), in nats."""
+    """`kl_sum` divided by the number of data (of the augmented data set, if it is augmented), in nats.
+
+    Raises `Refusal` for less than one datum, and for a plain network.
+    """
     check_kind(num_data, (int, float), "The number of data", "num_data=len(dataset)")
-    if not 1 <= num_data < float("inf"):
-        raise Refusal(
-            "The number of data is positive",
-            got=f"num_data={num_data}",
-            cause="an empty data set",
-            fix="pass the number of (augmented) training examples",
-        )
+    require(1 <= num_data < float("inf"), "a positive number of data", f"num_data={num_data}", "an empty data set",
+            "num_data=len(dataset), times |G| under full augmentation")
     return kl_sum(network) / num_data

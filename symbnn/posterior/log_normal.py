@@ -20,7 +20,7 @@ from .family import Closure, ContinuousFamily, Family, LinearMap, monomial
 from .independent import IndependentFamily, normals_of_natural, log_of_scale, natural_of_normals
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/03_log_normal.ipynb #5b0f38d2-0
+# %% ../../nbs/2_posterior/03_log_normal.ipynb #b866fd8a-0
 class LogNormal(IndependentFamily):
     """Weights mask * exp(loc + exp(log_scale) * normal noise): frozen signs, log-normal magnitudes.
 
@@ -84,8 +84,9 @@ class LogNormal(IndependentFamily):
         return self._total(self.loc + self.log_scale + (1 + math.log(2 * math.pi)) / 2)
 
     def _kl(self, prior: Family) -> Tensor:
-        same = isinstance(prior, LogNormal) and torch.equal(self.mask.expand(self.shape), prior.mask.expand(self.shape))
-        return self._kl_of_normals(prior) if same else super()._kl(prior)
+        if isinstance(prior, LogNormal) and torch.equal(self.mask.expand(self.shape), prior.mask.expand(self.shape)):
+            return self._kl_of_normals(prior)
+        return super()._kl(prior)
 
     def _cross_entropy(self, posterior: ContinuousFamily) -> Tensor | None:
         raise posterior._no_kl(self, "the posterior gives mass to signs that the prior's mask excludes: KL is infinite")

@@ -26,7 +26,7 @@ from symbnn.posterior.priors import random_means
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, sample_weights
 from symbnn.symmetry.actions import Action, natural_action, regular_channels, sign_change
 from symbnn.symmetry.fields import field, flips, rotations, rotations_and_flips, shifts
-from symbnn.symmetry.groups import Cyclic, Product, Symmetric
+from symbnn.symmetry.groups import Cyclic, Product, Permutations
 from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.orbits import Orbits
 from symbnn.symmetry.signed_permutations import SignedPermutation
@@ -67,9 +67,9 @@ def signed_mixture():
 
 
 def flips_and_units():
-    group = Product(Cyclic(2), Symmetric(3))
+    group = Product(Cyclic(2), Permutations(3))
     space = flips().on(2, 3).pulled_back(group, operator.itemgetter(0))
-    units = natural_action(Symmetric(3)).pulled_back(group, operator.itemgetter(1))
+    units = natural_action(Permutations(3)).pulled_back(group, operator.itemgetter(1))
     return Action.product(units, space)
 
 
@@ -84,7 +84,7 @@ ACTIONS = {
     "all signs change": sign_change(5),
     "vectors": turned_vectors(),
     "some signs change": signed_mixture(),
-    "S4 on rows and columns": Action.product(natural_action(Symmetric(4)), natural_action(Symmetric(4))),
+    "S4 on rows and columns": Action.product(natural_action(Permutations(4)), natural_action(Permutations(4))),
     "C2 x S3": flips_and_units(),
     "trivial group": Action.trivial(Cyclic(1), (2, 3)),
     "a number": Action.trivial(Cyclic(4), ()),
@@ -621,7 +621,7 @@ def test_untied_priors_are_infinitely_far():
     with pytest.raises(Refusal, match="infinite"):
         full.kl(law)
     with pytest.raises(Refusal, match="infinite"):  # as many orbits, other ones
-        law.kl(Tied(law.base, Orbits(Action.product(natural_action(Symmetric(3)), Action.trivial(Symmetric(3), (3,))))))
+        law.kl(Tied(law.base, Orbits(Action.product(natural_action(Permutations(3)), Action.trivial(Permutations(3), (3,))))))
     with pytest.raises(Refusal, match="one coordinate an orbit"):
         Tied(full, law.orbits)
 

@@ -28,7 +28,7 @@ from symbnn.posterior.priors import isotropic
 from symbnn.posterior.sampling import sample_weights
 from symbnn.symmetry.actions import Action, natural_action, sign_change
 from symbnn.symmetry.fields import field, rotations
-from symbnn.symmetry.groups import Symmetric
+from symbnn.symmetry.groups import Permutations
 from symbnn.symmetry.networks import NetworkAction, network_action, unit_permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, exact32, exact64, within_standard_errors
@@ -253,7 +253,7 @@ def test_infonce_over_a_listed_group_has_the_moments_of_its_elements():
     """Exchanged inputs of one layer: the other element is e or g, with equal chances."""
     torch.manual_seed(0)
     network = with_posteriors(nn.Linear(2, 1, bias=False).double(), scale=0.7)
-    action = network_action(network, natural_action(Symmetric(2)))
+    action = network_action(network, natural_action(Permutations(2)))
     weights = sample_weights(network, 2, seeded(8))
     estimator = InformationEstimator(network, action, "infonce", K=2)
     assert not estimator.whole
@@ -586,7 +586,7 @@ class Residual(nn.Module):
 
 def test_an_action_that_is_wrong_for_one_generator_is_refused():
     network = with_posteriors(nn.Linear(4, 2).double())
-    right = network_action(network, natural_action(Symmetric(4)))
+    right = network_action(network, natural_action(Permutations(4)))
     for bad in right.group.generators():
         output = Action(right.group, (2,), lambda g, bad=bad: SignedPermutation([g == bad, g != bad], [1, 1]))
         with pytest.raises(Refusal, match="commute with the group"):

@@ -7,26 +7,23 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from symbnn import cli
+from symbnn import cli, simulations
 from symbnn.errors import Refusal
 from symbnn.hidden_units.two_weights import GaussianFit
 from symbnn.posterior.layers import variational_tensors
+from symbnn.simulations import Simulation, read_rows, save_rows, simulate
+from symbnn.studies.results import paired
 from symbnn.studies.simulations import (
     SIMULATIONS,
     TWO_WEIGHT_METHODS,
-    Simulation,
-    averages,
     grid_predictive,
-    paired,
-    read_rows,
-    save_rows,
-    simulate,
     two_weight_problem,
     two_weights,
     unit_network,
     width,
 )
-from symbnn.studies.studies import Panel, simulations
+from symbnn.studies.tables import averages
+from symbnn.studies.grids import Panel
 from tolerances import assert_close, exact64, within_standard_errors
 
 CALLS = []
@@ -107,6 +104,7 @@ def test_files_that_hold_something_else_are_refused(tmp_path, damage):
         simulate(study(), tmp_path)
 
 
+@pytest.mark.processes
 def test_processes_give_the_same_rows(tmp_path):
     small = study(run=width, grids=({"method": ("marginal", "infonce"), "units": (3,), "separation": (1.0,)},))
     one, two = simulate(small, tmp_path / "one"), simulate(small, tmp_path / "two", jobs=2)

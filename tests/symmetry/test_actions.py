@@ -7,17 +7,28 @@ from helpers_symmetry import assert_can_be_sent, assert_is_action, random
 from late import ORDERS, reordered
 from symbnn.errors import Refusal
 from symbnn.symmetry.actions import Action, check_action, natural_action, regular_channels, sign_change
-from symbnn.symmetry.fields import flips, rotations
-from symbnn.symmetry.groups import Cyclic, Dihedral, Product, Subgroup, Symmetric
+from symbnn.symmetry.fields import (
+    FieldAction,
+    SpatialAction,
+    field,
+    flips,
+    half_turns,
+    rotations,
+    rotations_and_flips,
+    shifts,
+    time_reversal,
+    translations,
+)
+from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product, Subgroup, Permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 
-GROUPS = [Cyclic(1), Cyclic(4), Dihedral(4), Symmetric(3), Product(Cyclic(2), Cyclic(3)),
+GROUPS = [Cyclic(1), Cyclic(4), Dihedral(4), Permutations(3), Product(Cyclic(2), Cyclic(3)),
           Subgroup(Dihedral(4), ((2, 0), (0, 1)))]
 ACTIONS = [
     *(regular_channels(group, copies) for group in GROUPS for copies in (1, 3)),
-    natural_action(Symmetric(5)), natural_action(Symmetric(40)), sign_change(4),
+    natural_action(Permutations(5)), natural_action(Permutations(40)), sign_change(4),
     Action.product(sign_change(2), regular_channels(Cyclic(2)), flips().kernel(3, 3)),
-    natural_action(Symmetric(3)).pulled_back(Product(Symmetric(3), Cyclic(2)), lambda g: g[0]),
+    natural_action(Permutations(3)).pulled_back(Product(Permutations(3), Cyclic(2)), lambda g: g[0]),
     Action.trivial(Cyclic(3), ()),
 ]
 
@@ -45,7 +56,7 @@ def test_regular_channels_follow_the_group(group):
 
 
 def test_large_groups_are_never_listed():
-    units = natural_action(Symmetric(1000))
+    units = natural_action(Permutations(1000))
     product = Action.product(units, units)
     (g,) = units.group.sample(1, torch.Generator().manual_seed(0))
     W = random(1000, 1000, dtype=torch.float32)
@@ -73,7 +84,7 @@ REFUSED = {
     "an identity that moves": (lambda: check_action(Action(
         Cyclic(2), (2,), lambda g: SignedPermutation([1, 0], [1, 1]))), "the identity moves coordinates"),
     "a large group that does not act": (lambda: check_action(Action(
-        Symmetric(9), (9,), lambda g: SignedPermutation.sending(g).inverse())), r"rule\(g\)\.inverse\(\)"),
+        Permutations(9), (9,), lambda g: SignedPermutation.sending(g).inverse())), r"rule\(g\)\.inverse\(\)"),
     "a natural action of another group": (lambda: natural_action(Cyclic(4)), r"Symmetric\(5\)"),
     "a natural action of a number": (lambda: natural_action(4), r"Symmetric\(n\)"),
     "regular channels of a number": (lambda: regular_channels(4), r"Cyclic\(4\)"),
@@ -91,7 +102,7 @@ def test_refusals(name):
 
 def test_fixes_work():
     check_action(Action(Cyclic(3), (3,), THREE_OF_FOUR.rule))  # the group of the rule's own order
-    check_action(Action(Symmetric(9), (9,), lambda g: SignedPermutation.sending(g).inverse().inverse()))
+    check_action(Action(Permutations(9), (9,), lambda g: SignedPermutation.sending(g).inverse().inverse()))
     turns, x = rotations().on(3, 3), random(2, 9)
     refusal = refusal_of(lambda: turns.act(1, x))
     assert refusal.fix == "action.flattened().act(g, x)" and "flattened" in refusal.cause

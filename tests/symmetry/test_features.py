@@ -10,7 +10,7 @@ from symbnn.errors import Refusal
 from symbnn.symmetry.actions import Action, natural_action, regular_channels, sign_change
 from symbnn.symmetry.features import Features, Ledger, Site, moved_sets
 from symbnn.symmetry.fields import field, flips, rotations, time_reversal
-from symbnn.symmetry.groups import Cyclic, Symmetric
+from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 
 MAP = Features(0, 8, rotations(), (3, 3), flat=False)
@@ -103,10 +103,10 @@ def test_notes():
 
 def test_sets_are_asked_of_every_generator():
     """Of the two generators of S4 the exchange keeps {0, 1} and {2, 3}, the cycle does not."""
-    here, sets = site(Symmetric(4)), torch.tensor([[0, 1], [2, 3]])
-    refusal = refusal_of(lambda: here.check_together(natural_action(Symmetric(4)), sets))
+    here, sets = site(Permutations(4)), torch.tensor([[0, 1], [2, 3]])
+    refusal = refusal_of(lambda: here.check_together(natural_action(Permutations(4)), sets))
     assert "tears apart" in refusal.cause and "dim=1" in refusal.fix
-    here.check_together(natural_action(Symmetric(4)), torch.arange(4)[:, None])
+    here.check_together(natural_action(Permutations(4)), torch.arange(4)[:, None])
     still = Action.trivial(time_reversal().group, (4,))
     site(still.group).check_together(still, sets)
     site(Cyclic(2)).check_together(flips().on(1, 4).flattened(), torch.tensor([[0, 3], [1, 2]]))

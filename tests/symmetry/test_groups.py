@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 
 from helpers_ground import refusal_of
 from symbnn.errors import Refusal
-from symbnn.symmetry.groups import Cyclic, Dihedral, Group, Product, Subgroup, Symmetric, left_regular, parse_group
+from symbnn.symmetry.groups import Cyclic, Dihedral, Group, Product, Subgroup, Permutations, left_regular, parse_group
 
 PLAIN = st.one_of(
     st.integers(1, 30).map(Cyclic),
     st.integers(1, 15).map(Dihedral),
-    st.integers(1, 40).map(Symmetric),
+    st.integers(1, 40).map(Permutations),
 )
 PRODUCTS = st.lists(PLAIN, min_size=0, max_size=3).map(lambda factors: Product(*factors))
 
 
 @st.composite
 def subgroups(draw) -> Subgroup:
-    kinds = (st.integers(1, 30).map(Cyclic), st.integers(1, 15).map(Dihedral), st.integers(1, 5).map(Symmetric))
+    kinds = (st.integers(1, 30).map(Cyclic), st.integers(1, 15).map(Dihedral), st.integers(1, 5).map(Permutations))
     parent = draw(st.one_of(*kinds))
     seed, count = draw(st.integers(0, 2**31)), draw(st.integers(0, 2))
     return Subgroup(parent, tuple(parent.sample(count, torch.Generator().manual_seed(seed))))
@@ -40,12 +40,12 @@ SMALL: list[Group] = [
     Dihedral(1),
     Dihedral(2),
     Dihedral(4),
-    Symmetric(1),
-    Symmetric(4),
+    Permutations(1),
+    Permutations(4),
     Product(),
     Product(Cyclic(4), Cyclic(2)),
-    Product(Product(Cyclic(2), Symmetric(3)), Dihedral(3)),
-    Subgroup(Symmetric(4), ((1, 2, 0, 3), (1, 0, 3, 2))),
+    Product(Product(Cyclic(2), Permutations(3)), Dihedral(3)),
+    Subgroup(Permutations(4), ((1, 2, 0, 3), (1, 0, 3, 2))),
     Subgroup(Dihedral(6), ()),
 ]
 
@@ -127,7 +127,7 @@ def test_draws_repeat_and_advance():
 
 
 def test_a_huge_group_is_drawn_from_and_never_listed():
-    group = Product(Symmetric(1000), Symmetric(2000))
+    group = Product(Permutations(1000), Permutations(2000))
     assert group.order == math.factorial(1000) * math.factorial(2000)
     source, seconds = torch.Generator().manual_seed(0), []
     for _ in range(10):
@@ -177,10 +177,10 @@ def test_names_of_another_kind_are_refused(name, fix):
         (Dihedral(4), (4, 0)),
         (Dihedral(4), (0, 2)),
         (Dihedral(4), 3),
-        (Symmetric(3), (0, 1)),
-        (Symmetric(3), (0, 0, 1)),
-        (Symmetric(3), (0, 1, 3)),
-        (Symmetric(2), (0.0, 1.0)),
+        (Permutations(3), (0, 1)),
+        (Permutations(3), (0, 0, 1)),
+        (Permutations(3), (0, 1, 3)),
+        (Permutations(2), (0.0, 1.0)),
         (Product(Cyclic(2), Cyclic(3)), (0, 3)),
         (Product(Cyclic(2), Cyclic(3)), (0,)),
         (Subgroup(Cyclic(4), (2,)), 1),
@@ -220,10 +220,10 @@ def test_sizes_of_another_library_do_not_overflow():
 def test_conventions():
     """The product is "a after b": the opposite product is a group too, so the axioms cannot tell them apart."""
     a, b = (1, 2, 0), (1, 0, 2)
-    assert Symmetric(3).compose(a, b) == tuple(a[b[i]] for i in range(3)) == (2, 1, 0)
+    assert Permutations(3).compose(a, b) == tuple(a[b[i]] for i in range(3)) == (2, 1, 0)
     assert Dihedral(4).compose((1, 0), (0, 1)) == (1, 1)  # flip, then turn by one
     assert Dihedral(4).compose((0, 1), (1, 0)) == (3, 1)
-    assert Product(Symmetric(3), Cyclic(4)).compose((a, 1), (b, 3)) == ((2, 1, 0), 0)
+    assert Product(Permutations(3), Cyclic(4)).compose((a, 1), (b, 3)) == ((2, 1, 0), 0)
 
 
 def test_the_limit_of_listing():

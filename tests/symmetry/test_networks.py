@@ -23,7 +23,7 @@ from symbnn.symmetry.fields import (
     shifts,
     time_reversal,
 )
-from symbnn.symmetry.groups import Cyclic, Dihedral, Product, Symmetric
+from symbnn.symmetry.groups import Cyclic, Dihedral, Product, Permutations
 from symbnn.symmetry.networks import NetworkAction, intertwining_error, network_action, unit_permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import exact32, exact64
@@ -155,7 +155,7 @@ def test_unit_permutations_keep_the_function(name):
     action = unit_permutations(network, IMAGE)
     assert intertwining_error(network, action, x) < exact64
     free = [c for c in action.channels if c not in ("input", "output")]
-    assert action.group == Product(*(Symmetric(action.channels[c].numel) for c in free))
+    assert action.group == Product(*(Permutations(action.channels[c].numel) for c in free))
     (g,) = action.group.sample(1, torch.Generator().manual_seed(0))
     moved = action.act(g, dict(network.named_parameters()))
     assert any(not torch.equal(moved[n], p) for n, p in network.named_parameters())
@@ -173,7 +173,7 @@ def test_depthwise_convolutions_tie_what_they_read_and_write():
     network = randomised(nn.Sequential(nn.Conv2d(2, 8, 1), nn.Tanh(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(),
                                        nn.Flatten(), nn.Linear(288, 3)))
     action = unit_permutations(network, IMAGE)
-    assert action.layers["2"] == ("0", "0") and action.group == Product(Symmetric(8))
+    assert action.layers["2"] == ("0", "0") and action.group == Product(Permutations(8))
     assert intertwining_error(network, action, batch(IMAGE)) < exact64
 
 
@@ -329,7 +329,7 @@ def test_networks_of_variational_layers():
     assert forward(batch(IMAGE), weights).shape == (2, 3, 5)
     assert intertwining_error(bayesian, action, batch(IMAGE), tensors=weights, forward=forward) < exact64
     units = unit_permutations(with_posteriors(randomised(mlp())), IMAGE)
-    assert units.group == Product(Symmetric(32), Symmetric(16))
+    assert units.group == Product(Permutations(32), Permutations(16))
 
 
 class WithParameter(nn.Module):
@@ -433,8 +433,8 @@ def test_groups_of_a_convolution_that_the_group_respects():
                                        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)))
     action = network_action(network, field(rotations(), IMAGE), hidden="regular")
     assert intertwining_error(network, action, batch(IMAGE)) < exact64
-    blocks = natural_action(Symmetric(4))
-    group = Symmetric(4)
+    blocks = natural_action(Permutations(4))
+    group = Permutations(4)
     units = {"0": Action.product(blocks, Action.trivial(group, (2,))).flattened(),
              "2": Action.product(blocks, Action.trivial(group, (4,))).flattened()}
     within = {name: Action.product(Action.trivial(Cyclic(n), (4,)), regular_channels(Cyclic(n), m)).flattened()
@@ -464,7 +464,7 @@ def test_regular_channels_of_a_dihedral_group_by_hand():
 def test_the_error_is_looked_for_at_every_generator_and_in_a_listed_group_at_every_element(order):
     """An action that is right but for one element; beyond 64 elements, for one generator."""
     layer = randomised(nn.Linear(order, 2))
-    right = network_action(layer, natural_action(Symmetric(order)))
+    right = network_action(layer, natural_action(Permutations(order)))
     x = torch.randn(3, order, dtype=torch.float64)
     assert intertwining_error(layer, right, x) < exact64
     for bad in (right.group.generators() if order > 4 else right.group.elements()[1:]):

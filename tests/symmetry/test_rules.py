@@ -13,7 +13,7 @@ from late import ORDERS, reordered
 from symbnn.errors import Refusal
 from symbnn.symmetry.actions import Action, natural_action, regular_channels
 from symbnn.symmetry.fields import SpatialAction, field, flips, half_turns, rotations, shifts, time_reversal
-from symbnn.symmetry.groups import Cyclic, Symmetric
+from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.networks import intertwining_error, network_action
 from symbnn.symmetry.rules import FUNCTIONS, LAYERS
 from symbnn.symmetry.signed_permutations import SignedPermutation
@@ -58,7 +58,7 @@ def test_channels_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("order", ORDERS)
 def test_groups_of_a_convolution_that_one_generator_tears(order):
     """Of S4 on four channels the exchange keeps {0, 1} and {2, 3}, the cycle does not."""
-    channels = reordered(natural_action(Symmetric(4)), order)
+    channels = reordered(natural_action(Permutations(4)), order)
     source = field(SpatialAction.trivial(channels.group, 2), (4, 3, 3), channels)
     with pytest.raises(Refusal, match="tears the convolution's groups apart"):
         network_action(nn.Conv2d(4, 4, 1, groups=2), source, output=field(source.space, (4, 3, 3), channels))
