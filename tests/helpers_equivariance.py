@@ -26,7 +26,7 @@ from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.sampling import apply_weights, mean_weights
 from symbnn.symmetry.actions import Action, natural_action, regular_channels, sign_change
 from symbnn.symmetry.fields import field, flips, rotations, rotations_and_flips, shifts, time_reversal
-from symbnn.symmetry.groups import Cyclic, Product, Permutations
+from symbnn.symmetry.groups import Cyclic, Permutations, Product
 from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.orbits import Orbits
 from symbnn.symmetry.signed_permutations import SignedPermutation

@@ -161,11 +161,13 @@ class _Expansion(NamedTuple):
         ]
         return torch.cat([row[0] if len(row) == 1 else torch.cat(row, 1) for row in filled])
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #33ae97dd-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #08ccb403-0
 class Widen(Protocol):
     """Expands a tensor of means, or with `scales` of logarithms of scales, that has the shape of the small weights."""
 
-    def __call__(self, small: Tensor, *, scales: bool = False) -> Tensor: ...
+    def __call__(self, small: Tensor, *, scales: bool = False) -> Tensor:
+        """The expanded tensor."""
+        ...
 
 
 @singledispatch

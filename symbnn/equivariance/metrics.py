@@ -6,13 +6,13 @@
 __all__ = ['Over', 'accuracy', 'nll', 'brier', 'ece', 'defect_plugin', 'defect_unbiased', 'orbit_jensen_shannon', 'symmetric_kl',
            'orbit_agreement', 'summarize']
 
-# %% ../../nbs/3_equivariance/03_metrics.ipynb #f0ddf798-0
+# %% ../../nbs/3_equivariance/03_metrics.ipynb #38a2ff46-0
 import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int64, Integer
 from torch import Tensor, nn
 
 from .predictions import OrbitPredictions, Probabilities, check_labels, check_predictions
@@ -21,7 +21,7 @@ from ..errors import Refusal, check_choice, check_count
 from ..estimates import Estimate
 from ..posterior.divergences import jensen_shannon
 
-# %% ../../nbs/3_equivariance/03_metrics.ipynb #67174d5a-0
+# %% ../../nbs/3_equivariance/03_metrics.ipynb #98c7ad53-0
 Over = Literal["identity", "orbit"]
 
 
@@ -49,31 +49,31 @@ def _squares(mean: Float[Tensor, "N K C"], labels: Int64[Tensor, "N"]) -> Float[
     return (mean - truth).square().sum(-1).mean(1)
 
 
-def _score(values: Callable[[Tensor, Tensor], Tensor], probabilities: Probabilities, labels: Int[Tensor, "N"],
+def _score(values: Callable[[Tensor, Tensor], Tensor], probabilities: Probabilities, labels: Integer[Tensor, "N"],
            over: Over) -> float:
     check_probabilities(probabilities)
     return values(_predictive(probabilities, over), check_labels(probabilities, labels)).mean().item()
 
 
-def accuracy(probabilities: Probabilities, labels: Int[Tensor, "N"], over: Over = "identity") -> float:
+def accuracy(probabilities: Probabilities, labels: Integer[Tensor, "N"], over: Over = "identity") -> float:
     """Share of inputs whose most probable class is the label, 0 to 1. Raises `Refusal` on bad input."""
     return _score(_hits, probabilities, labels, over)
 
 
-def nll(probabilities: Probabilities, labels: Int[Tensor, "N"], over: Over = "identity") -> float:
+def nll(probabilities: Probabilities, labels: Integer[Tensor, "N"], over: Over = "identity") -> float:
     """Mean negative log-likelihood of the predictive mean, in nats per input. Raises `Refusal` on bad input."""
     return _score(_surprise, probabilities, labels, over)
 
 
-def brier(probabilities: Probabilities, labels: Int[Tensor, "N"], over: Over = "identity") -> float:
+def brier(probabilities: Probabilities, labels: Integer[Tensor, "N"], over: Over = "identity") -> float:
     """Mean squared distance of the predictive mean from the one-hot label, 0 to 2 (Brier, Monthly Weather Review 1950).
 
     Raises `Refusal` on bad input.
     """
     return _score(_squares, probabilities, labels, over)
 
-# %% ../../nbs/3_equivariance/03_metrics.ipynb #7b009ec5-0
-def ece(probabilities: Probabilities, labels: Int[Tensor, "N"], over: Over = "identity", bins: int = 15) -> float:
+# %% ../../nbs/3_equivariance/03_metrics.ipynb #def072c3-0
+def ece(probabilities: Probabilities, labels: Integer[Tensor, "N"], over: Over = "identity", bins: int = 15) -> float:
     """Expected calibration error of the predictive mean, 0 to 1: `bins` equal bins of confidence (arXiv 1706.04599).
 
     Biased upward for few inputs in a bin, so compare it only at equal numbers of inputs. `Refusal` on bad input.
@@ -189,8 +189,8 @@ def orbit_agreement(probabilities: Probabilities) -> float:
     check_probabilities(probabilities, turns=2)
     return _agreement(_predictive(probabilities)).mean().item()
 
-# %% ../../nbs/3_equivariance/03_metrics.ipynb #f0c2bdad-0
-def summarize(predictions: OrbitPredictions, labels: Int[Tensor, "N"], bins: int = 15) -> dict[str, float]:
+# %% ../../nbs/3_equivariance/03_metrics.ipynb #afd922a9-0
+def summarize(predictions: OrbitPredictions, labels: Integer[Tensor, "N"], bins: int = 15) -> dict[str, float]:
     """Every metric of this module by name; names end in their unit where there is one.
 
     `*_se` is the standard error over test inputs, for the draws given; the unbiased defect has two, `*_se_draws` over

@@ -6,7 +6,7 @@
 __all__ = ['Probabilities', 'Mode', 'Single', 'Predictor', 'OrbitPredictions', 'check_probabilities', 'check_labels',
            'Equivariance', 'check_predictions', 'orbit_predictions']
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #fea5b0e4-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #b1d9a61a-0
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ from types import NoneType
 from typing import Literal, TypeGuard, cast, get_args
 
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int64, Integer, Num
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -30,7 +30,7 @@ from ..symmetry.fields import SpatialAction
 from ..symmetry.groups import Element, Group
 from ..symmetry.networks import NetworkAction, check_network
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #adc42e91-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #e12a1ef0-0
 Probabilities = Float[Tensor, "S N G C"]
 _TWO_LOGITS = "a last layer with an output for each class, such as nn.Linear(features, 2)"
 
@@ -39,11 +39,17 @@ Mode = Literal["common", "shared", "fresh"]
 
 @dataclass(frozen=True)
 class OrbitPredictions:
-    """Predicted probabilities of every sample of the weights at every turned input, turned back."""
+    """Predicted probabilities of every sample of the weights at every turned input, turned back.
+
+    Raises `Refusal` for what are no probabilities of this shape.
+    """
 
     probabilities: Probabilities  # index 0 of the third axis is the identity
     elements: tuple[Element, ...]  # the G group elements, in the order of the third axis
     mode: Mode  # how draws are shared between turns
+
+    def __post_init__(self) -> None:
+        check_probabilities(self.probabilities)
 
 
 def check_probabilities(probabilities: Probabilities, turns: int = 1) -> None:
@@ -92,7 +98,7 @@ def _of_a_split(value: object, part: str) -> dict[Kinds, str]:
     return {type(value): f"split.{part}"} if hasattr(value, "inputs") and hasattr(value, "labels") else {}
 
 
-def check_labels(probabilities: Probabilities, labels: Int[Tensor, "N"]) -> Int64[Tensor, "N"]:
+def check_labels(probabilities: Probabilities, labels: Integer[Tensor, "N"]) -> Int64[Tensor, "N"]:
     """The labels as int64 on the predictions' device; `Refusal` unless each input has one label in 0 ... C-1."""
 
     _, inputs, _, classes = probabilities.shape
@@ -142,8 +148,8 @@ class Equivariance:
         """The group that acts on both."""
         return self.input.group
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #31934a87-0
-Single = nn.Module | Callable[[Float[Tensor, "B ..."]], Float[Tensor, "B C"]]
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #7d1b8b27-0
+Single = nn.Module | Callable[[Tensor], Tensor]  # from inputs (B, ...) to logits (B, C)
 Predictor = Single | Sequence[Single]  # a network or a function; several of them are an ensemble
 
 
@@ -164,7 +170,7 @@ def _draw(predictor: Predictor, draws: int, generator: torch.Generator | None) -
     return partial(_each, [bind(f, {}, evaluating=True) if isinstance(f, nn.Module) else f for f in members])
 
 
-def _each(members: Sequence[Single], x: Float[Tensor, "B ..."]) -> Float[Tensor, "S B C"]:
+def _each(members: Sequence[Single], x: Num[Tensor, "B ..."]) -> Num[Tensor, "S ..."]:
     """The outputs of all members; each has inputs of its own, into which it may write."""
     found = [member(x.clone()) for member in members]
     shapes = {tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__ for y in found}
@@ -176,15 +182,14 @@ def _each(members: Sequence[Single], x: Float[Tensor, "B ..."]) -> Float[Tensor,
 
 
 def check_predictions(predictions: OrbitPredictions) -> None:
-    """Raise `Refusal` unless this is what `orbit_predictions` returns, with probabilities."""
+    """Raise `Refusal` unless this is what `orbit_predictions` returns."""
     check_kind(predictions, OrbitPredictions, "The predictions of all draws and turns",
                "predictions = orbit_predictions(network, inputs, action, draws=16)")
-    check_probabilities(predictions.probabilities)
 
 
 def orbit_predictions(
     predictor: Predictor,
-    inputs: Float[Tensor, "N ..."],
+    inputs: Num[Tensor, "N ..."],
     action: Equivariance | NetworkAction,
     draws: int | None = None,
     mode: Mode = "common",

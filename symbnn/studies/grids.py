@@ -19,7 +19,7 @@ from .runs import NetworkRun, Run, run_from_json, task_of
 from .tasks import Setup, Task, epoch_cost, plain
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/05_grids.ipynb #9d8357e1-0
+# %% ../../nbs/8_studies/05_grids.ipynb #100d90fe-0
 @dataclass(frozen=True)
 class Panel:
     """One picture of a study's figure."""
@@ -73,7 +73,7 @@ class Study:
     def values(self) -> dict:
         """As JSON values."""
         whole = {its: getattr(self, its) for its in type(self).__dataclass_fields__}
-        return plain(whole | {"base": self.base.settings(), "panels": [plain(panel) for panel in self.panels]})
+        return plain(whole | {"base": self.base.values(), "panels": [plain(panel) for panel in self.panels]})
 
     @classmethod
     def from_json(cls, text: str) -> "Study":

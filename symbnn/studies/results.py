@@ -136,7 +136,7 @@ def paired(rows: Sequence[dict], metric: str, one: Mapping[str, object], other: 
     error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
     return Difference(statistics.fmean(found), error, len(found))
 
-# %% ../../nbs/8_studies/09_results.ipynb #7b05bfc9-0
+# %% ../../nbs/8_studies/09_results.ipynb #d01ffe35-0
 JUDGED = ("accuracy", "nll_nats", "brier", "ece")
 SHOWN = ("accuracy", "nll_nats", "ece", "defect_unbiased")  # in a terminal of 80 columns
 
@@ -180,7 +180,7 @@ def verdicts(study: Study, records: Sequence[dict]) -> list[str]:
     settings = {str(run.method): {name: run.value(name) for name in study.columns if name.startswith("method.")}
                 for run in points}
     against = [name for name in settings if name != "baseline"] if "baseline" in settings else []
-    seeds = f"paired over {len(study.seeds)} seeds, ± one standard error" if len(study.seeds) > 1 else "one seed"
+    seeds = f"paired over {len(study.seeds)} seeds, ± standard error" if len(study.seeds) > 1 else "one seed"
     lines = [f"{name}: {verdict(rows, settings[name], settings['baseline'])}" for name in against]
     return [f"Against the baseline of equal budget ({seeds}):", *lines] if lines else []
 

@@ -30,7 +30,7 @@ from .tasks import Setup, Task, check_training, epoch_cost, noted, plain, prepar
 from ..training.checks import choose_device
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/04_runs.ipynb #033520c0-0
+# %% ../../nbs/8_studies/04_runs.ipynb #63df8215-0
 class Finished(NamedTuple):
     """What a job returns."""
 
@@ -62,8 +62,8 @@ class Run(ABC):
         """The value under a name; None where the run has none."""
 
     @abstractmethod
-    def settings(self) -> dict:
-        """All that decides its numbers, but for the data, as JSON values."""
+    def values(self) -> dict:
+        """As JSON values; `run_from_json` reads them."""
 
     @abstractmethod
     def check(self, root: Path | None) -> None:
@@ -72,6 +72,10 @@ class Run(ABC):
     @abstractmethod
     def job(self, root: Path | None, work: Path | None, progress: bool = False) -> Callable[[], Finished]:
         """What a process has to do; `work` is the folder for checkpoints."""
+
+    def settings(self) -> dict:
+        """All that decides its numbers, but for the data."""
+        return self.values()
 
     def chosen(self) -> dict:
         """`settings` without what is at its default."""
@@ -90,7 +94,7 @@ class Run(ABC):
         text = json.dumps({"run": self.chosen(), "data_crc32": self.data(root)}, sort_keys=True)
         return f"{self.label}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
-# %% ../../nbs/8_studies/04_runs.ipynb #0373dc77-0
+# %% ../../nbs/8_studies/04_runs.ipynb #ca055f04-0
 @dataclass(frozen=True)
 class NetworkRun(Run):
     """A network, trained by a method and evaluated."""
@@ -152,9 +156,13 @@ class NetworkRun(Run):
         part, _, key = name.partition(".")
         return getattr(getattr(self, part), key, None)
 
+    def values(self) -> dict:
+        """All its parts."""
+        return plain(self)
+
     def settings(self) -> dict:
         """Its values without the device."""
-        whole = plain(self)
+        whole = self.values()
         for part in ("training", "before"):
             (whole[part] or {}).pop("device", None)
         return whole
@@ -239,7 +247,7 @@ def learn(run: NetworkRun, root: Path | None, work: Path | None, progress: bool 
                "validation_nll": last.validation_nll, "changed": trained.changed}
     return Learned(trained.network, summary, seconds + (first.seconds if first else 0))
 
-# %% ../../nbs/8_studies/04_runs.ipynb #d9244151-0
+# %% ../../nbs/8_studies/04_runs.ipynb #b695ac45-0
 def cost(run: NetworkRun, task: Task, changed: int | None) -> int:
     """Multiply-adds of all training passes, for a change after so many epochs (None: never)."""
     small, large = run.method.widths(task.action.group.order)
@@ -255,14 +263,14 @@ def perform(run: NetworkRun, root: Path | None = None, work: Path | None = None,
         learned, (task, checksum), began = learn(run, root, work, progress), task_of(run, root), time.perf_counter()
         found = measure_once(learned.network, task, run.evaluation, run.method, run.seed)
         return Finished(plain({
-            "run": plain(run), "data_crc32": checksum, "rows": [row | learned.summary for row in found.rows],
+            "run": run.values(), "data_crc32": checksum, "rows": [row | learned.summary for row in found.rows],
             "training_multiply_adds": cost(run, task, learned.summary["changed"]),
             "training_seconds": round(learned.seconds, 3), "evaluation_seconds": round(time.perf_counter() - began, 3),
             "training_images": len(task.data.train), "weights": weight_count(learned.network), "symbnn": __version__,
             "torch": torch.__version__, "device": choose_device(run.training).type,
         }), found.predictions)
 
-# %% ../../nbs/8_studies/04_runs.ipynb #450bdd08-0
+# %% ../../nbs/8_studies/04_runs.ipynb #5adf51d4-0
 FUNCTIONS: dict[str, Callable[..., dict]] = {}
 
 
@@ -313,7 +321,7 @@ class FunctionRun(Run):
         """The value of a setting; None where the function's default is meant."""
         return dict(self.given).get(name)
 
-    def settings(self) -> dict:
+    def values(self) -> dict:
         """Function, settings and seed."""
         return plain({"function": self.function, "settings": dict(self.given), "seed": self.seed})
 
@@ -332,7 +340,7 @@ def call(function: Callable[..., dict], run: FunctionRun) -> Finished:
         began = time.perf_counter()
         results = function(run.seed, **dict(run.given))
         return Finished(plain({
-            "run": run.settings(), "data_crc32": None, "rows": [results],
+            "run": run.values(), "data_crc32": None, "rows": [results],
             "evaluation_seconds": round(time.perf_counter() - began, 3), "symbnn": __version__,
             "torch": torch.__version__, "device": "cpu",
         }))

@@ -30,7 +30,7 @@ from .grids import Study, describe
 from .methods import start_folder
 from .runs import Finished, Run, learn, run_from_json
 
-# %% ../../nbs/8_studies/06_store.ipynb #e2d757b9-0
+# %% ../../nbs/8_studies/06_store.ipynb #cd016859-0
 PACKAGE = Run.__module__.partition(".")[0]
 
 
@@ -46,7 +46,7 @@ def _read(module: str) -> tuple[str, frozenset[str]]:
     tree, imported = ast.parse(_source(module).read_text(encoding="utf-8")), set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body[0] = ast.Pass()
+            node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
         if isinstance(node, ast.ImportFrom):
             relative = "." * node.level + (node.module or "")
             imported.add(resolve_name(relative, module.rpartition(".")[0]) if node.level else node.module)

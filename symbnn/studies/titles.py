@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TITLES', 'listing']
 
-# %% ../../nbs/8_studies/10_titles.ipynb #f7ab9d38-0
+# %% ../../nbs/8_studies/10_titles.ipynb #2ee44eb9-0
 import textwrap
+from functools import partial
 
-# %% ../../nbs/8_studies/10_titles.ipynb #ccfb8b6d-0
+# %% ../../nbs/8_studies/10_titles.ipynb #402d3412-0
 _SMALL = {
     "prior": "Defect against training size, for an invariant and a random prior",
     "draws": "Defect against the number of weight draws",
@@ -30,9 +31,11 @@ TITLES: dict[str, str] = _SMALL | {f"{name}-full": title for name, title in _SMA
 
 
 def listing() -> str:
-    """Every name with its title, a line each."""
+    """Every name with its title, for a terminal of 80 columns."""
     full = [name for name in TITLES if name.endswith("-full")]
     width = max(len(name) for name in TITLES if name not in full)
-    lines = [f"{name:{width}} {title}" for name, title in TITLES.items() if name not in full]
-    sizes = textwrap.fill(f"At full size, for a GPU: {', '.join(full)}", 80, break_on_hyphens=False)
+    wrapped = partial(textwrap.fill, width=80, break_on_hyphens=False)
+    lines = [wrapped(f"{name:{width}}  {title}", subsequent_indent=(width + 2) * " ")
+             for name, title in TITLES.items() if name not in full]
+    sizes = wrapped(f"At full size, for a GPU: {', '.join(full)}")
     return "\n".join([*lines, "", sizes, "", "symbnn reproduce --costs says what each of them takes on this machine."])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Action', 'unmoved', 'tensor_product', 'check_action', 'natural_action', 'regular_channels', 'sign_change']
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #45cc6349-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #618f692f-0
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import Refusal, check_count, check_kind, check_shape, check_tensor, require
-from .groups import Cyclic, Element, Group, Symmetric, left_regular
+from .groups import Cyclic, Element, Group, Permutations, Permutations, left_regular
 from .signed_permutations import SignedPermutation
 
 # %% ../../nbs/1_symmetry/03_actions.ipynb #4ea7a354-0
@@ -152,10 +152,10 @@ def check_action(action: Action, pairs: int = 64) -> None:
                       fix="the group of the rule's own order, such as Cyclic(3) for the shifts of three things, or "
                           "rule(g).inverse() in place of rule(g)")
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #535daa3a-0
-def natural_action(group: Symmetric) -> Action:
+# %% ../../nbs/1_symmetry/03_actions.ipynb #bae27fd4-0
+def natural_action(group: Permutations) -> Action:
     """The symmetric group permuting its `n` coordinates: `g` moves coordinate `i` to place `g[i]`."""
-    check_kind(group, Symmetric, "the group of a natural action", "Symmetric(5)", {int: "Symmetric(n)"})
+    check_kind(group, Permutations, "the group of a natural action", "Permutations(5)", {int: "Permutations(n)"})
     return Action(group, (group.n,), SignedPermutation.sending, "natural")
 
 # %% ../../nbs/1_symmetry/03_actions.ipynb #906da6c5-0

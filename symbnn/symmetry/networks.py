@@ -6,7 +6,7 @@
 __all__ = ['Hidden', 'NetworkAction', 'network_graph', 'check_network', 'check_acting', 'network_action', 'unit_permutations',
            'intertwining_error']
 
-# %% ../../nbs/1_symmetry/09_networks.ipynb #f943bcff-0
+# %% ../../nbs/1_symmetry/09_networks.ipynb #b62c571e-0
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from ..errors import Refusal, check_choice, check_kind, check_shape, check_tenso
 from .actions import Action, check_action, natural_action, regular_channels
 from .features import Features, Ledger, Site
 from .fields import FieldAction, SpatialAction, field
-from .groups import Cyclic, Element, Group, Product, Symmetric
+from .groups import Cyclic, Element, Group, Permutations, Product, Permutations
+from .features import Features, Ledger, Site
 from .rules import FUNCTIONS, LAYERS
 
 # %% ../../nbs/1_symmetry/09_networks.ipynb #692b7f3c-0
@@ -202,11 +203,16 @@ def _check_covered(network: nn.Module, ledger: Ledger, parameters: Mapping[str, 
             site.refuse(f"one tensor as '{first}' and '{name}'", "tied weights whose two uses move in different ways",
                         f"network.{name} = nn.Parameter(network.{first}.detach().clone()), a tensor for each layer")
 
-# %% ../../nbs/1_symmetry/09_networks.ipynb #e386b443-0
+# %% ../../nbs/1_symmetry/09_networks.ipynb #1da13216-0
+def _of_a_pair(value: object, part: str) -> dict[type, str]:
+    """What to say to a network with its action where one of them belongs."""
+    return {type(value): f"pair.{part}"} if isinstance(getattr(value, "action", None), NetworkAction) else {}
+
+
 def check_network(network: object) -> None:
     """Raise `Refusal` unless this is a torch network."""
     check_kind(network, nn.Module, "the network", "a torch network, and the action after it: f(network, action)",
-               {(list, tuple): "nn.Sequential(*layers)",
+               {**_of_a_pair(network, "network, the network alone"), (list, tuple): "nn.Sequential(*layers)",
                 dict: "the network itself, with network.load_state_dict(state)"})
 
 
@@ -214,6 +220,7 @@ def check_acting(network: object, action: object) -> None:
     """Raise `Refusal` unless these are a torch network and an action on a whole network."""
     check_network(network)
     check_kind(action, NetworkAction, "the action on a whole network", "network_action(network, action)", {
+        **_of_a_pair(action, "action, how the group acts on its network"),
         SpatialAction: "network_action(network, field(space, (C, H, W))), such as field(rotations(), (1, 28, 28))",
         Group: "network_action(network, action), with an action of the group on inputs"})
 
@@ -288,7 +295,7 @@ def _check_channels(action: Action, group: Group, name: str, size: int) -> None:
                       fix=f"Action.trivial(action.group, ({size},)), or an action of that group on {size} channels")
     check_action(action)
 
-# %% ../../nbs/1_symmetry/09_networks.ipynb #92c2b40e-0
+# %% ../../nbs/1_symmetry/09_networks.ipynb #bbc8fa0f-0
 def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> NetworkAction:
     """The group that permutes the hidden units of a network, which leaves its function as it is.
 
@@ -315,10 +322,10 @@ def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> Network
                       got=f"{type(network).__name__} with the channel classes {sorted(names)}",
                       cause="a linear model, or sums that tie all its layers to the input or the output",
                       fix="a hidden layer, as in nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))")
-    group = Product(*(Symmetric(size) for _, size in free))
+    group = Product(*(Permutations(size) for _, size in free))
     channels = {name: Action.trivial(group, (size,)) for name, size in names.items()}
     for k, (name, size) in enumerate(free):
-        channels[name] = natural_action(Symmetric(size)).pulled_back(group, operator.itemgetter(k))
+        channels[name] = natural_action(Permutations(size)).pulled_back(group, operator.itemgetter(k))
     ledger, end = _read(network, graph, unmoved(group))
     return _assemble(network, unmoved(group), ledger, end, channels, None)
 

@@ -217,7 +217,7 @@ class _Run:
         self.epoch, self.step, self.seconds = progress["epoch"], progress["step"], progress["seconds"]
         self.history, self.stopped = history, progress.get("status") == "stopped"
 
-# %% ../../nbs/7_training/06_loop.ipynb #64adb171-0
+# %% ../../nbs/7_training/06_loop.ipynb #872b17a4-0
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
@@ -267,7 +267,8 @@ def _prepare(
             f"batch_size={config.batch_size} for {run.num_data} examples", "a small data set",
             f"batch_size={run.num_data}, or fewer")
     if after is not None:
-        require(after.status == "stopped", "a run that was stopped by `until`, to go on after", f"one that is {after.status}",
+        require(after.status == "stopped", "a run that was stopped by `until`, to go on after",
+                f"one that is {after.status}",
                 "another run, or one that still has to be resumed",
                 "after=train(network, data, config, until=lambda epochs, network: epochs == 5)")
         run.follow(after)
@@ -331,12 +332,13 @@ def train(
 
     Of a `Symmetric` the network is trained, on data augmented by its action on inputs unless `action` is another one.
     Settings are those of `config`, of the defaults where there is none, and of the keywords, which come first:
-    `train(network, digits.train, epochs=10, learning_rate=0.01, action=turns)`. Modes during training
-    are those of `training_modes`; afterwards every module is in the mode that it was in. Seeded by the setting `seed`
-    alone, dropout included; torch's own generators are left as they were. On the CPU a run that was interrupted and
-    resumed equals one that was not, bit by bit, given the same number of threads. Ctrl-C ends the step, saves and
-    returns with status "interrupted". A run that `until` has ended stays so when it is resumed with it. Raises `Refusal` before any work for settings or data that cannot be meant, and
-    later when the ELBO is no longer finite or the disk is full; the last checkpoint is kept then.
+    `train(network, digits.train, epochs=10, learning_rate=0.01, action=turns)`. Modes during training are those of
+    `training_modes`; afterwards every module is in the mode that it was in. Seeded by the setting `seed` alone, dropout
+    included; torch's own generators are left as they were. On the CPU a run that was interrupted and resumed equals one
+    that was not, bit by bit, given the same number of threads. Ctrl-C ends the step, saves and returns with status
+    "interrupted". A run that `until` has ended stays so when it is resumed with it. Raises `Refusal` before any work
+    for settings or data that cannot be meant, and later when the ELBO is no longer finite or the disk is full; the last
+    checkpoint is kept then.
     """
     config, folder = configured(config, settings, _ARGUMENTS), None if folder is None else Path(folder)
     if isinstance(network, Symmetric):

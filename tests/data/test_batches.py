@@ -2,8 +2,8 @@
 import pytest
 import torch
 
+import symbnn.data.batches as module
 from helpers_data import seeded, typed
-from symbnn.data.batches import batches as module
 from symbnn.data.batches import batches, epoch_generator
 from symbnn.data.sources import load
 from symbnn.data.splits import Split

@@ -21,7 +21,7 @@ from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import isotropic
 from symbnn.symmetry.actions import Action, natural_action, regular_channels, sign_change
 from symbnn.symmetry.fields import flips, half_turns, rotations, rotations_and_flips
-from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product, Permutations
+from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product
 from symbnn.symmetry.networks import NetworkAction, unit_permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, exact64

@@ -35,7 +35,7 @@ from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import isotropic, random_means
 from symbnn.posterior.sampling import apply_weights, sample_weights
 from symbnn.symmetry.actions import Action, natural_action
-from symbnn.symmetry.groups import Cyclic, Permutations, Permutations
+from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.networks import network_action
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, standard_errors, within_standard_errors

@@ -25,7 +25,7 @@ from symbnn.posterior.priors import isotropic, random_means
 from symbnn.posterior.sampling import apply_weights, mean_weights, sample_weights
 from symbnn.symmetry.actions import Action, natural_action
 from symbnn.symmetry.fields import field, flips, half_turns, rotations, rotations_and_flips, shifts, translations
-from symbnn.symmetry.groups import Cyclic, Dihedral, Product, Permutations
+from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product
 from symbnn.symmetry.networks import NetworkAction, intertwining_error, network_action
 from symbnn.training.checkpoints import load_tensors, network_tensors
 from tolerances import assert_close, exact32, exact64

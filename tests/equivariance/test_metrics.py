@@ -332,6 +332,6 @@ def test_network_of_another_defect_agrees_with_many_draws(setting):
 @pytest.mark.parametrize("metric", [*SCORES, *EQUIVARIANCE, defect_unbiased, summarize], ids=lambda m: m.__name__)
 def test_one_class_is_no_classification(metric):
     sure, zeros = torch.ones(4, 6, 4, 1, dtype=torch.float64), torch.zeros(6, dtype=torch.int64)
-    arguments = [OrbitPredictions(sure, (0, 1, 2, 3), "common"), zeros] if metric is summarize else [sure]
+    predicted = (lambda: OrbitPredictions(sure, (0, 1, 2, 3), "common")) if metric is summarize else (lambda: sure)
     with pytest.raises(Refusal, match=f"single class.*{TWO_LOGITS}"):
-        metric(*arguments, *[zeros] * (metric in SCORES))
+        metric(predicted(), *[zeros] * (metric in SCORES))

@@ -312,3 +312,27 @@ def test_on_cuda(require_cuda):
     assert OrbitMixture(network, action).sample(3, torch.Generator(require_cuda))["0.weight"].device.type == "cuda"
     for value, wanted in zip(symmetrize_(network, action).parameters(), expected.parameters(), strict=True):
         assert_close(value, wanted)
+
+
+REFUSED = {
+    "one draw": (lambda: OrbitMixture(*pair("set, invariant")).mutual_information(1),
+                 "at least 2 as the number of draws"),
+    "norms": (lambda: OrbitMixture(*pair("C4 regular")), "'1\\.[a-z_]*', which the group moves"),
+    "mixture of another": (lambda: OrbitMixture(dense(), pair("C4 regular")[1]), "another network"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    call, message = REFUSED[case]
+    with pytest.raises(Refusal, match=message):
+        call()
+
+
+def test_norms_that_one_generator_moves_are_refused():
+    """Of S3 on three channels the exchange of two leaves these scales in place, the cycle does not."""
+    plain = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2)).double()
+    plain[1].weight.data.copy_(torch.tensor([1.0, 1.0, 2.0]))
+    network = with_posteriors(plain).eval()
+    with pytest.raises(Refusal, match=r"'1\.weight', which the group moves"):
+        OrbitMixture(network, unit_permutations(network, (1, 4, 4)))

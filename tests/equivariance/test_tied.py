@@ -83,8 +83,9 @@ def test_untied_priors_are_infinitely_far():
         law.kl(full)
     with pytest.raises(Refusal, match="infinite"):
         full.kl(law)
+    rows = Action.product(natural_action(Permutations(3)), Action.trivial(Permutations(3), (3,)))
     with pytest.raises(Refusal, match="infinite"):  # as many orbits, other ones
-        law.kl(Tied(law.base, Orbits(Action.product(natural_action(Permutations(3)), Action.trivial(Permutations(3), (3,))))))
+        law.kl(Tied(law.base, Orbits(rows)))
     with pytest.raises(Refusal, match="one coordinate an orbit"):
         Tied(full, law.orbits)
 

@@ -54,7 +54,8 @@ def test_edited_texts_are_refused(edit):
 def test_studies_survive_json():
     simulation = Study("A", "none", FunctionRun("width"), ({"units": (4, 8), "method": ("bethe",)},), x="units",
                        only=(("method", "bethe"),), panels=(Panel("per_unit", slope=-1),))
-    for study in (TINY, simulation, COMPARED.study()):
+    elsewhere = replace(TINY, base=BASE.changed({"training.device": "cuda:1"}))
+    for study in (TINY, simulation, COMPARED.study(), elsewhere):
         assert Study.from_json(json.dumps(study.values())) == study
         assert Study.from_json(json.dumps(study.values(), indent=1)).runs() == study.runs()
 

@@ -179,12 +179,12 @@ def test_a_call_has_its_function_s_results():
     run = FunctionRun("two_weights", (("method", "mean_field"), ("slope", 0.1), ("noise", 1.0)), seed=3)
     record = run.job(None, None)().record
     assert record["rows"] == [simulations.two_weights(3, "mean_field", slope=0.1, noise=1.0)]
-    assert record["run"] == run.settings() and record["data_crc32"] is None
+    assert record["run"] == run.values() and record["data_crc32"] is None
     assert run.value("slope") == 0.1 and run.value("draws") is None and run.source == "symbnn.studies.simulations"
     changed = run.changed({"slope": 0.2}).with_seed(5)
-    assert changed.settings() == {"function": "two_weights", "seed": 5,
+    assert changed.values() == {"function": "two_weights", "seed": 5,
                                   "settings": {"method": "mean_field", "slope": 0.2, "noise": 1.0}}
-    assert run_from_json(json.loads(json.dumps(changed.settings()))) == changed
+    assert run_from_json(json.loads(json.dumps(changed.values()))) == changed
 
 
 def test_calls_use_one_thread(monkeypatch):

@@ -85,8 +85,8 @@ REFUSED = {
         Cyclic(2), (2,), lambda g: SignedPermutation([1, 0], [1, 1]))), "the identity moves coordinates"),
     "a large group that does not act": (lambda: check_action(Action(
         Permutations(9), (9,), lambda g: SignedPermutation.sending(g).inverse())), r"rule\(g\)\.inverse\(\)"),
-    "a natural action of another group": (lambda: natural_action(Cyclic(4)), r"Symmetric\(5\)"),
-    "a natural action of a number": (lambda: natural_action(4), r"Symmetric\(n\)"),
+    "a natural action of another group": (lambda: natural_action(Cyclic(4)), r"Permutations\(5\)"),
+    "a natural action of a number": (lambda: natural_action(4), r"Permutations\(n\)"),
     "regular channels of a number": (lambda: regular_channels(4), r"Cyclic\(4\)"),
     "half a copy": (lambda: regular_channels(Cyclic(4), 2.0), "copies=2"),
     "no signs": (lambda: sign_change(0), r"sign_change\(8\)"),

@@ -143,7 +143,7 @@ def test_a_huge_group_is_drawn_from_and_never_listed():
 
 
 def test_a_subgroup_too_large_is_refused_when_built_and_a_small_one_in_a_huge_parent_is_not():
-    huge = Symmetric(100)
+    huge = Permutations(100)
     with pytest.raises(Refusal, match=r"a subgroup of S100, with more than 10000.*Subgroup\(group, \(g,\)\)"):
         Subgroup(huge, huge.generators())
     shift = huge.generators()[1]
@@ -198,7 +198,7 @@ def test_strangers_are_refused(group, wrong):
 
 
 def test_impossible_groups_and_draws_are_refused():
-    for make in (Cyclic, Dihedral, Symmetric):
+    for make in (Cyclic, Dihedral, Permutations):
         for n in (0, -1, 2.5, "4", None, True):
             refusal = refusal_of(lambda make=make, n=n: make(n))
             assert "at least 1" in refusal.expected and eval(refusal.fix).n == 4
@@ -206,7 +206,7 @@ def test_impossible_groups_and_draws_are_refused():
         assert refusal_of(lambda factors=factors: Product(*factors)).fix == fix
     with pytest.raises(Refusal, match="an element of C4"):
         Subgroup(Cyclic(4), (5,))
-    for group in (Cyclic(4), Symmetric(3), Product(), Product(Cyclic(2))):
+    for group in (Cyclic(4), Permutations(3), Product(), Product(Cyclic(2))):
         for n in (-1, 2.0):
             with pytest.raises(Refusal, match=r"number of elements to draw.*group\.sample\(1\)"):
                 group.sample(n)
@@ -214,7 +214,7 @@ def test_impossible_groups_and_draws_are_refused():
 
 def test_sizes_of_another_library_do_not_overflow():
     group = Product(Cyclic(np.int64(2**40)), Cyclic(np.int64(2**40)))
-    assert group.order == 2**80 and Symmetric(np.int64(3)) == Symmetric(3)
+    assert group.order == 2**80 and Permutations(np.int64(3)) == Permutations(3)
 
 
 def test_conventions():
@@ -227,9 +227,9 @@ def test_conventions():
 
 
 def test_the_limit_of_listing():
-    assert len(Symmetric(7).elements()) == 5040
+    assert len(Permutations(7).elements()) == 5040
     with pytest.raises(Refusal, match="S8, of order 40320"):
-        Symmetric(8).elements()
+        Permutations(8).elements()
     assert len(Cyclic(10_000).elements()) == 10_000
     with pytest.raises(Refusal, match="C10001, of order 10001"):
         Cyclic(10_001).elements()

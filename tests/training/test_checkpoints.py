@@ -17,6 +17,7 @@ from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.priors import fixed_means, isotropic, per_tensor, random_means
 from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.networks import network_action
+from symbnn.training import checkpoints
 from symbnn.training.architectures import PRESETS, Architecture, build
 from symbnn.training.checkpoints import (
     DESCRIPTION,
@@ -220,23 +221,6 @@ def test_the_tensor_file_is_looked_for_in_the_folder_only(tmp_path):
     (tmp_path / "b" / DESCRIPTION).write_text(json.dumps(theirs))
     with pytest.raises(Refusal):
         read_checkpoint(tmp_path / "b")
-
-
-def test_folders_are_checked_before_work(tmp_path, monkeypatch):
-    files.check_folder(tmp_path / "new" / "inside", 1000)
-    assert (tmp_path / "new" / "inside").is_dir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Refusal, match="can be written"):
-        files.check_folder(tmp_path / "file", 0)
-    with pytest.raises(Refusal, match=r"a disk with .* MiB free"):
-        files.check_folder(tmp_path, 2**62)
-
-    def forbidden(self, data):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(files.Path, "write_bytes", forbidden)
-    with pytest.raises(Refusal, match="Permission denied"):
-        files.check_folder(tmp_path, 0)
 
 
 def test_a_network_of_one_s_own(tmp_path):

@@ -118,7 +118,7 @@ def labels_from_one():
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda: {"net": build(ARCHITECTURE)}, "variational layers"),
+    (lambda: {"net": build(ARCHITECTURE)}, "whose weights have posteriors"),
     (lambda: {"action": None}, "an action on one input"),
     (lambda: {"action": field(rotations(), (1, 6, 6))}, "an action on one input"),
     (lambda: {"data": labels_from_one()}, "one for each output"),
@@ -131,7 +131,7 @@ def labels_from_one():
     (lambda: {"config": replace(CONFIG, device="meta")}, "a device that this machine has"),
     (lambda: {"config": replace(CONFIG, device="cuda:99")}, "a device that this machine has"),
     (lambda: {"config": replace(CONFIG, dtype="bfloat16")}, "a CUDA device for bfloat16"),
-    (lambda: {"config": replace(CONFIG, estimator="flipout"), "net": network(family=LogNormal)}, "Flipout"),
+    (lambda: {"config": replace(CONFIG, estimator="flipout"), "net": network(family=LogNormal)}, "a LogNormal"),
     (lambda: {"resume": True}, "a folder to resume"),
     (lambda: {"notes": {"network": network()}}, "JSON values"),
     (lambda: {"notes": {"rate": float("nan")}}, "JSON values"),

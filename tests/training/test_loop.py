@@ -199,16 +199,16 @@ def test_a_parameter_that_breaks_in_the_last_step_is_not_saved(tmp_path):
 
 
 def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
-    saves, real = [], files.write_bytes
+    saves, real = [], files.os.replace
 
-    def full(path, data):
-        saves.append(path)
-        if len(saves) > 4:
+    def full(source, target):
+        saves.append(target)
+        if len(saves) > 4:  # two files a checkpoint
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, data)
+        real(source, target)
 
     straight = run()
-    monkeypatch.setattr(files, "write_bytes", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(Refusal, match="No space left"):
         run(folder=tmp_path)
     monkeypatch.undo()

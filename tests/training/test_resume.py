@@ -121,7 +121,7 @@ def test_a_checkpoint_of_version_0_1_goes_on(tmp_path):
     ({"architecture": Architecture("cnn", (1, 4, 4), 2, (4,))}, "architecture"),
     ({"net": network(family=FullGaussian)}, "family"),
     ({"resume": False}, "overwrites none"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "-".join(value))
 def test_another_run_is_not_continued(tmp_path, change, message):
     run(replace(CONFIG, epochs=1), folder=tmp_path)
     before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
