@@ -23,7 +23,7 @@ from symbnn.symmetry.fields import (
     shifts,
     time_reversal,
 )
-from symbnn.symmetry.groups import Cyclic, Dihedral, Product, Permutations
+from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product
 from symbnn.symmetry.networks import NetworkAction, intertwining_error, network_action, unit_permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import exact32, exact64
