@@ -46,7 +46,7 @@ def require(holds: bool, expected: str, got: str, cause: str, fix: str) -> None:
     if not holds:
         raise _refusal(expected, got, cause, fix)
 
-# %% ../nbs/0_ground/01_errors.ipynb #ffe47384-0
+# %% ../nbs/0_ground/01_errors.ipynb #439724c4-0
 Kinds = type | tuple[type, ...]  # as `isinstance` takes them
 
 
@@ -117,10 +117,9 @@ def _is_whole(value: object, least: float = -math.inf) -> bool:
 
 def check_positive(value: object, name: str, fix: str) -> None:
     """Raise `Refusal` unless `value` is a finite number above zero."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    require(number and math.isfinite(value) and value > 0, f"a positive number as {_in_sentence(name)}",
-            f"{type(value).__name__} {shortened(value)}",
-            "a sign, or a division by zero" if number else "a value of another type", fix)
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    require(number is not None and 0 < number < math.inf, f"a positive number as {_in_sentence(name)}",
+            _described(value), _confusion(value) if number is None else "a sign, a zero, or a division by zero", fix)
 
 
 def check_shape(shape: object, name: str, fix: str, least: int = 0) -> None:

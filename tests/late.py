@@ -7,7 +7,7 @@ import dataclasses
 
 from symbnn.symmetry.actions import Action, natural_action
 from symbnn.symmetry.fields import SpatialAction, rotations_and_flips, translations
-from symbnn.symmetry.groups import Subgroup, Permutations
+from symbnn.symmetry.groups import Permutations, Subgroup
 
 ORDERS = (1, -1)  # as they are, and back to front
 

@@ -362,14 +362,14 @@ def test_an_architecture_that_was_edited_is_another_network(trained, tmp_path):
 @pytest.mark.parametrize("command", [TRAIN, COMPARE])
 def test_unwritable_folders_are_refused_before_training(shell, tmp_path, command):
     (tmp_path / "file").write_text("")
-    refused(shell(*command, "-o", "file/out"), "output folder can be written to")
+    refused(shell(*command, "-o", "file/out"), "a folder that can be written to")
 
 
 @pytest.mark.parametrize("command", [TRAIN, COMPARE])
 def test_full_disks_are_refused_before_training(shell, monkeypatch, command):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda folder: usage)
-    refused(shell(*command, "-o", "out"), "disk has room")
+    refused(shell(*command, "-o", "out"), "MiB free")
 
 
 def test_a_disk_that_fills_while_results_are_written(shell, tmp_path, monkeypatch):

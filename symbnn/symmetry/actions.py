@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Action', 'unmoved', 'tensor_product', 'check_action', 'natural_action', 'regular_channels', 'sign_change']
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #618f692f-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #188667c2-0
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import Refusal, check_count, check_kind, check_shape, check_tensor, require
-from .groups import Cyclic, Element, Group, Permutations, Permutations, left_regular
+from .groups import Cyclic, Element, Group, Permutations, left_regular
 from .signed_permutations import SignedPermutation
 
 # %% ../../nbs/1_symmetry/03_actions.ipynb #4ea7a354-0

@@ -6,7 +6,7 @@
 __all__ = ['Hidden', 'NetworkAction', 'network_graph', 'check_network', 'check_acting', 'network_action', 'unit_permutations',
            'intertwining_error']
 
-# %% ../../nbs/1_symmetry/09_networks.ipynb #b62c571e-0
+# %% ../../nbs/1_symmetry/09_networks.ipynb #e79b12ec-0
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +24,7 @@ from ..errors import Refusal, check_choice, check_kind, check_shape, check_tenso
 from .actions import Action, check_action, natural_action, regular_channels
 from .features import Features, Ledger, Site
 from .fields import FieldAction, SpatialAction, field
-from .groups import Cyclic, Element, Group, Permutations, Product, Permutations
-from .features import Features, Ledger, Site
+from .groups import Cyclic, Element, Group, Permutations, Product
 from .rules import FUNCTIONS, LAYERS
 
 # %% ../../nbs/1_symmetry/09_networks.ipynb #692b7f3c-0

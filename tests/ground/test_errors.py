@@ -14,6 +14,7 @@ from symbnn.errors import (
     check_choice,
     check_count,
     check_kind,
+    check_positive,
     check_shape,
     check_tensor,
     optional,
@@ -98,6 +99,22 @@ def test_what_is_no_count_is_refused(value, got, cause):
 def test_least_is_the_least():
     assert "at least 2" in refusal_of(lambda: check_count(1, "n", "n=2", least=2)).expected
     assert check_count(2, "n", "n=2", least=2) is None
+
+
+@pytest.mark.parametrize("value", [1, 0.5, np.float32(2), np.int64(3), 1e-300])
+def test_positive_numbers_pass(value):
+    assert check_positive(value, "the scale", "scale=0.1") is None
+
+
+@pytest.mark.parametrize("value, got, cause", [
+    (0, "an int, 0", "a zero"), (-1.0, "a float, -1.0", "a sign"), (float("nan"), "a float, nan", "division by zero"),
+    (float("inf"), "a float, inf", "division by zero"), (True, "a bool, True", "arguments in another order"),
+    ("0.1", "a str, '0.1'", "arguments in another order"), (None, "None", "left out"),
+])
+def test_what_is_no_positive_number_is_refused(value, got, cause):
+    refusal = refusal_of(lambda: check_positive(value, "The scale", "scale=0.1"))
+    assert refusal.expected == "a positive number as the scale" and refusal.fix == "scale=0.1"
+    assert refusal.got == got and cause in refusal.cause
 
 
 @pytest.mark.parametrize("shape", [(), (3,), [1, 28, 28], (np.int64(2), 0)])

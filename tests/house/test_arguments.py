@@ -45,7 +45,7 @@ MAKE = r"network_action\(network, action\)"
 FIELD = r"field\(rotations\(\), \(1, 28, 28\)\)"
 CASES = {
     "groups": [
-        (lambda: check_kind(None, int, "A", "one"), r"A is an int. Received: a NoneType"),
+        (lambda: check_kind(None, int, "A", "one"), r"an int as A\. Got: None\."),
         (lambda: check_kind(Cyclic, Cyclic, "A", "Cyclic(4)"), r"the class Cyclic.*Cyclic\(4\)"),
         (lambda: check_tensor(torch.zeros(2, 2).to_sparse(), "A", "x"), r"x.to_dense\(\)"),
         (lambda: check_count(True, "n", "n=2"), "n=2"), (lambda: check_count(2.0, "n", "n=2"), "n=2"),
@@ -85,7 +85,7 @@ CASES = {
         (lambda: intertwining_error(plain, action, x[:0]), "at least one input"),
         (lambda: intertwining_error(plain, action, x, []), "at least one input"),
         (lambda: intertwining_error(plain, action, x, 1), r"\[g\]"),
-        (lambda: intertwining_error(plain, action, x[:, :, :3]), "ends in these axes"),
+        (lambda: intertwining_error(plain, action, x[:, :, :3]), r"ends in the axes \(1, 4, 4\)"),
     ],
     "objectives": [
         (lambda: elbo(network, None, y, 4), "torch tensor"),

@@ -8,18 +8,10 @@ from late import ORDERS, reordered
 from symbnn.errors import Refusal
 from symbnn.symmetry.actions import Action, check_action, natural_action, regular_channels, sign_change
 from symbnn.symmetry.fields import (
-    FieldAction,
-    SpatialAction,
-    field,
     flips,
-    half_turns,
     rotations,
-    rotations_and_flips,
-    shifts,
-    time_reversal,
-    translations,
 )
-from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product, Subgroup, Permutations
+from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product, Subgroup
 from symbnn.symmetry.signed_permutations import SignedPermutation
 
 GROUPS = [Cyclic(1), Cyclic(4), Dihedral(4), Permutations(3), Product(Cyclic(2), Cyclic(3)),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from helpers_ground import refusal_of
 from symbnn.errors import Refusal
-from symbnn.symmetry.groups import Cyclic, Dihedral, Group, Product, Subgroup, Permutations, left_regular, parse_group
+from symbnn.symmetry.groups import Cyclic, Dihedral, Group, Permutations, Product, Subgroup, left_regular, parse_group
 
 PLAIN = st.one_of(
     st.integers(1, 30).map(Cyclic),

@@ -23,7 +23,7 @@ from symbnn.symmetry.fields import (
     shifts,
     time_reversal,
 )
-from symbnn.symmetry.groups import Cyclic, Dihedral, Product, Permutations
+from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product
 from symbnn.symmetry.networks import NetworkAction, intertwining_error, network_action, unit_permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import exact32, exact64
@@ -396,7 +396,7 @@ REFUSED = {
     "softmax over pixels": (on_image(nn.Softmax(dim=-1)), "dim=1"),
     "two results": (on_image(Call(lambda x: (x, x))), "one tensor"),
     "two inputs": (on_image(TwoInputs()), "one input"),
-    "branching on data": (on_image(Branching()), "cannot be traced"),
+    "branching on data": (on_image(Branching()), "fx cannot trace.*an if or a loop"),
     "a parameter outside layers": (on_vector(WithParameter()), "'scale' used outside a layer"),
     "a parameter that is not used": (on_vector(Unused()), "'spare'"),
     "regular channels that do not divide": (on_image(nn.Sequential(nn.Conv2d(2, 6, 3), nn.Conv2d(6, 1, 3)),

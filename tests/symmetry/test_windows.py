@@ -23,7 +23,7 @@ from symbnn.symmetry.fields import (
     shifts,
     time_reversal,
 )
-from symbnn.symmetry.groups import Cyclic, Permutations, Product
+from symbnn.symmetry.groups import Cyclic, Product
 from symbnn.symmetry.networks import intertwining_error, network_action
 from symbnn.symmetry.windows import Window
 from tolerances import exact64
