@@ -1,5 +1,5 @@
 # Every target makes what it needs (.venv, pinned packages, this package in editable form) and nothing twice.
-# `make PYTHON=python3.12 ...` chooses the interpreter of a new .venv.
+# `make PYTHON=python3.12 ...` chooses the interpreter of a new .venv; `make lowest PYTHONS="3.10 3.13"` those tried.
 
 BIN := .venv/bin
 # Workers of the tests: one a core, four at most.
@@ -7,11 +7,13 @@ WORKERS ?= auto
 # Idle threads give their core away: on a busy machine this is several times faster.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help ready demo test lab docs quarto bench book clean
+.PHONY: help ready demo test check types lowest lab docs quarto bench book clean
 
 help:
 	@echo "make demo    train a small Bayesian network on digits, with and without orbit expansion; results in output/demo"
 	@echo "make test    everything that can fail: notebooks, tests, style, documentation"
+	@echo "make check   style, types, documentation, and whether the forms of the book agree; in a minute"
+	@echo "make lowest  the tests with the lowest versions of settings.ini, on every Python that is here"
 	@echo "make lab     JupyterLab on the notebooks"
 	@echo "make book    run every chapter, export the package, write README.md"
 	@echo "make docs    the book as a web site in _docs (needs Quarto)"
@@ -24,8 +26,23 @@ ready:
 demo: ready
 	$(BIN)/symbnn compare --output output/demo
 
+# Tests that start processes mostly wait for them: they come last, four at a time on however many cores.
+PYTEST := $(BIN)/python -m pytest --maxprocesses=4 --dist=worksteal
 test: ready
-	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=4 --dist=worksteal
+	@failed=0; \
+	$(PYTEST) --numprocesses=$(WORKERS) -m "not slow and not processes" || failed=1; \
+	$(PYTEST) --numprocesses=4 -m "processes and not slow" || failed=1; \
+	exit $$failed
+
+CHECKS := style documentation in_step face extras project packaging types
+check: ready
+	$(PYTEST) --numprocesses=$(WORKERS) $(CHECKS:%=tests/house/test_%.py)
+
+types: ready
+	$(BIN)/python -m pyright
+
+lowest: ready
+	$(BIN)/python tools/lowest.py $(PYTHONS)
 
 # Jupyter refuses to start for root, who is the only user of most containers.
 USER_ID := $(shell id -u)

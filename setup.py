@@ -13,7 +13,10 @@ settings = settings["DEFAULT"]
 
 STATUS = {"1": "1 - Planning", "2": "2 - Pre-Alpha", "3": "3 - Alpha", "4": "4 - Beta", "5": "5 - Production/Stable"}
 SPDX = {"apache2": "Apache-2.0"}  # of the names that nbdev gives to licences
-PYTHONS = [f"3.{minor}" for minor in range(int(settings["min_python"].split(".")[1]), 14)]
+FIRST, LAST = (int(settings[key].split(".")[1]) for key in ("min_python", "max_python"))
+PYTHONS = [f"3.{minor}" for minor in range(FIRST, LAST + 1)]
+EXTRAS = {key.removesuffix("_requirements"): its for key, its in settings.items() if key.endswith("_requirements")}
+EXTRAS["all"] = f"{settings['lib_name']}[{','.join(extra for extra in EXTRAS if extra != 'dev')}]"
 
 
 def outside_a_checkout(readme: str) -> str:
@@ -46,13 +49,10 @@ setup(
         *(f"Programming Language :: Python :: {version}" for version in PYTHONS),
     ],
     packages=find_packages(include=[settings["lib_name"], f"{settings['lib_name']}.*"]),
+    package_data={settings["lib_name"]: ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={
-        "dev": settings["dev_requirements"].split(),
-        # of Curvlinops, which is installed beside it without its own requirements: see tools/environment.sh
-        "evidence": settings["evidence_requirements"].split(),
-    },
+    extras_require={extra: its.split() for extra, its in EXTRAS.items()},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"],

@@ -27,11 +27,9 @@ from pathlib import Path
 import torch
 
 from symbnn.data.splits import Split
-from symbnn.layerwise.curvature import log_precisions, set_log_precisions
-from symbnn.layerwise.evidence import laplace
+from symbnn.layerwise.evidence import laplace, log_precisions, set_log_precisions
 from symbnn.layerwise.precisions import PrecisionUpdates, evidence_precisions
 from symbnn.posterior.layers import posterior_mean_network, variational_tensors
-from symbnn.studies.experiments import Setup, prepare
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import train
 

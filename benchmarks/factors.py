@@ -1,4 +1,4 @@
-"""What fitting Kronecker factors costs (symbnn.layerwise.evidence): seconds and memory against the size of relaxed networks.
+"""What fitting Kronecker factors costs (symbnn.layerwise.kronecker): seconds and memory against the size of networks.
 
     python benchmarks/factors.py        # writes benchmarks/results/factors.json; a few minutes
 
@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 from peak import peak_megabytes
 
-from symbnn.layerwise.curvature import log_precisions
-from symbnn.layerwise.evidence import laplace
+from symbnn.layerwise.evidence import laplace, log_precisions
 from symbnn.layerwise.kronecker import check_factors
-from symbnn.layerwise.paths import relaxed_network
+from symbnn.layerwise.relaxed_networks import relaxed_network
 from symbnn.posterior.layers import variational_tensors, with_posteriors
 from symbnn.posterior.point_mass import PointMass
 

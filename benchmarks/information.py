@@ -23,8 +23,8 @@ from peak import peak_megabytes
 from symbnn.hidden_units.mutual_information import InformationEstimator
 from symbnn.hidden_units.permanents import log_bethe_permanent, log_capacity
 from symbnn.posterior.sampling import sample_weights
-from symbnn.studies.simulations import unit_network
 from symbnn.symmetry.networks import unit_permutations
+from symbnn.studies.simulations import unit_network
 
 WIDTHS = (8, 16, 64, 256, 1000)
 METHODS = {  # method and the K of those that have one; the widths up to which it is run

@@ -37,8 +37,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from symbnn.errors import Refusal as Refusal
     from symbnn.hidden_units.mutual_information import mutual_information as mutual_information
     from symbnn.layerwise.evidence import laplace as laplace
-    from symbnn.layerwise.paths import relaxed_network as relaxed_network
     from symbnn.layerwise.precisions import learned_equivariance as learned_equivariance
+    from symbnn.layerwise.relaxed_networks import relaxed_network as relaxed_network
     from symbnn.posterior.block_gaussian import BlockGaussian as BlockGaussian
     from symbnn.posterior.elbo import elbo as elbo
     from symbnn.posterior.full_gaussian import FullGaussian as FullGaussian
@@ -84,8 +84,8 @@ _NAMES = {  # the same by module; a test compares the two
     "errors": "Refusal",
     "hidden_units.mutual_information": "mutual_information",
     "layerwise.evidence": "laplace",
-    "layerwise.paths": "relaxed_network",
     "layerwise.precisions": "learned_equivariance",
+    "layerwise.relaxed_networks": "relaxed_network",
     "posterior.block_gaussian": "BlockGaussian",
     "posterior.elbo": "elbo",
     "posterior.full_gaussian": "FullGaussian",

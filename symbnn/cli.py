@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESUME', 'IMAGES', 'NETWORK', 'TRAINING', 'RESULTS', 'OPTIONS', 'LISTS', 'OBJECTIVE', 'OUTPUT', 'EVALUATED', 'app',
-           'VERSION', 'CONFIG', 'SCORES', 'UNITS', 'DEFAULT', 'METHODS', 'SEEDS', 'Commands', 'symbnn', 'train',
-           'evaluate', 'compare', 'reproduce', 'main']
+           'VERSION', 'CONFIG', 'DEFAULT', 'METHODS', 'SEEDS', 'Commands', 'symbnn', 'train', 'evaluate', 'compare',
+           'reproduce', 'main']
 
-# %% ../nbs/9_command_line/01_cli.ipynb #453ab8e1-0
+# %% ../nbs/9_command_line/01_cli.ipynb #6a01123e-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
@@ -30,22 +30,24 @@ from rich.table import Table
 from . import __version__
 from .data.batches import AUGMENTATIONS
 from .data.sources import DATASETS
-from .data.transforms import VARIANTS
 from .errors import Refusal, require
 from .files import write_file
-from .hidden_units.mutual_information import Method as Estimation
+from .hidden_units.mutual_information import InformationMethod as Estimation
 from .layerwise.precisions import PathReport, equivariance_table
 from .posterior.families import FAMILIES
+from .training.checkpoints import load_network, read_checkpoint
 from .studies.catalogue import STUDIES, estimate, find_study, step_speed
-from .studies.comparison import Comparison, compare as run_comparison
-from .studies.experiments import ARRAYS, PRIORS, SYMMETRIES, Setup, Task, evaluate as measure, fit
-from .studies.experiments import path_reports, prepare
-from .studies.methods import Method, Precisions
-from .studies.reports import conclusions, save, table
-from .studies.simulations import SIMULATIONS, save_rows, simulate
-from .studies.studies import BACKENDS, execute, plain
-from .studies.study_reports import save as save_study, shown as study_table
-from .training.checkpoints import Checkpoint, load_network, read_checkpoint
+from .studies.figures import orbit_picture
+from .studies.grids import Comparison, Study
+from .studies.methods import Baseline, LearnedPrecisions, Method
+from .studies.results import SHOWN, budgets, save, verdicts
+from .studies.runs import NetworkRun, task_of
+from .studies.store import BACKENDS, execute, predictions
+from .studies.tables import METRICS, Metric, shown, table
+from .studies.tasks import PRIORS, SYMMETRIES, Setup, Task, evaluate as measure, fit, path_reports, prepare
+from .studies.tasks import read_notes
+from .studies.titles import listing
+from .data.transforms import VARIANTS
 from .training.checks import choose_device
 from .training.config import TrainingConfig
 
@@ -71,7 +73,7 @@ class Commands(typer.core.TyperGroup):
             typer.echo(f"\nInterrupted. {RESUME.get(ctx.invoked_subcommand, 'Nothing was written.')}", err=True)
             raise typer.Exit(130) from interrupt
 
-# %% ../nbs/9_command_line/01_cli.ipynb #801927e5-0
+# %% ../nbs/9_command_line/01_cli.ipynb #257401ca-0
 IMAGES, NETWORK, TRAINING, RESULTS = "Images and symmetry", "Network", "Training", "Evaluation and results"
 
 
@@ -81,7 +83,8 @@ def _as(kind: type, panel: str, text: str, *names: str) -> type:
 
 
 OPTIONS = {
-    "dataset": _as(str, IMAGES, f"Images: {', '.join(DATASETS)}, or an .npz file with the arrays {', '.join(ARRAYS)}. "
+    "dataset": _as(str, IMAGES, f"Images: {', '.join(DATASETS)}, or an .npz file with the arrays train_images, "
+                   "train_labels, test_images, test_labels. "
                    "digits are built in; the others are looked for in --data-folder, then where Debian installs them, "
                    "and else downloaded.", "--data"),
     "data_folder": _as(Path | None, IMAGES, "Folder with the four IDX files of mnist or fashion_mnist."),
@@ -119,20 +122,15 @@ OPTIONS = {
     "schedule": _as(str, TRAINING, "constant, or cosine: the step size falls to 0."),
     "kl_weight": _as(float, TRAINING, "Weight of the KL divergence: 1 for Bayes, below 1 tempered, 0 for maximum "
                      "likelihood."),
-    "kl_warm_up": _as(int, TRAINING, "Epochs in which that weight rises from 0."),
+    "kl_annealing": _as(int, TRAINING, "KL annealing: epochs in which that weight rises from 0."),
     "objective": _as(str, TRAINING, "elbo; or symmetrised, which adds the mutual information of the weights and a "
                      "random permutation of their hidden units."),
     "information": _as(str, TRAINING, f"How that is estimated: {', '.join(get_args(Estimation))}."),
     "information_draws": _as(int, TRAINING, "Weight draws in a step for that estimate."),
     "alternatives": _as(int, TRAINING, "Permutations that each of these draws is compared with, where they are drawn."),
-    "precisions": _as(str, TRAINING, f"{', '.join(get_args(Precisions))}: precisions of the priors as they are; or one "
-                      "for each weight tensor, learnt by the posterior's widths, or for point masses by the evidence."),
-    "learnt_from": _as(int, TRAINING, "Epochs before precisions are learnt for the first time."),
-    "learnt_every": _as(int, TRAINING, "Epochs from one time to the next."),
     "clip_norm": _as(float | None, TRAINING, "Largest gradient norm. Default: no limit."),
-    "precision": _as(str, TRAINING, "float32, float64, or bfloat16 (CUDA)."),
+    "dtype": _as(str, TRAINING, "float32, float64, or bfloat16 (CUDA)."),
     "device": _as(str, TRAINING, "auto, cpu, cuda or mps."),
-    "threads": _as(int | None, TRAINING, "CPU threads in training. Default: more for larger steps, up to all cores."),
     "select": _as(str, TRAINING, "last: keep the last epoch's weights; best: those of the lowest validation loss."),
 }
 LISTS = ("channels", "strides")  # numbers with commas between them
@@ -144,11 +142,11 @@ EVALUATED = {
 }
 
 
-def _shared(*values: Setup | TrainingConfig | Method, without: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+def _shared(*values: Setup | TrainingConfig, without: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Give a command that takes `**settings` those of OPTIONS that are fields of these values, with their defaults."""
     defaults = {its.name: getattr(value, its.name) for value in values for its in fields(value)}
     defaults |= {name: ",".join(map(str, defaults[name])) or None for name in LISTS}
-    defaults |= {"data_folder": None, "threads": None}
+    defaults |= {"data_folder": None}
 
     def add(command: Callable) -> Callable:
         own = [its for its in inspect.signature(command).parameters.values() if its.kind is not its.VAR_KEYWORD]
@@ -169,9 +167,8 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
                       cause="another separator, or a name", fix=f"{option} 8,16") from error
 
 
-def _read(settings: dict, **others) -> tuple[Setup, TrainingConfig, Method, Path | None]:
-    """Setup, configuration, how precisions are learnt, and the folder with the images; of an .npz file the setup has
-    the name alone."""
+def _read(settings: dict, **others) -> tuple[Setup, TrainingConfig, Path | None]:
+    """Setup, configuration, and the folder with the images; of an .npz file the setup has the name alone."""
     path, root = Path(settings["dataset"]), settings["data_folder"]
     lists = {name: _numbers(f"--{name}", settings[name]) if settings[name] else () for name in LISTS}
     settings = {**settings, **others, **lists}
@@ -181,7 +178,7 @@ def _read(settings: dict, **others) -> tuple[Setup, TrainingConfig, Method, Path
     def made(kind: type):
         return kind(**{its.name: settings[its.name] for its in fields(kind) if its.name in settings})
 
-    return made(Setup), made(TrainingConfig), made(Method), root
+    return made(Setup), made(TrainingConfig), root
 
 
 def _command() -> str:
@@ -215,7 +212,7 @@ def symbnn(
 ) -> None:
     """Bayesian neural networks and their symmetries: train, make equivariant, measure how equivariant."""
 
-# %% ../nbs/9_command_line/01_cli.ipynb #879f18ec-0
+# %% ../nbs/9_command_line/01_cli.ipynb #e5aadba8-0
 CONFIG = TrainingConfig()
 
 
@@ -228,83 +225,71 @@ CONFIG = TrainingConfig()
     "symbnn train -o runs/paths --architecture F-FC+CONV --group none --augmentation none --prior per_tensor "
     "--family point --precisions evidence",
 ))
-@_shared(Setup(), CONFIG, Method())
+@_shared(Setup(), CONFIG)
 def train(
     output: Annotated[Path, OUTPUT],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")] = False,
     epochs: _as(int, TRAINING, "Passes over the augmented training set.") = CONFIG.epochs,
     seed: _as(int, TRAINING, "Seed of initial weights, order of images and weight draws.") = CONFIG.seed,
+    precisions: _as(str, TRAINING, "fixed: precisions of the priors as they are; or one for each weight tensor, "
+                    "learned by the elbo from the posterior's widths, or for point masses by the evidence.") = "fixed",
+    learned_from: _as(int, TRAINING, "Epochs before precisions are learned for the first time."
+                      ) = LearnedPrecisions.first,
+    learned_every: _as(int, TRAINING, "Epochs from one time to the next.") = LearnedPrecisions.every,
+    threads: _as(int | None, TRAINING, "CPU threads in training. Default: more for larger steps, up to all cores."
+                 ) = None,
     **settings,
 ) -> None:
     """Train a Bayesian network on images under a symmetry, and keep it as a checkpoint.
 
     The checkpoint is written after every epoch; Ctrl-C ends training and keeps it. A relaxed network whose precisions
-    are learnt is shown with what each path of each layer is used for.
+    are learned is shown with what each path of each layer is used for.
     """
-    setup, config, method, root = _read(settings, epochs=epochs, seed=seed)
+    setup, config, root = _read(settings, epochs=epochs, seed=seed)
+    learned = {"rule": precisions, "first": learned_from, "every": learned_every}
+    method = Baseline() if precisions == "fixed" else LearnedPrecisions(**learned)
     choose_device(config)
-    task = prepare(setup, root, torch.float64 if config.precision == "float64" else torch.float32)
+    task = prepare(setup, root, torch.float64 if config.dtype == "float64" else torch.float32)
     network = task.network(seed, dtype=task.data.train.inputs.dtype)
     notes = {"command": _command()}
     last = fit(network, task, config, method=method, folder=output, resume=resume, notes=notes,
-               threads=settings["threads"], progress=True).history[-1]
-    shown = Table("", "value", "unit", title=f"{setup.dataset} after {last.epoch + 1} epochs")
-    rows = {"ELBO": last.elbo, "expected log-likelihood": last.expected_log_likelihood, "KL divergence": last.kl,
-            "validation negative log-likelihood": last.validation_nll}
-    for label, value in rows.items():
-        shown.add_row(label, "-" if value is None else f"{value:.4f}", "nats per image")
-    Console().print(shown)
+               threads=threads, progress=True).history[-1]
+    drawn = Table("", "value", "unit", title=f"{setup.dataset} after {last.epoch + 1} epochs")
+    for name in ("elbo", "expected_log_likelihood", "kl", "validation_nll"):
+        value = getattr(last, name)
+        drawn.add_row(METRICS[name].label, "-" if value is None else f"{value:.4f}", METRICS[name].unit)
+    Console().print(drawn)
     _show_paths(_paths(network, task, method))
     typer.echo(f"Next: symbnn evaluate {output}")
 
-# %% ../nbs/9_command_line/01_cli.ipynb #956ef4d0-0
+# %% ../nbs/9_command_line/01_cli.ipynb #01231f5b-0
 def _paths(network: torch.nn.Module, task: Task, method: Method) -> list[PathReport]:
-    """What each path of a relaxed network is used for, where precisions were learnt."""
-    learnt = method.precisions != "fixed" and task.architecture.is_relaxed
-    return path_reports(network, task)[0] if learnt else []
+    """What each path of a relaxed network is used for, where precisions were learned."""
+    learned = isinstance(method, LearnedPrecisions) and task.architecture.is_relaxed
+    return path_reports(network, task)[0] if learned else []
 
 
 def _show_paths(rows: list[PathReport]) -> None:
     if rows:
         Console().print(Markdown(equivariance_table(rows)))
 
-# %% ../nbs/9_command_line/01_cli.ipynb #8ac72ba2-0
-SCORES = {"accuracy": "share", "nll_nats": "nats", "brier": "0 to 2", "ece": "share"}
-UNITS = SCORES | {f"orbit_{name}": unit for name, unit in SCORES.items()} | {
-    "defect_plugin": "probability²", "defect_unbiased": "probability²", "orbit_jensen_shannon_nats": "nats",
-    "symmetric_kl_nats": "nats", "orbit_agreement": "share",
-}
-
-
-def _noted(checkpoint: Checkpoint) -> tuple[Setup, Method]:
-    """The setup that a network was trained with, and how its precisions were learnt."""
-    notes = checkpoint.description.get("notes", {})
-    try:
-        return Setup(**notes.get("setup")), Method(**notes.get("precisions", {}))
-    except TypeError as error:
-        raise Refusal(
-            "A checkpoint that is evaluated by name says what it was trained on",
-            got=f"notes without a setup in {checkpoint.folder}", cause="a network that was saved from Python",
-            fix="train it with symbnn, or in Python: load_network, orbit_predictions, summarize",
-        ) from error
-
-
+# %% ../nbs/9_command_line/01_cli.ipynb #4507ca57-0
 def _metrics_table(metrics: dict[str, float], title: str) -> Table:
-    caption = ("Standard errors are over images; that of defect_unbiased is over weight draws. "
-               "Metrics called orbit_... are over all transformed images.")
-    shown = Table("metric", "value", "standard error", "unit", title=title, caption=caption)
-    for name, value, error, unit in _rows(metrics):
-        shown.add_row(name, f"{value:.5g}", "" if error is None else f"{error:.2g}", unit)
-    return shown
+    caption = ("Standard errors are over images; that of the unbiased defect is over weight draws. "
+               "Metrics over the orbit are over all transformed images.")
+    drawn = Table("metric", "value", "standard error", "unit", title=title, caption=caption)
+    for _, its, value, error in _rows(metrics):
+        drawn.add_row(its.label, f"{value:.5g}", "" if error is None else f"{error:.2g}", its.unit)
+    return drawn
 
 
-def _rows(metrics: dict[str, float]) -> list[tuple[str, float, float | None, str]]:
-    errors = {name: metrics.get(f"{name}_se_draws", metrics.get(f"{name}_se")) for name in UNITS}
-    return [(name, metrics[name], errors[name], unit) for name, unit in UNITS.items() if name in metrics]
+def _rows(metrics: dict[str, float]) -> list[tuple[str, Metric, float, float | None]]:
+    return [(name, its, metrics[name], metrics.get(f"{name}_se_draws", metrics.get(f"{name}_se")))
+            for name, its in METRICS.items() if name in metrics]
 
 
 @app.command(epilog=_examples(
-    "symbnn evaluate runs/digits", "symbnn evaluate output/comparison/regular-0 --csv metrics.csv",
+    "symbnn evaluate runs/digits", "symbnn evaluate runs/digits --csv metrics.csv",
     "symbnn evaluate runs/mine --data-folder images    (the folder with mine.npz)",
 ))
 def evaluate(
@@ -321,16 +306,17 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint: accuracy, calibration, and how equivariant its predictions are."""
     stored = read_checkpoint(checkpoint)
-    (setup, method), network = _noted(stored), load_network(stored)
+    (setup, method), network = read_notes(stored), load_network(stored)
     task = prepare(setup, data_folder)
     settings = {"split": split, "images": images, "draws": draws, "mode": mode, "seed": seed}
-    metrics, _ = measure(network, task, progress=True, **settings)
+    metrics, _ = measure(network, task, method=method, progress=True, **settings)
     paths = _paths(network, task, method)
     title = f"{setup.dataset}, group {setup.group}, {split} split, {draws} weight draws"
     Console().print(_metrics_table(metrics, title))
     _show_paths(paths)
     if csv is not None:
-        cells = [("metric", "value", "standard_error", "unit"), *_rows(metrics)]
+        rows = [(name, value, error, its.unit) for name, its, value, error in _rows(metrics)]
+        cells = [("metric", "value", "standard_error", "unit"), *rows]
         lines = [",".join("" if cell is None else str(cell) for cell in row) + "\n" for row in cells]
         write_file(csv, "".join(lines).encode())
     if json_file is not None:
@@ -338,7 +324,7 @@ def evaluate(
         made_by = {"command": _command(), "symbnn": __version__, "torch": torch.__version__}
         write_file(json_file, json.dumps(made_by | settings | found, indent=1).encode())
 
-# %% ../nbs/9_command_line/01_cli.ipynb #91d61906-0
+# %% ../nbs/9_command_line/01_cli.ipynb #530480cd-0
 DEFAULT = Comparison()
 METHODS, SEEDS = ",".join(DEFAULT.methods), ",".join(map(str, DEFAULT.seeds))
 
@@ -361,6 +347,7 @@ def compare(
                 "for the epochs that cost as much.") = DEFAULT.training.epochs,
     expanded_learning_rate: _as(float, TRAINING, "Step size of the means in expanded and wide networks."
                                 ) = DEFAULT.expanded_learning_rate,
+    jobs: _as(int, TRAINING, "Runs at the same time, each on one thread.") = 1,
     split: EVALUATED["split"] = DEFAULT.split,
     images: EVALUATED["images"] = DEFAULT.images,
     evaluation_draws: _as(int, RESULTS, "Weight draws, common to all transformed images.") = DEFAULT.draws,
@@ -368,56 +355,58 @@ def compare(
 ) -> None:
     """Baseline against orbit expansion at equal training budget, over several seeds.
 
-    Shows a table; writes runs.csv, comparison.json, comparison.png, and a folder with the checkpoint of each run. Runs
-    that are finished in the output folder are not repeated, so after Ctrl-C the same command goes on.
+    Says what got better and what got worse, and shows a table; writes table.csv, runs.csv, study.json, figure.png and
+    orbit.png, and a folder with the checkpoint of each run. Runs that are finished in the output folder are not
+    repeated, so after Ctrl-C the same command goes on.
     """
-    setup, training, _, root = _read(settings, epochs=epochs, evaluate_every=DEFAULT.training.evaluate_every)
+    setup, training, root = _read(settings, epochs=epochs, evaluate_every=DEFAULT.training.evaluate_every)
     names = tuple(name.strip() for name in methods.split(","))
     comparison = Comparison(setup, training, small_epochs, expanded_learning_rate, names, _numbers("--seeds", seeds),
                             evaluation_draws, split, images)
-
-    def report(line: str) -> None:
-        typer.echo(line, err=True)
-
-    threads = settings["threads"]
-    results = run_comparison(comparison, folder=output, root=root, threads=threads, report=report, progress=True)
-    files = save(results, output, _command())
-    Console().print(table(results))
-    typer.echo("\n".join(conclusions(results)))
+    study, work = comparison.study(root), output / "runs"
+    records = execute(study, work, root=root, jobs=jobs, keep=True, report=_report, progress=True)
+    first = {str(run.method): record for run, record in zip(study.runs(), records) if run.seed == study.seeds[0]}
+    orbit = orbit_picture(task_of(study.base, root)[0], study.base.evaluation,
+                          {name: predictions(work, record) for name, record in first.items()})
+    files = save(study, records, output, _command(), {"orbit.png": orbit})
+    typer.echo("\n".join(verdicts(study, records)))
+    columns = [name for name in study.columns if name.startswith("method.")]
+    Console().print(shown(study, table(study, records), columns, SHOWN))
+    typer.echo("\n".join(budgets(study, records)))
     typer.echo(f"Written to {output}: {', '.join(file.name for file in files)}, and a folder for each run")
+    typer.echo(f"Next: symbnn evaluate {work / first[names[-1]]['name']}")
 
-# %% ../nbs/9_command_line/01_cli.ipynb #6671b0de-0
-def _studies_table() -> Table:
-    """What there is, and what it would take here."""
+
+def _report(line: str) -> None:
+    typer.echo(line, err=True)
+
+# %% ../nbs/9_command_line/01_cli.ipynb #6cabd493-0
+def _costs() -> Table:
+    """What each study would take here."""
     speed = step_speed()
-    shown = Table("study", "what it shows", "runs", "multiply-adds", "core hours", title="Studies",
+    drawn = Table("study", "runs", "multiply-adds", "core hours", title="Studies",
                   caption="Multiply-adds of training and evaluation, and hours on one core (or on the GPU, where there "
                           "is one) from a short measurement; expect the hours to be off by a factor of up to two.")
     for name, study in STUDIES.items():
         try:
-            cost = estimate(study, speed)
-            numbers = (f"{cost.multiply_adds:.2g}", f"{cost.seconds / 3600:.2g}")
+            cost = estimate(study, speed) if isinstance(study.base, NetworkRun) else None
         except Refusal:  # images that are not here
-            numbers = ("-", "-")
-        shown.add_row(name, study.title, str(len(study.runs())), *numbers)
-    for name, simulation in SIMULATIONS.items():
-        shown.add_row(name, simulation.title, str(len(simulation.points()) * len(simulation.seeds)), "-", "-")
-    return shown
+            cost = None
+        numbers = (f"{cost.multiply_adds:.2g}", f"{cost.seconds / 3600:.2g}") if cost else ("-", "-")
+        drawn.add_row(name, str(len(study.runs())), *numbers)
+    return drawn
 
 
-def _simulate(name: str, output: Path, work: Path, seeds: str | None, jobs: int, show: bool, others: dict) -> None:
-    """`symbnn reproduce` for a simulation, which no image goes into."""
-    given = [f"--{option.replace('_', '-')}" for option, value in others.items() if value not in (None, BACKENDS[0])]
-    require(not given, "A simulation runs on CPUs of this machine, without data", f"{', '.join(given)} for {name}",
-            "an option of studies", f"symbnn reproduce {name} --jobs 4")
-    simulation = SIMULATIONS[name]
-    simulation = simulation if seeds is None else replace(simulation, seeds=_numbers("--seeds", seeds))
-    if show:
-        typer.echo(json.dumps(simulation.plain(), indent=1))
-        return
-    rows = simulate(simulation, work, jobs, report=lambda line: typer.echo(line, err=True))
-    files = save_rows(simulation, rows, output, _command())
-    typer.echo(f"Written to {output}: {', '.join(file.name for file in files)}")
+def _chosen(name: str | None, seeds: str | None, device: str | None, data_folder: Path | None) -> Study:
+    """The study that is named, with other seeds or on another device."""
+    require(name is not None, "A study is named", "no name", "a forgotten argument",
+            "symbnn reproduce --list shows the names")
+    study = find_study(name)
+    study = study if seeds is None else replace(study, seeds=_numbers("--seeds", seeds))
+    given = [option for option, value in (("--device", device), ("--data-folder", data_folder)) if value is not None]
+    require(not given or isinstance(study.base, NetworkRun), "A simulation runs on CPUs, without data",
+            f"{', '.join(given)} for {name}", "an option of studies that train", f"symbnn reproduce {name} --jobs 4")
+    return study if device is None else replace(study, base=study.base.changed({"training.device": device}))
 
 
 @app.command(epilog=_examples(
@@ -440,36 +429,27 @@ def reproduce(
                    "machine.") = None,
     data_folder: OPTIONS["data_folder"] = None,
     device: _as(str | None, TRAINING, "auto, cpu, cuda or mps. Default: the study's own, auto.") = None,
-    show_list: Annotated[bool, typer.Option("--list", help="Show what there is, and what it would take here.")] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="Show what there is.")] = False,
+    show_costs: Annotated[bool, typer.Option("--costs", help="Show what it would take here, after a measurement.")
+                          ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the study as JSON, to be edited.")] = False,
 ) -> None:
     """Repeat a study of the book: train all its networks, write its table and its figure.
 
-    Writes table.csv, runs.csv, study.json and figure.png; a simulation (width, two_weights) writes table.csv,
-    simulation.json and figure.png. Finished runs are not repeated, so after Ctrl-C the same
+    Writes table.csv, runs.csv, study.json and figure.png. Finished runs are not repeated, so after Ctrl-C the same
     command goes on.
     """
-    if show_list:
-        Console().print(_studies_table())
+    if show_list or show_costs:
+        Console().print(_costs()) if show_costs else typer.echo(listing())
         return
-    if name is None:
-        raise Refusal("A study is named", got="no name", cause="a forgotten argument",
-                      fix="symbnn reproduce --list shows the names")
-    if name in SIMULATIONS:
-        others = {"backend": backend, "scheduler": scheduler, "data_folder": data_folder, "device": device}
-        _simulate(name, output or Path("results", name), work, seeds, jobs, show, others)
-        return
-    study = find_study(name)
-    study = study if seeds is None else replace(study, seeds=_numbers("--seeds", seeds))
-    study = study if device is None else replace(study, base=study.base.changed({"training.device": device}))
+    study = _chosen(name, seeds, device, data_folder)
     if show:
-        typer.echo(json.dumps(plain(study), indent=1))
+        typer.echo(json.dumps(study.values(), indent=1))
         return
-    records = execute(study, work, root=data_folder, jobs=jobs, backend=backend, address=scheduler,
-                      report=lambda line: typer.echo(line, err=True))
+    records = execute(study, work, root=data_folder, jobs=jobs, backend=backend, address=scheduler, report=_report)
     output = output or Path("results", Path(name).stem)
-    files = save_study(study, records, output, _command())
-    Console().print(study_table(study, records))
+    files = save(study, records, output, _command())
+    Console().print(shown(study, table(study, records)))
     typer.echo(f"Written to {output}: {', '.join(file.name for file in files)}")
 
 

@@ -7,7 +7,7 @@ import dataclasses
 
 from symbnn.symmetry.actions import Action, natural_action
 from symbnn.symmetry.fields import SpatialAction, rotations_and_flips, translations
-from symbnn.symmetry.groups import Subgroup, Symmetric
+from symbnn.symmetry.groups import Subgroup, Permutations
 
 ORDERS = (1, -1)  # as they are, and back to front
 
@@ -22,8 +22,8 @@ def reordered(acting: Action | SpatialAction, order: int) -> Action | SpatialAct
 
 CUBE = translations(2, 2, 2).on(2, 2, 2).flattened()
 ONE_MOVES = {  # an action, and numbers that all of its generators but one leave in place
-    "S3, the cycle": (natural_action(Symmetric(3)), [1.0, 1.0, 2.0]),
-    "S5, the cycle": (natural_action(Symmetric(5)), [1.0, 1.0, 3.0, 2.0, 4.0]),
+    "S3, the cycle": (natural_action(Permutations(3)), [1.0, 1.0, 2.0]),
+    "S5, the cycle": (natural_action(Permutations(5)), [1.0, 1.0, 3.0, 2.0, 4.0]),
     "D4, the turn": (rotations_and_flips().on(2, 2).flattened(), [1.0, 1.0, 2.0, 2.0]),
     "D4, the flip": (rotations_and_flips().on(4, 4).flattened(), [1.0 + (i in (1, 7, 14, 8)) for i in range(16)]),
     "C2 x C2 x C2, the first": (CUBE, [1.0] * 4 + [2.0] * 4),

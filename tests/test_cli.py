@@ -15,15 +15,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from symbnn import __version__, cli
+from symbnn import __version__, cli, comparison
+from symbnn.training.loop import checkpoints
+from symbnn.studies.catalogue import STUDIES, Cost, find_study
 from symbnn.data.sources import PARTS
+from symbnn.training.checkpoints import read_checkpoint, save_network
+from symbnn.experiments import ARRAYS
+from symbnn.studies.tasks import Setup
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import with_posteriors
-from symbnn.studies.catalogue import STUDIES, Cost, find_study
-from symbnn.studies.experiments import ARRAYS, Setup
-from symbnn.studies.studies import Evaluation, Spec, Study, comparison, plain
 from symbnn.training.architectures import PRESETS, build
-from symbnn.training.checkpoints import read_checkpoint, save_network
+from symbnn.studies import Spec
+from symbnn.studies.evaluations import Evaluation
+from symbnn.studies.grids import Study
+from symbnn.studies.tasks import plain
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import checkpoints
 
@@ -476,6 +481,7 @@ def program(*arguments: str, **options) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, **options)
 
 
+@pytest.mark.processes
 def test_a_process_refuses_with_status_2(tmp_path):
     process = program("train", "-o", "out", "--group", "S5", cwd=tmp_path)
     out, err = process.communicate(timeout=120)
@@ -483,6 +489,7 @@ def test_a_process_refuses_with_status_2(tmp_path):
     assert err.startswith("symbnn: The group is one of") and err.count("\n") == 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", [TRAIN, COMPARE])
 def test_ctrl_c_leaves_what_is_finished_and_says_how_to_go_on(tmp_path, command):
     long = [part if part != "2" else "100000" for part in command]  # epochs that never end

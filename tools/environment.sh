@@ -13,30 +13,30 @@ fail() {
     exit 1
 }
 
-supported='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'
+first=$(sed -n 's/^min_python = 3\.//p' settings.ini)
+last=$(sed -n 's/^max_python = 3\.//p' settings.ini)
+supported="import sys; sys.exit(not (3, $first) <= sys.version_info[:2] <= (3, $last))"
+candidates="${PYTHON:-python3 $(seq -s ' ' -f 'python3.%g' "$last" -1 "$first")}"
 
 if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+    for candidate in $candidates; do
         if "$candidate" -c "$supported" >/dev/null 2>&1; then python="$candidate" && break; fi
     done
-    [ -n "$python" ] || fail "symbnn needs Python 3.10, 3.11, 3.12 or 3.13; none of these is one:" \
-        "${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}. Install one, or name it: make PYTHON=/path/to/python3.12"
+    [ -n "$python" ] || fail "symbnn needs Python 3.$first to 3.$last; none of these is one: $candidates." \
+        "Install one, or name it: make PYTHON=/path/to/python3.$last"
     "$python" -c 'import venv, ensurepip' >/dev/null 2>&1 || fail "$python lacks the modules venv and ensurepip, which" \
         "make virtual environments. On Debian or Ubuntu: apt install python3-venv. Or name another: make PYTHON=..."
     echo "Making .venv with $("$python" --version)"
     "$python" -m venv --clear .venv
 fi
-.venv/bin/python -c "$supported" || fail ".venv holds $(.venv/bin/python --version), and symbnn needs Python 3.10 to" \
-    "3.13. Remove the folder .venv and run make again."
+.venv/bin/python -c "$supported" || fail ".venv holds $(.venv/bin/python --version), and symbnn needs Python 3.$first" \
+    "to 3.$last. Remove the folder .venv and run make again."
 
 # torch comes first and alone, so that the build which the package index offers by default is the one installed and
 # nothing later replaces it.
 echo "Installing the packages of constraints.txt into .venv (a few minutes the first time)"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 .venv/bin/python -m pip install --quiet --constraint constraints.txt torch
-.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,evidence]'
-# Curvlinops declares a package that only a part of it uses which is not used here, and which brings torchvision, whose
-# build for CUDA cannot be imported beside a torch for the CPU. What it does need is the extra "evidence".
-.venv/bin/python -m pip install --quiet --constraint constraints.txt --no-deps curvlinops-for-pytorch
+.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 echo "$made_from" >"$stamp"

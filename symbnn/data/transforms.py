@@ -48,9 +48,9 @@ def translate(images: Float[Tensor, "N C H W"], by: Int64[Tensor, "N 2"]) -> Flo
     numbers = torch.arange(len(images), device=by.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[numbers, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
-# %% ../../nbs/6_data/04_transforms.ipynb #74b3f658-0
-def resize(images: Float[Tensor, "N C H W"], size: int | None) -> Float[Tensor, "N C size size"]:
-    """The images at another size, averaged where they shrink; unchanged for None."""
+# %% ../../nbs/6_data/04_transforms.ipynb #f96ed07f-0
+def resize(images: Float[Tensor, "N C H W"], size: int | None) -> Float[Tensor, "N C h w"]:
+    """The images with size x size pixels, averaged where they shrink; unchanged for None."""
     if size is None or images.shape[-2:] == (size, size):
         return images
     return nn.functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
@@ -58,7 +58,7 @@ def resize(images: Float[Tensor, "N C H W"], size: int | None) -> Float[Tensor, 
 
 def in_quadrants(
     images: Float[Tensor, "N C H W"], generator: torch.Generator
-) -> tuple[Float[Tensor, "N C 2H 2W"], Int64[Tensor, "N"]]:
+) -> tuple[Float[Tensor, "N C 2*H 2*W"], Int64[Tensor, "N"]]:
     """Each image in a quadrant of one of twice the height and width, and the quadrant's number.
 
     0 and 1 are above, 0 and 2 to the left.

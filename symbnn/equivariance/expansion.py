@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['Arrangement', 'ARRANGEMENT', 'block_turn', 'mark_arrangement', 'arrangement_of', 'Widen', 'expansion_rule',
-           'shortened', 'Expanded', 'expand', 'expanded_action']
+           'Expanded', 'expand', 'expanded_action']
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #d0e81f11-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #f35d5e78-0
 import itertools
 import math
 from collections.abc import Set
 from functools import partial, singledispatch
-from typing import Literal, NamedTuple, NoReturn, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..binding import copy_network, modules_outside
-from ..errors import Refusal, require
+from ..errors import Refusal, check_choice, require
 from ..posterior.family import Family, no_rule
 from ..posterior.full_gaussian import FullGaussian
 from ..posterior.independent import DiagonalGaussian, Laplace, LocationScaleFamily
@@ -48,7 +48,7 @@ def block_turn(arrangement: Arrangement, group: Group, a: Element, b: Element) -
     }
     return turns[arrangement]
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #66659f3f-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #483ec4c0-0
 def mark_arrangement(layer: nn.Module, arrangement: Arrangement) -> None:
     """Note on a layer, in place, how it was expanded."""
     code = torch.tensor(get_args(Arrangement).index(arrangement), dtype=torch.uint8)
@@ -69,15 +69,16 @@ def arrangement_of(network: nn.Module) -> Arrangement | None:
     Raises `Refusal` where they contradict each other, and for a mark that means nothing.
     """
     known = get_args(Arrangement)
-    marks = {mark.item() for name, mark in network.named_buffers()
+    marks = {int(mark) for name, mark in network.named_buffers()
              if name.rpartition(".")[2] == ARRANGEMENT and not mark.is_meta}
-    names = sorted(known[mark] if mark in range(len(known)) else f"number {mark}" for mark in marks)
-    require(len(marks) < 2 and set(names) <= set(known), "All layers of an expanded network have one arrangement",
-            " and ".join(names), "layers of several expansions, a state_dict that was loaded in part, or an edited one",
+    names = sorted(known[mark] if mark in range(len(known)) else f"an unknown one, number {mark}" for mark in marks)
+    require(len(marks) < 2 and set(names) <= set(known), "layers that were all expanded by one arrangement",
+            f"layers of {' and '.join(names)}", "layers of several expansions in one network, or a state_dict that was "
+            "edited or loaded in part",
             "expand(network, action, arrangement).network.load_state_dict(state), with the whole state")
-    return names[0] if names else None
+    return cast(Arrangement, names[0]) if names else None
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #c2a548b1-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #1261abc6-0
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # layers from one channel class to another; the others are norms
 
 
@@ -98,14 +99,15 @@ def _depths(network: nn.Module, action: NetworkAction, arrangement: Arrangement)
             depth = (depths[source] + 1) % exponent
             if depths.setdefault(target, depth) != depth:
                 raise Refusal(
-                    "In a row_rolled expansion all paths to a class have one length, modulo the group's exponent",
-                    got=f"layer {name!r}, which makes depth {depth} of class {target!r} of depth {depths[target]}",
-                    cause=f"a residual sum joins different depths, and {action.group} has exponent {exponent}",
-                    fix='use arrangement="regular" or "block_diagonal"',
+                    f"paths of one length, modulo {exponent}, to the channels of each layer of a row_rolled expansion",
+                    got=f"layer {name!r} at depth {depth}, whose outputs are added to those at depth {depths[target]}",
+                    cause=f"a residual sum; row_rolled turns the copies once more in each layer, and {exponent} turns "
+                    f"of {action.group} are none",
+                    fix='arrangement="block_diagonal", or "regular"',
                 )
     return {name: depths[name] for name in hidden}
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #c8f9a3a7-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #806ff482-0
 class _Expansion(NamedTuple):
     """What decides the blocks of every tensor."""
 
@@ -121,10 +123,11 @@ class _Expansion(NamedTuple):
         tensor = self.action.parameters[name]
         if not tensor.agrees_with(Action.trivial(group, tensor.shape)):
             raise Refusal(
-                "In row_rolled a tensor at depth l that the group moves needs l prime to the group's exponent",
-                got=f"{name!r} at depth {depth} in a group of exponent {exponent}",
-                cause="some element, whose l-th power is the identity, moves the tensor but not the copies",
-                fix='end the convolutions in global average pooling, or use arrangement="regular" or "block_diagonal"',
+                f"a depth that has no common factor with {exponent}, the exponent of {group}, for weights of a "
+                "row_rolled expansion that the group moves", got=f"{name!r} at depth {depth}",
+                cause="a linear layer that reads positions, behind so many layers that some element moves its weights "
+                "and leaves the copies in place",
+                fix='arrangement="block_diagonal", or "regular"; or nn.AdaptiveAvgPool2d(1) before nn.Flatten()',
             )
         return [group.identity()] * group.order
 
@@ -133,7 +136,7 @@ class _Expansion(NamedTuple):
     ) -> tuple[list[list[Element]], list[list[float]]]:
         """Turns and factors of the blocks, rows for the copies of `target`, columns for those of `source`."""
         elements, n = self.action.group.elements(), self.action.group.order
-        if target not in self.depths:
+        if target not in self.depths and source is not None:
             return [self.own_turns(name, source)], [[n**-0.5 if scales else 1 / n] * n]
         if source not in self.depths:
             return [[turn] for turn in self.own_turns(name, target)], [[1.0]] * n
@@ -158,11 +161,13 @@ class _Expansion(NamedTuple):
         ]
         return torch.cat([row[0] if len(row) == 1 else torch.cat(row, 1) for row in filled])
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #33ae97dd-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #08ccb403-0
 class Widen(Protocol):
     """Expands a tensor of means, or with `scales` of logarithms of scales, that has the shape of the small weights."""
 
-    def __call__(self, small: Tensor, *, scales: bool = False) -> Tensor: ...
+    def __call__(self, small: Tensor, *, scales: bool = False) -> Tensor:
+        """The expanded tensor."""
+        ...
 
 
 @singledispatch
@@ -253,23 +258,15 @@ def _widen(layer: nn.Module, read: int, written: int) -> None:
         first, *rest = layer.normalized_shape
         layer.normalized_shape = (written * first, *rest)
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #d2442274-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #b8c7b5fd-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
-    if arrangement not in get_args(Arrangement):
-        raise Refusal(
-            f"The arrangement is one of {get_args(Arrangement)}",
-            got=repr(arrangement),
-            cause="a misspelt name",
-            fix='"regular" as in the source ("gcnn" there), or "block_diagonal" to keep the function',
-        )
-    if arrangement == "row_rolled" and not action.group.is_abelian:
-        raise Refusal(
-            "A row_rolled expansion needs an abelian group",
-            got=f"{action.group}, which is not",
-            cause="at depth l an element g would permute the copies as g^l, and (gh)^l differs from g^l h^l",
-            fix='use arrangement="regular" or "block_diagonal", which work for every finite group',
-        )
+    require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
+            "the name in the code of arXiv 2606.26273", 'arrangement="regular"')
+    check_choice(arrangement, get_args(Arrangement), "The arrangement")
+    require(arrangement != "row_rolled" or action.group.is_abelian, "an abelian group, for a row_rolled expansion",
+            f"{action.group}, in which the order of two turns matters", "a group with reflections besides turns, or of "
+            "permutations", 'arrangement="block_diagonal", or "regular", which exist for every finite group')
 
 
 def _check_tensors(network: nn.Module, action: NetworkAction) -> None:
@@ -279,8 +276,8 @@ def _check_tensors(network: nn.Module, action: NetworkAction) -> None:
              for key, tensor in {**layer._parameters, **layer._modules, **layer._buffers}.items()
              if isinstance(tensor, (Tensor, VariationalTensor)) and tensor.ndim}
     moved = {name: rule.shape for name, rule in action.parameters.items() if rule.shape}
-    require(found == moved, _OWN, f"tensors {shortened(found.items() - moved.items())} in the network, "
-            f"{shortened(moved.items() - found.items())} in the action", *_NOT_OWN)
+    require(found == moved, _OWN, f"a network with {_listed(found.items() - moved.items())}, where the action has "
+            f"{_listed(moved.items() - found.items())}", *_NOT_OWN)
 
 
 def _check_own(network: nn.Module, action: NetworkAction, graph: fx.Graph) -> None:
@@ -289,49 +286,44 @@ def _check_own(network: nn.Module, action: NetworkAction, graph: fx.Graph) -> No
     same = own.layers == action.layers and all(
         rule.agrees_with(action.parameters[name]) for name, rule in own.parameters.items()
     )
-    require(same, _OWN, f"an action of {action.group} on {len(action.layers)} layers", *_NOT_OWN)
+    require(same, _OWN, "one under which hidden channels move" if own.layers == action.layers else
+            f"one on the layers {', '.join(sorted(action.layers))}", *_NOT_OWN)
 
 
-_OWN = "The action is that of the small network, with trivial hidden channels"
-_NOT_OWN = ('an action of another network, or one with hidden="regular", which expansion is to produce',
+_OWN = "the action of the small network itself, with hidden channels that stay"
+_NOT_OWN = ('an action of another network, or one with hidden="regular", which is what expansion makes',
             "network_action(network, action.input, output=action.output)")
 
 
-def shortened(items: Set[tuple[str, tuple[int, ...]]]) -> str:
+def _listed(items: Set[tuple[str, tuple[int, ...]]]) -> str:
+    """Some tensors by name and shape."""
     return ", ".join(f"{name} {shape}" for name, shape in sorted(items)[:3]) or "none"
 
 
 def _check_layers(network: nn.Module, action: NetworkAction) -> None:
     """`Refusal` unless every layer of the network can be expanded."""
 
-    def refuse(invariant: str, received: str, cause: str, fix: str) -> NoReturn:
-        raise Refusal(invariant, got=received, cause=cause, fix=fix)
-
-    if set(action.channels) <= {"input", "output"}:
-        cause = "a network of a single layer, or one whose residual sums tie all channels to the input or output"
-        fix = "end the network in a linear layer of its own, behind at least one hidden layer"
-        refuse("An expansion copies hidden channels", f"the channel classes {sorted(action.channels)}", cause, fix)
+    require(not set(action.channels) <= {"input", "output"}, "a network with hidden channels, of which an expansion "
+            "makes copies", f"a {type(network).__name__} of which all channels are inputs or outputs",
+            "a single layer, or residual sums with the input or the output from end to end",
+            "nn.Sequential(hidden, nn.ReLU(), head), with at least one layer before the last")
     owners: dict[int, str] = {}
     for name, (source, target) in action.layers.items():
         layer = network.get_submodule(name)
-        if isinstance(layer, _WEIGHTED) and (source == "output" or target == "input"):
-            cause = "a residual sum ties its channels to the input's or the output's, which keep their number"
-            fix = "begin and end the network in layers of its own"
-            received = f"layer {name!r} from {source} to {target}"
-            refuse("Layers lead from the input through hidden channels to the output", received, cause, fix)
-        if getattr(layer, "groups", 1) > 1:
-            cause, fix = "the copies of its channels would never be mixed", "use a convolution with groups=1"
-            refuse("Expanded convolutions have one group", f"layer {name!r} with {layer.groups} groups", cause, fix)
+        require(not (isinstance(layer, _WEIGHTED) and (source == "output" or target == "input")),
+                "a first layer that leaves the input's channels, and a last layer that makes the output's",
+                f"layer {name!r} from {source} to {target}", "a residual sum with the input or the output, whose "
+                "channels keep their number",
+                "a layer of its own before the first residual sum, and one behind the last")
+        require(getattr(layer, "groups", 1) == 1, "convolutions with groups=1, which mix the copies",
+                f"layer {name!r} with groups={getattr(layer, 'groups', 1)}", "a grouped or depthwise convolution",
+                f"groups=1 in layer {name!r}")
         for tensor in layer.parameters():
-            if owners.setdefault(id(tensor), name) != name:
-                cause, fix = (
-                    "weights tied by assignment, which an expansion would untie",
-                    "call one layer twice instead",
-                )
-                received = f"one tensor in {owners[id(tensor)]!r} and {name!r}"
-                refuse("Each tensor belongs to one layer", received, cause, fix)
+            require(owners.setdefault(id(tensor), name) == name, "weights that belong to one layer each",
+                    f"one tensor in {owners[id(tensor)]!r} and {name!r}", "weights tied by assignment, which an "
+                    "expansion would untie", f"layer {owners[id(tensor)]!r} called twice in forward, in place of two")
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #3d5a8ceb-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #8c6f28cb-0
 class Expanded(NamedTuple):
     """An expanded network, and how the group acts on it."""
 
@@ -382,18 +374,18 @@ def expanded_action(expanded: nn.Module, action: NetworkAction) -> NetworkAction
     """
     check_acting(expanded, action)
     absent = sorted(action.layers.keys() - {name for name, _ in expanded.named_modules()})
-    require(not absent, "An expanded network has the layers of the small one, under their names",
-            f"a network without the layers {absent}", "the action of another network, or layers put into a new "
-            "container", "expand(network, action).action")
+    require(not absent, "an expanded network with the layers of the small one, under their names",
+            f"a network without {', '.join(absent)}",
+            "the action of another network, or layers put into a new container", "expand(network, action).action")
     built = arrangement_of(expanded)
     arrangement = built or "regular"
     _check_arrangement(arrangement, action)
     depths = _depths(expanded, action, arrangement)
     result = _action_on_copies(expanded, action, depths, network_graph(expanded))
-    require(built is not None or not _rolls_differently(expanded, action), "How a network was expanded is known where "
-            "its action depends on it", "layers without a mark of it", "a network that was built by hand, or weights "
-            "that were loaded without the marks", 'expand(network, action, "row_rolled"), or whatever it was, and load '
-            "the weights into its network")
+    require(built is not None or not _rolls_differently(expanded, action), "layers that say by which arrangement "
+            "they were expanded, since the action depends on it", "layers without a mark of it",
+            "a network that was built by hand, or weights of an older file",
+            'expand(network, action, "row_rolled"), or whatever it was, and load the weights into its network')
     return result
 
 
@@ -405,10 +397,11 @@ def _action_on_copies(expanded: nn.Module, action: NetworkAction, depths: dict[s
     def hidden(name: str, channels: int) -> Action:
         if name not in depths or channels != group.order * action.channels[name].numel:
             raise Refusal(
-                f"An expanded network has {group.order} copies of each hidden channel of the small one",
-                got=f"{channels} channels of class {name!r}",
-                cause="a network that was not expanded, or expanded by another group",
-                fix="expand(network, action).action",
+                f"{group.order} copies of each hidden channel of the small network",
+                got=f"{channels} channels behind layer {name!r}",
+                cause="a network that was not expanded, that was expanded by another group, or whose forward pass "
+                "states numbers of channels", fix="expand(network, action).action; in forward, x.flatten(1), not "
+                "x.view(-1, number)",
             )
         regular = regular_channels(group, action.channels[name].numel)
         return regular if depths[name] == 1 else regular.pulled_back(group, partial(group.power, k=depths[name]))

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Bound', 'ErrorLedger', 'ledger']
 
-# %% ../../nbs/3_equivariance/08_ledger.ipynb #ff46bc32-0
+# %% ../../nbs/3_equivariance/08_ledger.ipynb #4de1d9ed-0
 import math
 from collections.abc import Callable
+from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from .bounds import push_forward_divergences, through_information
 from .lipschitz import through_lipschitz
-from ..errors import Refusal
+from .predictions import Probabilities, check_probabilities
+from ..errors import check_kind, require
+from ..estimates import Estimate
 from ..posterior.divergences import bretagnolle_huber, hellinger, orbit_error, pinsker, through_jensen_shannon
-from ..symmetry.networks import NetworkAction
+from ..symmetry.networks import NetworkAction, check_acting
 
-# %% ../../nbs/3_equivariance/08_ledger.ipynb #744048f8-0
+# %% ../../nbs/3_equivariance/08_ledger.ipynb #7ca67adf-0
 class Bound(NamedTuple):
     """An upper bound on a total variation, and whether it says nothing: it is vacuous from 1 on."""
 
@@ -55,24 +58,30 @@ def _jackknife(statistic: Callable[[Tensor], float], draws: Float[Tensor, "S *n"
 
 def ledger(
     network: nn.Module, action: NetworkAction,
-    probabilities: Float[Tensor, "S N G C"],  # of `orbit_predictions`: turned back, at least 2 draws
+    probabilities: Probabilities,  # of `orbit_predictions`: turned back, at least 2 draws
     inputs: Float[Tensor, "N ..."] | None = None,  # the inputs of the predictions, for the Lipschitz bound
-    information: tuple[float, float] | None = None,  # I = KL(q || q^G) in nats and its standard error
+    information: Estimate | None = None,  # I = KL(q || q^G) in nats, such as that of `OrbitMixture`
 ) -> ErrorLedger:
-    """The measured equivariance error beside every bound of the chapter, for one network and one set of predictions.
+    """The measured equivariance error beside every bound on it, for one network and one set of predictions.
 
-    The information bound is taken at I plus two standard errors. Raises `Refusal` where predictions and group do not
-    match, and where `push_forward_divergences` or `through_lipschitz` do.
+    The information bound is taken at I plus two standard errors. Raises `Refusal` where network, action, predictions
+    and inputs do not belong together, and where `push_forward_divergences` or `through_lipschitz` do.
     """
-    order = action.group.order
-    fits = probabilities.ndim == 4 and len(probabilities) >= 2 and probabilities.shape[2] == order >= 2
-    if not fits or (inputs is not None and len(inputs) != probabilities.shape[1]):
-        raise Refusal("Predictions have shape (draws, inputs, group elements, classes), at least 2 draws and elements",
-                      got=f"shape {tuple(probabilities.shape)} for a group of {order} elements",
-                      cause="predictions without their turns, of another group, or for other inputs",
-                      fix="pass orbit_predictions(network, inputs, action, draws).probabilities")
-    divergences, draws = push_forward_divergences(network, action), probabilities.double()
-    means = draws.mean(0)
+    check_acting(network, action)
+    check_probabilities(probabilities, turns=2)
+    draws, rows, turns, _ = probabilities.shape
+    again = "orbit_predictions(network, inputs, action, draws=64).probabilities"
+    require(draws >= 2, "predictions of at least 2 samples of the weights, for a standard error", f"{draws}",
+            "the posterior mean, or a single sample", again)
+    require(turns == action.group.order, f"predictions at all {action.group.order} elements of {action.group}",
+            f"{turns}", "predictions over another group, or at some of its elements", again)
+    require(inputs is None or len(inputs) == rows, f"the {rows} inputs that were predicted",
+            f"{len(inputs) if inputs is not None else 0} inputs", "predictions for other inputs, or for some of them",
+            again)
+    check_kind(information, (Estimate, NoneType), "The information", "OrbitMixture(network, action)"
+               ".mutual_information(1000)", {(int, float, tuple): "Estimate(value, standard_error)"})
+    divergences, double = push_forward_divergences(network, action), probabilities.double()
+    means = double.mean(0)
     found = [("KL, Pinsker", pinsker(divergences.kl)[1:]),
              ("KL, Bretagnolle–Huber", bretagnolle_huber(divergences.kl)[1:]),
              ("Hellinger affinity", hellinger(divergences.log_affinity)[1:]),
@@ -80,9 +89,9 @@ def ledger(
     if inputs is not None:
         found.append(("Lipschitz, Wasserstein", through_lipschitz(network, action, inputs, divergences)[:, 1:]))
     if information is not None:
-        upper = torch.tensor(max(0.0, information[0] + 2 * information[1]), dtype=torch.float64)
+        upper = torch.tensor(max(0.0, information.value + 2 * information.standard_error), dtype=torch.float64)
         found.append(("information", through_information(upper)))
     values = [(name, value.mean().item()) for name, value in found]
-    error = _jackknife(lambda mean: orbit_error(mean).mean().item(), draws)
+    error = _jackknife(lambda mean: orbit_error(mean).mean().item(), double)
     return ErrorLedger(orbit_error(means).mean().item(), error,
                        tuple(Bound(name, value, value >= 1) for name, value in values))

@@ -21,24 +21,28 @@ from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Weights, sample_weights
 from ..symmetry.networks import NetworkAction
 
-# %% ../../nbs/3_equivariance/12_mixture.ipynb #bf2eb340-0
+# %% ../../nbs/3_equivariance/12_mixture.ipynb #13b8a8e8-0
 _DRAWS_AT_ONCE = 64  # of `mutual_information`, to bound memory
 
 
 class OrbitMixture:
     """q^G, the mean over the group of the push-forwards of a network's posterior, by enumeration of the group.
 
-    It reads the network's parameters at each call, and needs no closed family. Source: theorem "what the weights know
-    about the group"; for permutations of units arXiv 2408.05496. Raises `Refusal` for another network's action, for
-    groups too large to be listed, and where the group moves parameters of norms, which have no posterior.
+    It reads the network's parameters at each call, and needs no closed family. Source: theorem "What the weights know
+    about the group" of the chapter The orbit mixture; for permutations of units arXiv 2408.05496. Raises `Refusal` for
+    another network's action, for groups too large to be listed, and where the group moves parameters of norms, which
+    have no posterior.
     """
 
     def __init__(self, network: nn.Module, action: NetworkAction) -> None:
         for name, tensor in moved_without_posterior(network, action).items():
             if not all(torch.equal(action.parameters[name].act(g, tensor), tensor) for g in action.group.generators()):
-                raise Refusal("Parameters without a posterior stay where they are when the weights turn",
-                              got=f"{name!r}, which the group moves", cause="norms that are not invariant",
-                              fix=f"symmetrize_(network, action, only=[{name!r}]), or hidden channels that do not move")
+                raise Refusal("parameters without a posterior that stay where they are when the weights move",
+                              got=f"{name!r}, which the group moves",
+                              cause="a norm over channels that the group permutes, with a scale or a statistic of its "
+                              "own for each",
+                              fix=f"symmetrize_(network, action, only=[{name!r}]) first, or an action whose hidden "
+                              "channels do not move")
         self.network, self.action, self.elements = network, action, action.group.elements()
 
     def log_densities(self, weights: Weights) -> Float[Tensor, "G S"]:
@@ -46,14 +50,15 @@ class OrbitMixture:
         check_kind(weights, Mapping, "The drawn weights", "sample_weights(network, draws=16)")
         missing = sorted(variational_tensors(self.network).keys() - weights.keys())
         if missing:
-            raise Refusal("A density is one of all weights together", got=f"draws without {missing}",
+            raise Refusal("samples of all weights together, of which the density is one",
+                          got=f"samples without {', '.join(missing)}",
                           cause="a part of the weights, or those of another network",
                           fix="sample_weights(network, draws=16)")
-        posteriors = {n: t.posterior.in_dtype(torch.float64)
-                      for n, t in variational_tensors(self.network).items()}
+        posteriors = {n: t.posterior.in_dtype(torch.float64) for n, t in variational_tensors(self.network).items()}
         wide = {name: weights[name].double() for name in posteriors}
         turned = (self.action.act(self.action.group.inverse(g), wide) for g in self.elements)
-        return torch.stack([sum(q.log_prob(theta[name]) for name, q in posteriors.items()) for theta in turned])
+        return torch.stack([torch.stack([q.log_prob(theta[name]) for name, q in posteriors.items()]).sum(0)
+                            for theta in turned])
 
     def log_prob(self, weights: Weights) -> Float[Tensor, " S"]:
         """log q^G of S draws of all weights, in nats, float64; differentiable."""
@@ -78,15 +83,15 @@ class OrbitMixture:
     def mutual_information(self, draws: int = 256, generator: torch.Generator | None = None) -> Estimate:
         """I(g; theta) = KL(q || q^G) in nats, between 0 and log|G|: unbiased, with its standard error over draws.
 
-        Source: theorem "what the weights know about the group". Raises `Refusal` for fewer than two draws.
+        Source: theorem "What the weights know about the group" of the chapter The orbit mixture. Raises `Refusal` for
+        fewer than two draws, which have no standard error.
         """
-        check_count(draws, "A standard error needs two draws: their number", "draws=256", least=2)
+        check_count(draws, "The number of draws", "draws=256", least=2)
         values, at_identity = [], self.elements.index(self.action.group.identity())
         for start in range(0, draws, _DRAWS_AT_ONCE):
             logs = self.log_densities(sample_weights(self.network, min(_DRAWS_AT_ONCE, draws - start), generator))
             values.append(math.log(len(self.elements)) - (logs - logs[at_identity]).logsumexp(0))
-        found = torch.cat(values)
-        return Estimate(found.mean().item(), (found.std() / math.sqrt(draws)).item())
+        return Estimate.mean_of(torch.cat(values))
 
 
 def orbit_average(predictions: OrbitPredictions) -> OrbitPredictions:

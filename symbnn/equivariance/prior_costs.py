@@ -5,29 +5,33 @@
 # %% auto #0
 __all__ = ['prior_gradient_gap', 'prior_cost', 'conjugate_prior_gap']
 
-# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #7b19f83a-0
+# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #0b50f892-0
+import copy
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .bounds import closed_members, in_double
-from ..errors import Refusal
-from ..posterior.layers import variational_tensors
+from .bounds import closed_members
+from .conditions import moved_tensors
+from ..errors import check_count, require
 from ..symmetry.networks import NetworkAction
 
-# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #9da38ffb-0
+# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #3181b900-0
 def prior_gradient_gap(network: nn.Module, action: NetworkAction) -> Float[Tensor, "G"]:
-    """Norm of the difference between the gradients of KL(q || p) and KL(q || rho(g)_# p) by the posterior's
-    parameters, for each group element, in nats per unit of parameter: the numerator of `@eq-prior-cost`.
+    """How much a prior differs from its moved copies, as a posterior sees it, for each group element.
 
-    Exactly 0 for an invariant prior. Raises `Refusal` for a prior whose family is not closed under the action.
+    The norm of the difference between the gradients of KL(q || p) and KL(q || rho(g)_# p) by the parameters of the
+    posterior, in nats per unit of parameter: what `prior_cost` divides. Exactly 0 for an invariant prior. Raises
+    `Refusal` for a network without posteriors, an action of another network, and a prior whose family is not closed
+    under the action.
     """
-    tensors = variational_tensors(network)
+    tensors = moved_tensors(network, action)
     priors = closed_members({name: tensor.prior for name, tensor in tensors.items()}, action)
     elements = action.group.elements()
     squares = torch.zeros(len(elements), dtype=torch.float64)
     for name, tensor in tensors.items():
-        posterior = in_double(tensor.posterior)
+        posterior = copy.deepcopy(tensor.posterior).double()
         parameters = list(posterior.parameters())
         plain = torch.autograd.grad(posterior.kl(priors[name]), parameters)
         for k, g in enumerate(elements):
@@ -38,19 +42,26 @@ def prior_gradient_gap(network: nn.Module, action: NetworkAction) -> Float[Tenso
 
 
 def prior_cost(gradient_gap: Float[Tensor, "*n"], concavity: float, num_data: int) -> Float[Tensor, "*n"]:
-    """Upper bound of ||A_g eta* - eta*||, `@eq-prior-cost`, from `prior_gradient_gap`, the modulus of strong concavity
-    of the objective *per datum*, and the number of data of the augmented set. Raises `Refusal` unless both are > 0."""
-    if not (concavity > 0 and num_data >= 1):
-        raise Refusal("The objective is strongly concave, with a positive modulus, and there are data",
-                      got=f"concavity={concavity}, num_data={num_data}",
-                      cause="a likelihood without curvature in some direction, as in any deep network globally",
-                      fix="verify concavity for the model, or measure the gap over num_data instead")
+    """Upper bound of ||A_g eta* - eta*||, how far the best posterior's parameters are from their moved copy.
+
+    `gradient_gap` is that of `prior_gradient_gap`, `concavity` the modulus of strong concavity of the objective *per
+    datum*, `num_data` the number of data of the augmented set (after arXiv 2606.26273; theorem "The cost of a prior" of
+    the chapter What a prior costs). Raises `Refusal` unless the modulus is positive and there are data.
+    """
+    check_count(num_data, "The number of data", "num_data=len(labels) * action.group.order, under full augmentation")
+    require(0 < concavity < float("inf"), "a modulus of strong concavity above 0", f"concavity={concavity}",
+            "a direction in which the data have no curvature, as every deep network has",
+            "prior_gradient_gap(network, action) / num_data, the numerator alone")
     return gradient_gap / (concavity * num_data)
 
 
 def conjugate_prior_gap(
     gram: Float[Tensor, "P P"], precision: Float[Tensor, "P P"], prior_gap: Float[Tensor, "*n P"]
 ) -> Float[Tensor, "*n P"]:
-    """Exact rho(g) mu - mu = (H + L)^-1 L (rho(g) m0 - m0) of Bayesian linear regression on a fully augmented set:
-    `gram` H is the sum of x x^T / noise^2 over it, `precision` L the prior's, which commutes with rho(g)."""
+    """How far the group moves the posterior mean of Bayesian linear regression on a fully augmented set, exactly.
+
+    rho(g) mu - mu = (H + L)^-1 L (rho(g) m0 - m0), where `gram` H is the sum of x x^T / noise^2 over the set,
+    `precision` L the prior's, which commutes with rho(g), and `prior_gap` the difference rho(g) m0 - m0 of the prior's
+    means.
+    """
     return torch.linalg.solve(gram + precision, precision @ prior_gap.unsqueeze(-1)).squeeze(-1)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tied', 'tie']
 
-# %% ../../nbs/3_equivariance/10_tied.ipynb #8a0b4b4b-0
+# %% ../../nbs/3_equivariance/10_tied.ipynb #33f859d3-0
 from functools import partial
 
 import torch
@@ -13,31 +13,32 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..binding import copy_network
-from .projected_gradients import check_names, running_statistics, check_prior
+from .conditions import moved_tensors
+from .projected_gradients import check_prior, running_statistics
 from ..errors import Refusal
 from ..estimates import rounding_tolerance
 from ..posterior.divergences import affinity_rule, log_affinity, wasserstein2_squared, wasserstein_rule
 from ..posterior.family import Closure, ContinuousFamily, Family, LinearMap
-from ..posterior.layers import variational_tensors
 from ..symmetry.actions import Action
 from ..symmetry.groups import Element
 from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/3_equivariance/10_tied.ipynb #2da50552-0
+# %% ../../nbs/3_equivariance/10_tied.ipynb #c37111e8-0
 class Tied(Family):
     """Weights of one value an orbit, up to signs: the law `base` of the orbit coordinates, expanded.
 
-    Every draw lies in Fix(G). The law has no density over all weights: `log_prob`, `entropy` and `kl` are those of the
-    coordinates, in nats, and weights outside Fix(G) have log-density -inf. Raises `Refusal` for a base of another size.
+    Every sample is a point that the group fixes. The law has no density over all weights: `log_prob`, `entropy` and
+    `kl` are those of the coordinates, in nats, and weights that are not fixed have log-density -inf. Raises `Refusal`
+    for a base of another size.
     """
 
     def __init__(self, base: Family, orbits: Orbits) -> None:
         if tuple(base.shape) != (orbits.dimension,):
-            raise Refusal("Tied weights have one coordinate an orbit",
+            raise Refusal(f"a law over {orbits.dimension} numbers, one coordinate an orbit",
                           got=f"a base over {tuple(base.shape)} for {orbits!r}",
-                          cause="a law over all weights", fix="base.marginal(orbits.representatives)")
+                          cause="a law over all weights", fix="Tied(base.marginal(orbits.representatives), orbits)")
         super().__init__(orbits.shape, base.trainable)
         self.base, self.orbits = base, orbits
 
@@ -64,7 +65,7 @@ class Tied(Family):
         return self.orbits.expand(self.base.transport(noise))
 
     def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
-        """Log-density in nats of the orbit coordinates of `theta`; -inf for weights outside Fix(G)."""
+        """Log-density in nats of the orbit coordinates of `theta`; -inf for weights that the group moves."""
         batch, coordinates = self._batch(theta), self.orbits.restrict(theta)
         away = (theta - self.orbits.expand(coordinates)).abs().reshape(*batch, -1).amax(-1)
         return torch.where(away <= rounding_tolerance(theta), self.base.log_prob(coordinates), -torch.inf)
@@ -86,14 +87,14 @@ class Tied(Family):
         raise posterior._no_kl(self, "a tied prior gives mass to tied weights only: KL is infinite")
 
     def _closure(self, map: LinearMap) -> Closure:
-        moved = _on_orbits(map, self.orbits) if isinstance(map, SignedPermutation) else None
+        moved = _on_orbits(map, self.orbits)
         if moved is None:
             return Closure(False, "the map is no signed permutation that sends orbits to orbits, so it is not known to "
                            "keep weights tied")
         return self.base.is_closed_under(moved)
 
     def _pushed(self, map: LinearMap) -> Family:
-        return Tied(self.base.push_forward(_on_orbits(map, self.orbits)), self.orbits)
+        return Tied(self.base.push_forward(_known(map, self.orbits)), self.orbits)
 
     def on_coordinates(self, action: Action) -> Action:
         """How the orbit coordinates move when the weights move by `action`, which sends orbits to orbits."""
@@ -105,11 +106,20 @@ class Tied(Family):
 
 
 def _orbit_rule(action: Action, orbits: Orbits, g: Element) -> SignedPermutation:
-    return _on_orbits(action(g), orbits)
+    return _known(action(g), orbits)
 
 
-def _on_orbits(map: SignedPermutation, orbits: Orbits) -> SignedPermutation | None:
-    """How a map moves orbit coordinates; None where it does not send orbits to orbits."""
+def _known(map: LinearMap, orbits: Orbits) -> SignedPermutation:
+    """How a map under which tied weights are closed moves orbit coordinates."""
+    moved = _on_orbits(map, orbits)
+    assert moved is not None, "asked before `_closure` was"
+    return moved
+
+
+def _on_orbits(map: LinearMap, orbits: Orbits) -> SignedPermutation | None:
+    """How a map moves orbit coordinates; None where it is no signed permutation that sends orbits to orbits."""
+    if not isinstance(map, SignedPermutation):
+        return None
     source, sign = orbits.orbit[map.index], map.sign * orbits.sign[map.index] * orbits.sign
     index, signs = source[orbits.representatives], sign[orbits.representatives]
     kept = orbits.orbit < orbits.dimension
@@ -143,24 +153,24 @@ def _wasserstein_of_tied(q: Tied, p: Tied) -> Tensor:
 
 
 def tie(network: nn.Module, action: NetworkAction) -> nn.Module:
-    """A copy of a Bayesian network with weights tied over the group's orbits: every draw is an equivariant network.
+    """A copy of a Bayesian network with weights tied over the group's orbits: every sample is an equivariant network.
 
     Posterior and prior become `Tied` laws of the orbits' representatives: weights keep the mean, if they were
     invariant, and the variance that they had one by one. With `hidden="regular"` this is a group-equivariant
     convolutional network (Cohen and Welling, arXiv 1602.07576). Raises `Refusal` for priors that are not invariant,
     families without independent weights, and norms whose parameters or statistics the group moves.
     """
-    check_names(network, action)
-    outside = [name for name, _ in network.named_parameters()] + [name for *_, name in running_statistics(network, action)]
-    for name in outside:
+    moved_tensors(network, action)
+    outside = [name for name, _ in network.named_parameters()]
+    for name in [*outside, *(name for *_, name in running_statistics(network, action))]:
         if name in action.parameters and Orbits(action.parameters[name]).dimension < action.parameters[name].numel:
-            raise Refusal("What has no posterior in a tied network is left alone by the group",
-                          got=f"{name!r} under '{action.parameters[name].name}'",
-                          cause="a norm over channels that the group permutes, or a layer that is frozen",
-                          fix="a network without that norm, or with the trivial action on its channels; for a "
-                          "layer, .requires_grad_(True) before with_posteriors")
+            raise Refusal("parameters and statistics without a posterior that the group leaves where they are",
+                          got=f"{name!r}, which moves by '{action.parameters[name].name}'",
+                          cause="a norm over channels that the group permutes, or a frozen layer",
+                          fix='for a norm, network_action(network, input, hidden="trivial"), or a network without it; '
+                          "for a layer, .requires_grad_(True) before with_posteriors(network)")
     tied = copy_network(network)
-    for name, tensor in variational_tensors(tied).items():
+    for name, tensor in moved_tensors(tied, action).items():
         check_prior(name, tensor.prior, action.parameters[name])
         orbits = Orbits(action.parameters[name])
         tensor.posterior, tensor.prior = (Tied(law.marginal(orbits.representatives), orbits)

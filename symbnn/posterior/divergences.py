@@ -20,8 +20,8 @@ from .independent import DiagonalGaussian, Laplace, LocationScaleFamily
 from .log_normal import LogNormal
 from .point_mass import PointMass
 
-# %% ../../nbs/2_posterior/18_divergences.ipynb #9cf14387-0
-def total_variation(p: Float[Tensor, "*n C"], q: Float[Tensor, "*n C"]) -> Float[Tensor, "*n"]:
+# %% ../../nbs/2_posterior/18_divergences.ipynb #1e654e99-0
+def total_variation(p: Float[Tensor, "*#n C"], q: Float[Tensor, "*#n C"]) -> Float[Tensor, "*n"]:
     """Exact total variation of finite distributions, half the sum of absolute differences: 0 to 1."""
     return (p - q).abs().sum(-1) / 2
 

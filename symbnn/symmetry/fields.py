@@ -6,7 +6,7 @@
 __all__ = ['SpatialAction', 'rotations', 'rotations_and_flips', 'flips', 'half_turns', 'time_reversal', 'shifts', 'translations',
            'FieldAction', 'field']
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #bad1b53a-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #b54c13ce-0
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,12 @@ from types import NoneType
 
 import torch
 
-from ..errors import Refusal, check_kind, check_shape
-from .actions import Action, tensor_product, unmoved, check_action
+from ..errors import Refusal, check_count, check_kind, check_shape, require
+from .actions import Action, check_action, tensor_product, unmoved
 from .groups import Cyclic, Dihedral, Element, Group, Product
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #dffe4d72-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #426265a6-0
 @dataclass(frozen=True)
 class SpatialAction:
     """A group acting on the axes of a grid: turns and flips about the centre, then a circular shift.
@@ -41,43 +41,56 @@ class SpatialAction:
                              partial(_no_shift, ndim), "trivial")
 
     def on(self, *size: int) -> Action:
-        """The action on images of this size (pixels). Refused when an element exchanges axes of different length, or
-        when its shifts do not close up on this size."""
+        """The action on images of this size (pixels).
+
+        Raises `Refusal` when an element exchanges axes of different length, or shifts do not close up on this size.
+        """
         self._check_axes(size)
         action = Action(self.group, size, partial(_move_pixels, self, size, True), self.name)
-        if any(any(self.shift(g)) for g in self.group.generators()):
+        if self._shifts:
             try:
                 check_action(action)
             except Refusal:
-                raise Refusal("circular shifts come back to the start when the group does",
-                              got=f"'{self.name}' of {self.group.name} on an image of size {size}",
-                              cause="the group's order times the step is no multiple of the size of the shifted axis",
-                              fix="choose the number of shifts and their step so that they divide the size") from None
+                sizes = ", ".join(map(str, size))
+                raise Refusal("circular shifts that come back to the start when the group does",
+                              got=f"'{self.name}' of {self.group.name} on a grid of size {size}",
+                              cause="a number of shifts, times their step, that is no multiple of the size",
+                              fix=f"shifts({size[-1]}), or shifts(n, step) with n * step a multiple of {size[-1]}, or "
+                                  f"translations({sizes})") from None
         return action
 
+    @property
+    def _shifts(self) -> bool:
+        return any(any(self.shift(g)) for g in self.group.generators())
+
     def kernel(self, *size: int) -> Action:
-        """The action on kernels of this size: turns and flips only, since a kernel does not move with a shift."""
+        """The action on kernels of this size: turns and flips only, since a kernel does not move with a shift.
+
+        Raises `Refusal` when an element exchanges axes of different length.
+        """
         self._check_axes(size)
         return Action(self.group, size, partial(_move_pixels, self, size, False), f"{self.name} of a kernel")
 
     def resampled(self, size: Sequence[int], new_size: Sequence[int]) -> "SpatialAction":
         """The action on a coarser or finer grid over the same image: shifts keep their share of the size."""
-        if not any(any(self.shift(g)) for g in self.group.generators()):
+        if not self._shifts:
             return self
         shift = partial(_rescaled, self.shift, tuple(size), tuple(new_size))
         return SpatialAction(self.group, self.ndim, self.point, shift, self.name)
 
     def _check_axes(self, size: Sequence[int]) -> None:
-        check_shape(size, "The size of a grid in pixels", "whole numbers of pixels, such as 28, 28", least=1)
-        if len(size) != self.ndim:
-            raise Refusal(f"'{self.name}' acts on grids of {self.ndim} axes", got=f"the size {tuple(size)}",
-                          cause="the tensor has another number of spatial axes", fix="choose the action for these axes")
+        check_shape(size, "the size of a grid in pixels", "whole numbers of pixels, such as 28, 28", least=1)
+        require(len(size) == self.ndim, f"a grid with as many axes as '{self.name}' moves, {self.ndim}",
+                f"the size {tuple(size)}", "channels that were counted as an axis, or a series in place of an image",
+                "space.on(28, 28) for images, time_reversal().on(100) for series; "
+                "with channels field(space, (3, 28, 28))")
         for g in self.group.generators():
             if any(size[a] != size[b] for a, b in enumerate(self.point(g).index.tolist())):
-                raise Refusal("axes that are exchanged have equal length",
-                              got=f"size {tuple(size)} under '{self.name}', whose element {g} exchanges the axes",
-                              cause="non-square images or kernels under 90-degree turns: the turned grid is another",
-                              fix="crop or pad to a square, or use flips or half turns, which keep the axes")
+                raise Refusal(f"axes of equal length, since the element {g} of '{self.name}' exchanges them",
+                              got=f"the size {tuple(size)}",
+                              cause="images or kernels that are not square: a turned one lies on another grid",
+                              fix=f"{' x '.join([str(min(size))] * len(size))} pixels by cropping, or flips() or "
+                                  "half_turns() in place of quarter turns")
 
 
 def _no_shift(ndim: int, g: Element) -> tuple[int, ...]:
@@ -99,7 +112,7 @@ def _move_pixels(space: SpatialAction, size: Sequence[int], shifted: bool, g: El
         target = target * length + (pixel + space.shift(g)[axis] * shifted) % length
     return SignedPermutation.sending(target.flatten())
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #9e271213-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #0a0aa115-0
 _TURN, _FLIP = SignedPermutation([1, 0], [-1, 1]), SignedPermutation([0, 1], [1, -1])
 
 
@@ -157,25 +170,31 @@ def time_reversal() -> SpatialAction:
 
 def shifts(n: int, step: int = 1, ndim: int = 2) -> SpatialAction:
     """Circular shifts by multiples of `step` pixels along the last axis, the group of `n` shifts."""
+    check_kind(step, int, "the step of the shifts, in pixels", "step=1")
+    check_count(ndim, "the number of axes of the grid", "ndim=2 for images, ndim=1 for series")
     still = partial(unmoved, SignedPermutation.identity(ndim))
     return SpatialAction(Cyclic(n), ndim, still, partial(_last_axis, step, ndim), f"shifts by {step}")
 
 
 def translations(*size: int) -> SpatialAction:
     """All circular shifts of a grid of this size: element `(a, b)` moves an image by `a` rows and `b` columns."""
+    check_shape(size, "the size of the grid in pixels", "translations(28, 28)", least=1)
     still = partial(unmoved, SignedPermutation.identity(len(size)))
-    return SpatialAction(Product(*map(Cyclic, size)), len(size), still, tuple, "translations")
+    return SpatialAction(Product(*map(Cyclic, size)), len(size), still, _by_itself, "translations")
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #2bb7a29e-0
+
+def _by_itself(g: tuple[int, ...]) -> tuple[int, ...]:
+    return g
+
+# %% ../../nbs/1_symmetry/04_fields.ipynb #2365618a-0
 class FieldAction(Action):
     """A group acting on feature maps of shape `(C, *size)`: on the channels by one action, on the pixels by another."""
 
     def __init__(self, channels: Action, space: SpatialAction, size: Sequence[int]) -> None:
-        if channels.group != space.group or len(channels.shape) != 1:
-            raise Refusal("channels and pixels are moved by the same group, and channels form one axis",
-                          got=f"{channels!r} and '{space.name}' of {space.group.name}",
-                          cause="the two actions were made for different groups or shapes",
-                          fix="build the channel action over the spatial action's group, on shape (C,)")
+        require(channels.group == space.group and len(channels.shape) == 1,
+                f"an action of {space.group.name}, the group of the pixels, on one axis of channels",
+                f"{channels!r} beside '{space.name}'", "channels that were made for another group or shape",
+                "regular_channels(space.group, copies), or Action.trivial(space.group, (C,))")
         self.channels, self.space, self.size = channels, space, tuple(size)
         rule = partial(tensor_product, (channels, space.on(*size)))
         super().__init__(space.group, (*channels.shape, *size), rule, f"{channels.name} channels, {space.name}")
@@ -184,11 +203,17 @@ class FieldAction(Action):
 def field(space: SpatialAction, shape: Sequence[int], channels: Action | None = None) -> FieldAction:
     """The action on feature maps of shape `(C, *size)`, with the channels left alone unless `channels` is given.
 
-    Raises `Refusal` for a size that the group does not act on.
+    Raises `Refusal` for a size that the group does not act on, and for channels of another group or number.
     """
-    check_kind(space, SpatialAction, "The action on pixels", "field(rotations(), (1, 28, 28))", {
+    check_kind(space, SpatialAction, "the action on pixels", "field(rotations(), (1, 28, 28))", {
         Action: "the action as it is, which acts on inputs already",
         Group: "an action of the group, such as field(rotations(), (1, 28, 28))"})
-    check_shape(shape, "The shape of a feature map, (C, H, W) or (C, L)", "field(rotations(), (1, 28, 28))", least=1)
-    check_kind(channels, (Action, NoneType), "The action on channels", "regular_channels(space.group, copies)")
+    check_shape(shape, "the shape of a feature map, (C, H, W) or (C, L)", "field(rotations(), (1, 28, 28))", least=1)
+    check_kind(channels, (Action, NoneType), "the action on channels", "regular_channels(space.group, copies)")
+    require(len(shape) == space.ndim + 1, f"a shape of {space.ndim + 1} axes, channels first, for '{space.name}'",
+            f"the shape {tuple(shape)}", "images without an axis of channels, or a batch",
+            f"field(space, {(1, *shape[-space.ndim:])}) for one channel")
+    require(channels is None or channels.numel == shape[0], f"an action on {shape[0]} channels",
+            f"{channels!r}", "a number of copies for another width",
+            f"the shape {(channels.numel if channels else 0, *shape[1:])}, or other channels")
     return FieldAction(channels or Action.trivial(space.group, shape[:1]), space, shape[1:])

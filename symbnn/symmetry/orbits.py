@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['Orbits']
 
-# %% ../../nbs/1_symmetry/05_orbits.ipynb #f613dc48-0
+# %% ../../nbs/1_symmetry/05_orbits.ipynb #e151dfa8-0
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import check_kind, check_tensor, require
 from .actions import Action
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/05_orbits.ipynb #cc5c3152-0
+# %% ../../nbs/1_symmetry/05_orbits.ipynb #396aee72-0
 def _components(maps: Sequence[Tensor], n: int) -> Tensor:
     """The smallest node of each node's component, in the graph on n nodes that joins i and map[i] for every map."""
     root = torch.arange(n)
@@ -31,13 +32,14 @@ def _components(maps: Sequence[Tensor], n: int) -> Tensor:
 
 
 class Orbits:
-    """The orbits of an action's coordinates, and the orthogonal projection on what it fixes, @eq-reynolds of the book.
+    """The orbits of an action's coordinates, and the orthogonal projection on what it fixes (the Reynolds operator).
 
     Found from the group's generators, so groups that nobody can list are welcome. An orbit that some element maps to
     its own negative carries no invariant vector and is not counted in `dimension`.
     """
 
     def __init__(self, action: Action) -> None:
+        check_kind(action, Action, "an action on one tensor", "rotations().on(3, 3), or action.parameters[name]")
         self.shape = action.shape
         n = action.numel
         maps = [_with_signs(action(g)) for g in action.group.generators()]
@@ -65,8 +67,10 @@ class Orbits:
     def restrict(self, x: Float[Tensor, "..."]) -> Float[Tensor, "... dimension"]:
         """The coordinates of `project(x)`: for x of shape (..., *shape) the signed mean over each orbit.
 
-        It is computed as the representative plus the mean difference from it, so that invariant x lose no bit.
+        It is computed as the representative plus the mean difference from it, so that invariant x lose no bit. Raises
+        `Refusal` for x of another shape.
         """
+        _check_axes(x, self.shape)
         orbit, sign, representatives, sizes = self.tables(x.device)
         flat = x.reshape(x.shape[: x.ndim - len(self.shape)] + orbit.shape)
         first = flat[..., representatives]
@@ -75,18 +79,29 @@ class Orbits:
         return first + sums[..., : self.dimension] / sizes
 
     def expand(self, z: Float[Tensor, "... dimension"]) -> Float[Tensor, "..."]:
-        """The invariant tensor (..., *shape) with these coordinates, bit by bit equal within an orbit up to signs."""
+        """The invariant tensor (..., *shape) with these coordinates, bit by bit equal within an orbit up to signs.
+
+        Raises `Refusal` for another number of coordinates.
+        """
+        _check_axes(z, (self.dimension,))
         orbit, sign, *_ = self.tables(z.device)
         return (self._padded(z)[..., orbit] * sign).reshape(z.shape[:-1] + self.shape)
 
     def project(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The mean of rho(g) x over the group, for x of shape (..., *shape)."""
+        """The mean of rho(g) x over the group, for x of shape (..., *shape). Raises `Refusal` for another shape."""
         return self.expand(self.restrict(x))
 
     @staticmethod
     def _padded(z: Tensor) -> Tensor:
         """With a zero for the orbits that vanish."""
         return torch.nn.functional.pad(z, (0, 1))
+
+
+def _check_axes(x: Tensor, axes: tuple[int, ...]) -> None:
+    check_tensor(x, "what is projected", "x")
+    require(x.ndim >= len(axes) and tuple(x.shape[x.ndim - len(axes):]) == axes,
+            f"a tensor that ends in the axes {axes}", f"a tensor of shape {tuple(x.shape)}",
+            "the tensor of another layer or action, or one that was flattened", f"x.reshape(-1, *{axes})")
 
 
 def _with_signs(map: SignedPermutation) -> Tensor:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Architecture', 'build', 'multiply_adds', 'weight_count']
 
-# %% ../../nbs/7_training/01_architectures.ipynb #6d7577d7-0
+# %% ../../nbs/7_training/01_architectures.ipynb #c7255e84-0
 import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -17,7 +17,7 @@ from torch.nn.utils import skip_init
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import Refusal, require
-from ..layerwise.paths import path_kinds, relaxed_network
+from ..layerwise.relaxed_networks import path_kinds, relaxed_network
 from ..posterior.layers import is_variational, posterior_mean_network
 
 # %% ../../nbs/7_training/01_architectures.ipynb #dd99af31-0

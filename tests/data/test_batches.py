@@ -2,15 +2,15 @@
 import pytest
 import torch
 
+import symbnn.data.batches as module
 from helpers_data import seeded, typed
-from symbnn.data import batches as module
 from symbnn.data.batches import batches, epoch_generator
 from symbnn.data.sources import load
 from symbnn.data.splits import Split
 from symbnn.errors import Refusal
 from symbnn.symmetry.actions import Action, natural_action, regular_channels
 from symbnn.symmetry.fields import field, flips, rotations, rotations_and_flips, shifts
-from symbnn.symmetry.groups import Cyclic, Symmetric
+from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import within_standard_errors
 
@@ -74,7 +74,7 @@ def test_random_augmentation_has_every_image_once_and_uniform_elements(action):
 
 def test_signs_and_a_group_too_large_to_list():
     split = Split(torch.rand(30, 9, generator=seeded()), torch.arange(30))
-    permuting = natural_action(Symmetric(9))
+    permuting = natural_action(Permutations(9))
     inputs, labels = epoch_of(split, 8, "random", action=permuting, generator=seeded(1))
     assert torch.equal(inputs.sort(1).values, split.inputs[labels].sort(1).values)
     assert len({tuple(row.argsort().tolist()) for row in inputs}) == 30

@@ -25,7 +25,7 @@ from symbnn.posterior.priors import isotropic, random_means
 from symbnn.posterior.sampling import apply_weights, mean_weights, sample_weights
 from symbnn.symmetry.actions import Action, natural_action
 from symbnn.symmetry.fields import field, flips, half_turns, rotations, rotations_and_flips, shifts, translations
-from symbnn.symmetry.groups import Cyclic, Dihedral, Product, Symmetric
+from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product
 from symbnn.symmetry.networks import NetworkAction, intertwining_error, network_action
 from symbnn.training.checkpoints import load_tensors, network_tensors
 from tolerances import assert_close, exact32, exact64
@@ -110,7 +110,7 @@ def to_images():
     return nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 3, padding=1)).double()
 
 
-S4 = natural_action(Symmetric(4))
+S4 = natural_action(Permutations(4))
 CASES = {
     "cnn C4": lambda: network_pair(small_cnn(), field(rotations(), (1, 8, 8))),
     "cnn D4": lambda: network_pair(small_cnn(), field(rotations_and_flips(), (1, 8, 8))),
@@ -281,7 +281,7 @@ GROUPS = [
     Cyclic(5),
     Dihedral(3),
     Dihedral(4),
-    Symmetric(3),
+    Permutations(3),
     Product(Cyclic(2), Cyclic(3)),
     Product(Cyclic(2), Cyclic(2)),
 ]

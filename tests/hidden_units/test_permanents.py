@@ -63,7 +63,8 @@ def test_exact_at_the_largest_size_and_in_pieces(monkeypatch):
     assert_close(log_permanent(log_a).value, math.lgamma(EXACT_UNITS + 1))
     many = draw(5, 6, 6)
     whole, sizes = log_permanent(many).value, []
-    monkeypatch.setattr("symbnn.hidden_units.permanents._subset_sums", lambda a: (sizes.append(len(a)), _subset_sums(a))[1])
+    monkeypatch.setattr("symbnn.hidden_units.permanents._subset_sums",
+                        lambda a: (sizes.append(len(a)), _subset_sums(a))[1])
     assert_close(log_permanent(many, memory=1).value, whole)
     assert sizes == [1] * 5
 
@@ -241,6 +242,9 @@ def test_a_gradient_that_has_not_settled_is_refused():
     with pytest.raises(Refusal, match="iterations=1000, log_permanent"):
         log_bethe_permanent(log_a.requires_grad_(), iterations=3)
     log_bethe_permanent(log_a, iterations=1000)
+    for method in (log_bethe_permanent, log_capacity):
+        with pytest.raises(Refusal, match="iterations=1000"):
+            method(log_a.detach(), iterations=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -275,9 +279,11 @@ def test_zero_permanents_and_their_gradients(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_refusals(method):
-    for broken in (torch.zeros(2, 3), torch.zeros(4), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(0, 0), [[0.0]]):
+    for broken in (torch.zeros(2, 3), torch.zeros(4), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(0, 0)):
         with pytest.raises(Refusal, match="square matrix"):
             method(broken)
+    with pytest.raises(Refusal, match=r"torch\.as_tensor\(log_a\)"):
+        method([[0.0]])
     for entry in (math.nan, math.inf):
         with pytest.raises(Refusal, match="finite"):
             method(torch.full((3, 3), entry))
@@ -320,7 +326,7 @@ def test_proposals_give_unbiased_permanents(spread):
 
 
 def test_proposals_follow_a_relabelling_of_rows():
-    """r(s pi | s A) = r(pi | A): what makes the importance-sampled bound of chapter 11 a lower bound."""
+    """r(s pi | s A) = r(pi | A): what makes the importance-sampled bound of the mutual information a lower bound."""
     log_a = draw(1, 5, 5, seed=18)
     order = torch.randperm(5, generator=torch.Generator().manual_seed(2))
     marginals = log_bethe_permanent(log_a).marginals

@@ -17,7 +17,7 @@ from symbnn.equivariance.mixture import OrbitMixture, orbit_average
 from symbnn.equivariance.predictions import orbit_predictions
 from symbnn.equivariance.projected_gradients import drift, keep_invariant
 from symbnn.equivariance.tied import tie
-from symbnn.errors import Refusal, check_count, check_kind, check_shape, check_tensor
+from symbnn.errors import Refusal, check_choice, check_count, check_kind, check_positive, check_shape, check_tensor
 from symbnn.hidden_units.mutual_information import mutual_information
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.independent import MeanFieldGaussian
@@ -49,6 +49,9 @@ CASES = {
         (lambda: check_kind(Cyclic, Cyclic, "A", "Cyclic(4)"), r"the class Cyclic.*Cyclic\(4\)"),
         (lambda: check_tensor(torch.zeros(2, 2).to_sparse(), "A", "x"), r"x.to_dense\(\)"),
         (lambda: check_count(True, "n", "n=2"), "n=2"), (lambda: check_count(2.0, "n", "n=2"), "n=2"),
+        (lambda: check_positive(True, "n", "n=2"), "n=2"), (lambda: check_positive(0.0, "n", "n=2"), "n=2"),
+        (lambda: check_positive(float("inf"), "n", "n=2"), "n=2"), (lambda: check_positive("1", "n", "n=2"), "n=2"),
+        (lambda: check_choice("c", ("a", "b"), "letter"), "letter is one of a, b"),
         (lambda: check_count(1, "n", "n=2", least=2), "at least 2"), (lambda: check_shape(3, "s", "(3,)"), r"\(3,\)"),
     ],
     "actions": [

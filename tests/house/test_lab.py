@@ -83,6 +83,7 @@ def test_the_administrator_is_let_in_and_nobody_else_is_given_the_option():
     assert "--allow-root" in command("lab", "USER_ID=0") and "--allow-root" not in command("lab", "USER_ID=1000")
 
 
+@pytest.mark.processes
 def test_make_lab_starts_and_opens_a_twin_as_a_notebook(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

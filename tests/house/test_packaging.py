@@ -10,6 +10,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from book import LIBRARY, README, ROOT
 
@@ -84,13 +85,14 @@ def test_the_wheel_holds_the_package_and_no_more(built):
 
 
 def test_the_wheel_imports_and_starts_on_its_own(built):
-    modules = sorted(Path(name).stem for name in package() if name.endswith(".py") and "__init__" not in name)
+    modules = sorted(name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in package()
+                     if name.endswith(".py"))
     script = f"""
 import importlib, sys
 from importlib.metadata import distributions
 sys.path.insert(0, {str(built / "wheel")!r})
 for name in {modules}:
-    assert importlib.import_module("symbnn." + name).__file__.startswith(sys.path[0]), name
+    assert importlib.import_module(name).__file__.startswith(sys.path[0]), name
 [found] = distributions(name="symbnn", path=sys.path[:1])
 [main] = found.entry_points.select(group="console_scripts", name="symbnn")
 sys.argv = ["symbnn", "--version"]
@@ -110,16 +112,16 @@ def test_the_metadata_say_what_the_settings_say(built):
     assert its.get_all("Project-URL") == [f"Source, {ours['git_url']}", f"Issues, {ours['git_url']}/issues"]
     assert its["Description-Content-Type"] == "text/markdown"
     assert its["Requires-Python"] == f">={ours['min_python']}"
-    assert set(its.get_all("Provides-Extra")) == {"dev", "evidence"}
-    asked = {line.split(";")[0].strip() for line in its.get_all("Requires-Dist")}
-    kinds = ("requirements", "dev_requirements", "evidence_requirements")
-    assert {name(line) for line in asked} == {name(line) for kind in kinds for line in ours[kind].split()}
-    assert {line for line in asked if "," not in line} == {
-        line for kind in kinds for line in ours[kind].split() if "," not in line}
-
-
-def name(requirement: str) -> str:
-    return re.split(r"[<>=!~]", requirement)[0]
+    extras = {key.removesuffix("_requirements"): its for key, its in ours.items() if key.endswith("_requirements")}
+    assert set(its.get_all("Provides-Extra")) == extras.keys() | {"all"}
+    everything = [*ours["requirements"].split(), *(line for its in extras.values() for line in its.split())]
+    asked = [Requirement(line) for line in its.get_all("Requires-Dist")]
+    assert {(line.name, str(line.specifier)) for line in asked} == {
+        (line.name, str(line.specifier)) for line in map(Requirement, everything)}
+    [whole] = [line for line in asked if 'extra == "all"' in str(line.marker)]
+    assert whole.name == ours["lib_name"] and whole.extras == extras.keys() - {"dev"}
+    core = [line.name for line in asked if not line.marker]
+    assert core == [Requirement(line).name for line in ours["requirements"].split()]
 
 
 def test_the_description_is_the_readme_with_links_that_lead_somewhere(built):
@@ -133,16 +135,18 @@ def test_the_description_is_the_readme_with_links_that_lead_somewhere(built):
 
 
 def test_a_build_is_made_with_pinned_packages():
-    pins = (ROOT / "constraints.txt").read_text()
-    for line in settings()["dev_requirements"].split() + settings()["requirements"].split():
-        assert re.search(rf"^{re.escape(name(line))}==", pins, re.M | re.I), f"constraints.txt does not pin {line}"
+    pins, ours = (ROOT / "constraints.txt").read_text(), settings()
+    for line in (line for key, its in ours.items() if key.endswith("requirements") for line in its.split()):
+        name = Requirement(line).name
+        assert name == ours["lib_name"] or re.search(rf"^{re.escape(name)}==", pins, re.M | re.I), f"{line} has no pin"
 
 
-def test_commands_that_refusals_print_name_extras_and_versions_that_exist():
-    pins, extras = (ROOT / "constraints.txt").read_text(), {kind.removesuffix("_requirements") for kind in settings()}
-    printed = "\n".join(path.read_text() for path in LIBRARY.glob("*.py"))
-    assert set(re.findall(r"pip install 'symbnn\[(\w+)\]'", printed)) == {"evidence"} <= extras
-    assert all(pin in pins.splitlines() for pin in re.findall(r"pip install --no-deps ([\w.=-]*\w)", printed))
+def test_extras_that_refusals_name_exist():
+    extras = {key.removesuffix("_requirements") for key in settings() if key.endswith("_requirements")}
+    code = "\n".join(path.read_text() for path in LIBRARY.rglob("*.py"))
+    named = set(re.findall(r"optional\([^()]+?, \"(\w+)\"\)|pip install 'symbnn\[(\w+)\]'", code))
+    found = {name for pair in named for name in pair if name}
+    assert found and found <= extras - {"dev"}
 
 
 def test_no_file_names_a_place_on_a_machine():

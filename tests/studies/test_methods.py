@@ -1,7 +1,8 @@
-"""What is done to a posterior, and when: values, triggers, moments, and what each method leaves invariant."""
+"""What is done to a posterior, and when: values, triggers, moments, resuming, and what each method leaves invariant."""
 import json
 import math
-from dataclasses import asdict, replace
+import signal
+from dataclasses import asdict, fields, replace
 from functools import partial
 
 import pytest
@@ -13,33 +14,35 @@ from symbnn.equivariance.metrics import defect_plugin
 from symbnn.equivariance.predictions import orbit_predictions
 from symbnn.equivariance.projected_gradients import drift
 from symbnn.errors import Refusal
-from symbnn.layerwise.curvature import log_precisions, set_log_precisions
+from symbnn.layerwise.evidence import log_precisions, set_log_precisions
 from symbnn.layerwise.precisions import elbo_precisions, evidence_precisions
 from symbnn.posterior.layers import variational_tensors
 from symbnn.posterior.sampling import apply_weights, mean_weights, predict
-from symbnn.studies.experiments import Setup, prepare
+from symbnn.symmetry.networks import network_action
+from symbnn.training.checkpoints import read_checkpoint
+from symbnn.studies import methods
 from symbnn.studies.methods import (
-    AVERAGES,
-    EXPANSIONS,
-    NAMES,
-    Method,
-    averaged,
-    change,
-    check_method,
-    guard,
-    precision_updates,
+    METHODS,
+    Average,
+    Baseline,
+    Expansion,
+    LearnedPrecisions,
+    OrbitMixture,
+    Tied,
+    make_method,
+    read_method,
     run_method,
-    start,
+    start_folder,
     training_accuracy,
 )
-from symbnn.studies.studies import methods
-from symbnn.symmetry.networks import network_action
+from symbnn.studies.tasks import Setup, prepare
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import train
 from tolerances import assert_close, exact32
 
+AVERAGES, EXPANSIONS = ([name for name, its in METHODS.items() if its is kind] for kind in (Average, Expansion))
 TASK = prepare(Setup(channels=(2, 4), train_size=64), dtype=torch.float64)
-CONFIG = TrainingConfig(epochs=4, batch_size=64, learning_rate=0.02, precision="float64")
+CONFIG = TrainingConfig(epochs=4, batch_size=64, learning_rate=0.02, dtype="float64")
 INPUTS = TASK.data.test.inputs[:10]
 
 
@@ -51,8 +54,8 @@ def of_family(family):
     return partial(prepare(Setup(family=family, channels=(2, 4)), dtype=torch.float64).network, 0, dtype=torch.float64)
 
 
-def run(method, config=CONFIG, make=build):
-    return run_method(method, make, TASK.data.train, config, action=TASK.action, prior=TASK.prior())
+def run(method, config=CONFIG, make=build, **options):
+    return run_method(method, make, TASK.data.train, config, action=TASK.action, prior=TASK.prior(), **options)
 
 
 def numbers(trained):
@@ -70,17 +73,14 @@ def defect(network):
 
 @pytest.fixture
 def optimizers(monkeypatch):
-    """What the optimiser remembers after each epoch of `run`: how many parameters have a state."""
+    """What the optimiser remembers at the start of each call of `train` in `run`, and after each epoch: how many
+    parameters have a state."""
     real, seen = methods.train, []
 
-    def spying(network, data, config, *, callback, **options):
-        def watch(epoch, net, optimizer):
-            before = len(optimizer.state)
-            other = callback(epoch, net, optimizer)
-            seen.append((before, len(optimizer.state)))
-            return other
-
-        return real(network, data, config, callback=watch, **options)
+    def spying(network, data, config, *, after=None, **options):
+        seen.append(("begin", 0 if after is None else len(after.optimizer.state)))
+        return real(network, data, config, after=after, **options | {
+            "callback": lambda epoch, net, optimizer: seen.append((epoch, len(optimizer.state)))})
 
     monkeypatch.setattr(methods, "train", spying)
     return seen
@@ -92,8 +92,20 @@ def optimizers(monkeypatch):
 @given(st.sampled_from([*AVERAGES, *EXPANSIONS]), st.booleans(),
        st.one_of(st.integers(0, 10**6), st.floats(0.01, 0.99)))
 def test_a_method_survives_json_and_its_own_name(name, projected, trigger):
-    method = Method(name, projected, trigger)
-    assert Method(**json.loads(json.dumps(asdict(method)))) == method == Method.parse(str(method), trigger=trigger)
+    method = make_method(name, projected=projected, trigger=trigger)
+    assert make_method(**json.loads(json.dumps(asdict(method)))) == method == read_method(str(method), trigger=trigger)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_name_stands_for_one_class_with_its_own_options(name):
+    method = make_method(name)
+    assert type(method) is METHODS[name] and method.name == str(method) == name and read_method(name) == method
+    assert make_method(**asdict(method)) == method
+    options = {its.name for its in fields(method)} - {"name"}
+    expected = {Average: {"trigger", "projected", "keep_moments"}, Expansion: {"trigger", "projected"},
+                LearnedPrecisions: {"rule", "first", "every"}}
+    assert options == expected.get(type(method), set())
+    assert method.changes == (type(method) in (Average, Expansion)) and not (method.trigger or method.projected)
 
 
 @pytest.mark.parametrize("wrong, reason", [
@@ -102,32 +114,38 @@ def test_a_method_survives_json_and_its_own_name(name, projected, trigger):
     (dict(name="geometric", trigger=1.5), "accuracy between 0 and 1"),
     (dict(name="geometric", trigger=True), "accuracy between 0 and 1"),
     (dict(name="geometric", trigger="20"), "accuracy between 0 and 1"),
-    (dict(trigger=5), "belong to averages and expansions"),
-    (dict(name="tied", projected=True), "belong to averages and expansions"),
-    (dict(name="regular", trigger=1, keep_moments=True), "Moments are kept"),
-    (dict(precisions="guess"), "Precisions are one of"),
-    (dict(name="regular", precisions="elbo"), "stay what they are"),
-    (dict(precisions="elbo", learnt_every=0), "positive numbers of epochs"),
+    (dict(name="baseline", trigger=5), "options of baseline are none"),
+    (dict(name="tied", projected=True), "options of tied are none"),
+    (dict(name="regular", trigger=1, keep_moments=True), "options of regular are trigger, projected"),
+    (dict(name="learned_precisions", rule="guess"), "rule that precisions follow is one of elbo, evidence"),
+    (dict(name="learned_precisions", every=0), "between updates of precisions"),
+    (dict(name="learned_precisions", first=1.5), "before precisions are learned"),
+    (dict(name="wide", rule="elbo"), "options of wide are none"),
 ])
 def test_methods_that_cannot_be_meant_are_refused(wrong, reason):
     with pytest.raises(Refusal, match=reason):
-        Method(**wrong)
+        make_method(**wrong)
+
+
+def test_a_class_has_its_own_names():
+    with pytest.raises(Refusal, match="method is one of geometric, arithmetic, projection"):
+        Average("regular")
 
 
 @pytest.mark.parametrize("text", ["", "magic", "regular+magic", "+projected", "baseline+projected"])
 def test_names_that_are_none_are_refused(text):
     with pytest.raises(Refusal):
-        Method.parse(text)
+        read_method(text)
 
 
 def test_widths_are_those_of_the_networks():
-    for name in NAMES:
-        method = Method(name)
-        network = start(method, build, TASK.action)
+    for name in METHODS:
+        method = make_method(name)
+        network = method.start(build, TASK.action)
         before, after = method.widths(4)
         assert variational_tensors(network)["0.weight"].posterior.shape[0] == 2 * before
         if method.changes:
-            network, _ = change(method, network, TASK.action)
+            network, _ = method.change(network, TASK.action)
         assert variational_tensors(network)["0.weight"].posterior.shape[0] == 2 * after
 
 
@@ -136,7 +154,7 @@ def test_widths_are_those_of_the_networks():
 
 @pytest.mark.parametrize("name", [*AVERAGES, "block_diagonal"])
 def test_nothing_differs_before_the_trigger(name):
-    plain, late = run(Method()), run(Method(name, trigger=2))
+    plain, late = run(Baseline()), run(make_method(name, trigger=2))
     assert numbers(late)[:2] == numbers(plain)[:2]
     assert numbers(late)[2] != numbers(plain)[2] and len(late.history) == 4
     assert (plain.changed, late.changed, late.status) == (None, 2, "complete")
@@ -144,17 +162,17 @@ def test_nothing_differs_before_the_trigger(name):
 
 @pytest.mark.parametrize("trigger", [0, 4])
 def test_averages_at_the_ends_of_a_run(trigger):
-    trained = run(Method("projection", trigger=trigger))
+    trained = run(Average("projection", trigger=trigger))
     moved = drift(trained.network, network_action(trained.network, TASK.action)).relative
     assert trained.changed == trigger
     if trigger:
         assert moved < 1e-14
     else:
-        assert 1e-6 < moved < drift(run(Method()).network, network_action(build(1), TASK.action)).relative
+        assert 1e-6 < moved < drift(run(Baseline()).network, network_action(build(1), TASK.action)).relative
 
 
 def test_an_expansion_at_the_end_is_the_orbit_average_of_the_baseline():
-    small, expanded = run(Method()).network, run(Method("block_diagonal", trigger=4)).network
+    small, expanded = run(Baseline()).network, run(Expansion("block_diagonal", trigger=4)).network
     turned = [apply_weights(small, TASK.action.act(g, INPUTS), mean_weights(small)) for g in range(4)]
     assert_close(apply_weights(expanded, INPUTS, mean_weights(expanded)), torch.stack(turned).mean(0))
 
@@ -163,11 +181,11 @@ def test_an_expansion_at_the_end_is_the_orbit_average_of_the_baseline():
 def test_a_trigger_by_accuracy(accuracies, changed, monkeypatch):
     values = iter(accuracies)
     monkeypatch.setattr(methods, "training_accuracy", lambda *arguments: next(values))
-    assert run(Method("geometric", trigger=0.5)).changed == changed
+    assert run(Average("geometric", trigger=0.5)).changed == changed
 
 
 def test_training_accuracy_is_that_of_the_predictive_mean():
-    network, data = run(Method()).network, TASK.data.train
+    network, data = run(Baseline()).network, TASK.data.train
     found = training_accuracy(network, data, torch.Generator().manual_seed(3), draws=5)
     outputs = predict(network, data.inputs, draws=5, generator=torch.Generator().manual_seed(3))
     assert found == (outputs.softmax(-1).mean(0).argmax(-1) == data.labels).double().mean().item()
@@ -176,19 +194,78 @@ def test_training_accuracy_is_that_of_the_predictive_mean():
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_moments_are_cleared_or_kept(keep, optimizers):
-    run(Method("geometric", trigger=2, keep_moments=keep))
+    run(Average("geometric", trigger=2, keep_moments=keep))
     every = 12  # locations and scales of weights and biases, of two convolutions and the head
-    assert optimizers == [(every, every), (every, every if keep else 0), (every, every), (every, every)]
+    assert optimizers == [("begin", 0), (0, every), (1, every), ("begin", every if keep else 0), (2, every), (3, every)]
 
 
 def test_moments_matter_to_what_follows_and_not_to_the_average():
-    kept, cleared = (run(Method("geometric", trigger=2, keep_moments=keep)) for keep in (True, False))
+    kept, cleared = (run(Average("geometric", trigger=2, keep_moments=keep)) for keep in (True, False))
     assert numbers(kept)[:2] == numbers(cleared)[:2] and numbers(kept)[3] != numbers(cleared)[3]
 
 
 def test_an_expansion_has_a_new_optimiser(optimizers):
-    run(Method("regular", trigger=2))
-    assert optimizers == [(12, 12)] * 4  # the callback sees the one that was replaced
+    run(Expansion("regular", trigger=2))
+    assert optimizers == [("begin", 0), (0, 12), (1, 12), ("begin", 0), (2, 12), (3, 12)]
+
+
+# Stopped and gone on with
+
+
+def press_ctrl_c(at):
+    """A `train` that presses Ctrl-C at the end of an epoch, whichever call that is in."""
+    def pressing(network, data, config, **options):
+        def stop(epoch, net, optimizer):
+            if epoch == at:
+                signal.raise_signal(signal.SIGINT)
+
+        return train(network, data, config, **options | {"callback": stop})
+
+    return pressing
+
+
+@pytest.mark.parametrize("method", [Average("geometric", trigger=2, keep_moments=True),
+                                    Average("projection", trigger=2),
+                                    Average("projection", projected=True, trigger=2),
+                                    Expansion("block_diagonal", trigger=2), Expansion("regular", trigger=0),
+                                    Average("geometric", trigger=0.15)], ids=str)
+@pytest.mark.parametrize("at", range(4))
+def test_a_run_that_is_stopped_and_resumed_is_the_same_run(method, at, tmp_path, monkeypatch):
+    straight = run(method, folder=tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "train", press_ctrl_c(at))
+        stopped = run(method, folder=tmp_path / "stopped")
+    assert (stopped.status, len(stopped.history)) == ("complete" if at == 3 else "interrupted", at + 1)
+    resumed = run(method, folder=tmp_path / "stopped")
+    assert resumed.status == "complete" and resumed.changed == straight.changed
+    assert numbers(resumed) == numbers(straight) == numbers(run(method))
+    for one, other in zip(resumed.network.parameters(), straight.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+    one, other = (read_checkpoint(tmp_path / name).tensors for name in ("straight", "stopped"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_kill_between_the_calls_repeats_nothing(tmp_path, monkeypatch):
+    method, begun = Expansion("block_diagonal", trigger=2), []
+    expected = numbers(run(method))
+    train(build(1), TASK.data.train, CONFIG, action=TASK.action, folder=start_folder(tmp_path / "run"),
+          until=lambda epochs, net: epochs == 2)
+    monkeypatch.setattr(methods, "train", lambda network, *given, **options: begun.append(
+        (options["folder"].name, options["resume"])) or train(network, *given, **options))
+    resumed = run(method, folder=tmp_path / "run")
+    assert begun == [("run-start", True), ("run", False)] and numbers(resumed) == expected
+    first = read_checkpoint(tmp_path / "run-start").description
+    assert first["progress"]["status"] == "stopped" and len(first["history"]) == 2
+
+
+def test_a_run_may_begin_with_a_trained_network():
+    small = run(Baseline()).network
+    kept = {name: value.clone() for name, value in small.state_dict().items()}
+    made, _ = Expansion("block_diagonal").change(run(Baseline()).network, TASK.action, TASK.prior())
+    expected = train(made, TASK.data.train, CONFIG, action=TASK.action)
+    found = run(Expansion("block_diagonal"), network=small)
+    assert numbers(found) == [record._replace(seconds=0) for record in expected.history] and found.changed == 0
+    assert all(torch.equal(value, kept[name]) for name, value in small.state_dict().items())
 
 
 # What is invariant, and how long
@@ -197,8 +274,8 @@ def test_an_expansion_has_a_new_optimiser(optimizers):
 @pytest.mark.parametrize("name", [*AVERAGES, "regular", "row_rolled", "block_diagonal"])
 @pytest.mark.parametrize("trigger", [0, 2])
 def test_projected_gradients_keep_what_the_trigger_made(name, trigger):
-    trained, free = (run(Method(name, projected, trigger)) for projected in (True, False))
-    made, action = change(Method(name), build(1), TASK.action)
+    trained, free = (run(make_method(name, projected=projected, trigger=trigger)) for projected in (True, False))
+    made, action = make_method(name).change(build(1), TASK.action)
     assert drift(trained.network, action if name in EXPANSIONS else network_action(made, TASK.action)).relative < 1e-15
     assert defect(free.network) > 0
     assert numbers(trained)[:trigger] == numbers(free)[:trigger] and numbers(trained)[3] != numbers(free)[3]
@@ -209,37 +286,37 @@ def test_projected_gradients_keep_what_the_trigger_made(name, trigger):
 def test_hooks_are_removed_when_training_fails():
     network = build(1)
     with pytest.raises(Refusal, match="finite"):
-        run(Method("projection", projected=True), TrainingConfig(epochs=2, batch_size=64, learning_rate=1e200,
-                                                                 precision="float64"), make=lambda factor: network)
+        run(Average("projection", projected=True), TrainingConfig(epochs=2, batch_size=64, learning_rate=1e200,
+                                                                 dtype="float64"), make=lambda factor: network)
     assert not any(p._backward_hooks for p in network.parameters())
 
 
 @pytest.mark.parametrize("name", ["tied", "tied_small"])
 def test_every_draw_of_a_tied_network_is_invariant(name):
-    probabilities = orbit(run(Method(name)).network).probabilities
+    probabilities = orbit(run(make_method(name)).network).probabilities
     assert_close(probabilities, probabilities[:, :, :1].expand_as(probabilities))
     assert probabilities.std(0).max() > 1e-3
 
 
 def test_the_orbit_mixture_averages_predictions_and_nothing_else():
-    network, plain = run(Method("orbit_mixture")).network, run(Method()).network
+    network, plain = run(OrbitMixture()).network, run(Baseline()).network
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), plain.parameters()))
     predictions = orbit(network)
-    mean = averaged(Method("orbit_mixture"), predictions).probabilities
+    mean = OrbitMixture().predictions(predictions).probabilities
     assert_close(mean, predictions.probabilities.mean(2, keepdim=True).expand_as(mean), exact32)
-    assert averaged(Method(), predictions) is predictions and defect_plugin(mean) == 0 < defect(network)
+    assert Baseline().predictions(predictions) is predictions and defect_plugin(mean) == 0 < defect(network)
 
 
 # Refusals
 
 
 @pytest.mark.parametrize("method, make, reason", [
-    (Method("row_constant", projected=True, trigger=2), build, "invariant network"),
-    (Method("geometric", trigger=5), build, "trigger lies within"),
-    (Method(precisions="elbo", learnt_from=5), build, "learnt within the run"),
-    (Method("arithmetic", trigger=2), of_family("laplace"), "exponential families"),
-    (Method("tied"), lambda factor: build(1), "multiple of the order|regular channels"),
-    (Method("block_diagonal"), of_family("lognormal"), "LogNormal"),
+    (Expansion("row_constant", projected=True, trigger=2), build, "invariant network"),
+    (Average("geometric", trigger=5), build, "trigger lies within"),
+    (LearnedPrecisions(first=5), build, "learned within the run"),
+    (Average("arithmetic", trigger=2), of_family("laplace"), "exponential families"),
+    (Tied(), lambda factor: build(1), "multiple of the order|regular channels"),
+    (Expansion("block_diagonal"), of_family("lognormal"), "LogNormal"),
 ])
 def test_refusals_come_before_training(method, make, reason, monkeypatch):
     monkeypatch.setattr(methods, "train", lambda *arguments, **others: pytest.fail("training began"))
@@ -249,20 +326,20 @@ def test_refusals_come_before_training(method, make, reason, monkeypatch):
 
 def test_a_prior_that_is_not_invariant_cannot_be_kept_so():
     task = prepare(Setup(channels=(2, 4), prior="random_means"))
-    check_method(Method("projection"), lambda factor: task.network(0, factor), task.action)
+    Average("projection").check(lambda factor: task.network(0, factor), task.action, CONFIG)
     with pytest.raises(Refusal, match="prior"):
-        check_method(Method("projection", projected=True), lambda factor: task.network(0, factor), task.action)
+        Average("projection", projected=True).check(lambda factor: task.network(0, factor), task.action, CONFIG)
 
 
 def test_the_guard_of_other_methods_does_nothing():
-    with guard(Method(), build(1), None) as nothing:
+    with Baseline().guard(build(1), None) as nothing:
         assert nothing is None
 
 
 # Precisions
 
 
-PLAIN = TrainingConfig(epochs=3, batch_size=32, learning_rate=0.02, precision="float64", augmentation="none", draws=2)
+PLAIN = TrainingConfig(epochs=3, batch_size=32, learning_rate=0.02, dtype="float64", augmentation="none", draws=2)
 
 
 def relaxed(family):
@@ -275,7 +352,7 @@ def relaxed(family):
 def test_precisions_are_learnt_on_their_schedule(family, rule):
     """As by a callback of `train` that asks the rule, after epochs 1 and 3 of 3."""
     task, make = relaxed(family)
-    method = Method(precisions=rule, learnt_from=1, learnt_every=2)
+    method = LearnedPrecisions(rule=rule, first=1, every=2)
     found = run_method(method, make, task.data.train, PLAIN, action=task.action).network
     asked = []
 
@@ -300,12 +377,12 @@ def test_precisions_are_learnt_on_their_schedule(family, rule):
 
 def test_precisions_stay_where_sgd_does_not_diverge():
     """A step on d w^2 / (2 N) multiplies w by 1 - rate d / N, which at the ceiling is 0; beyond -1 it diverges."""
-    data, method = TASK.data.train, Method(precisions="elbo")
+    data, method = TASK.data.train, LearnedPrecisions(rule="elbo")
     sgd = replace(PLAIN, optimizer="sgd", learning_rate=0.5)
-    d = math.exp(precision_updates(method, data, sgd).ceiling)
+    d = math.exp(method.updates(data, sgd).ceiling)
     assert_close(1 - 0.5 * d / len(data), 0.0)
-    assert precision_updates(method, data, PLAIN).ceiling == 20.0
-    assert precision_updates(Method(), data, sgd) is None
+    assert method.updates(data, PLAIN).ceiling == 20.0
+    assert Baseline().updates(data, sgd) is None
 
 
 @pytest.mark.parametrize("family, rule, config, reason", [
@@ -317,4 +394,4 @@ def test_precisions_are_refused_before_training(family, rule, config, reason, mo
     monkeypatch.setattr(methods, "train", lambda *arguments, **others: pytest.fail("training began"))
     task, make = relaxed(family)
     with pytest.raises(Refusal, match=reason):
-        run_method(Method(precisions=rule, learnt_from=1), make, task.data.train, config, action=task.action)
+        run_method(LearnedPrecisions(rule=rule, first=1), make, task.data.train, config, action=task.action)

@@ -1,168 +1,23 @@
-"""Simulations: grids and rows that are kept, averages and pairs by hand, the two named ones against known answers."""
-import json
+"""The two simulations against known answers."""
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from symbnn import cli
-from symbnn.errors import Refusal
 from symbnn.hidden_units.two_weights import GaussianFit
 from symbnn.posterior.layers import variational_tensors
+from symbnn.studies import simulations
+from symbnn.studies.runs import FUNCTIONS
 from symbnn.studies.simulations import (
     SIMULATIONS,
     TWO_WEIGHT_METHODS,
-    Simulation,
-    averages,
     grid_predictive,
-    paired,
-    read_rows,
-    save_rows,
-    simulate,
     two_weight_problem,
     two_weights,
     unit_network,
     width,
 )
-from symbnn.studies.studies import Panel, simulations
 from tolerances import assert_close, exact64, within_standard_errors
-
-CALLS = []
-
-
-def toy(seed, a, b=0):
-    CALLS.append((seed, a, b))
-    return {"value": a + 10.0 * b + seed, "threads": torch.get_num_threads(), "odd": None if a == 2 else float(a)}
-
-
-def study(**changes):
-    values = {"title": "A toy", "source": "none", "run": toy, "grids": ({"a": (1, 2)}, {"a": (3,), "b": (0, 1)}),
-              "seeds": (0, 2), "x": "a", "series": ("b",), "panels": (Panel("value", logarithmic=False),)}
-    return Simulation(**{**values, **changes})
-
-
-@pytest.fixture(autouse=True)
-def no_calls():
-    CALLS.clear()
-
-
-# The machinery
-
-
-def test_points_are_those_of_all_grids_in_order():
-    assert study().points() == [{"a": 1}, {"a": 2}, {"a": 3, "b": 0}, {"a": 3, "b": 1}]
-    assert study().columns == ("a", "b")
-
-
-def test_rows_are_computed_once_on_one_thread(tmp_path):
-    threads, lines = torch.get_num_threads(), []
-    torch.set_num_threads(2)
-    try:
-        rows = simulate(study(), tmp_path, report=lines.append)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
-    assert [(row["a"], row.get("b"), row["seed"]) for row in rows] == [
-        (1, None, 0), (1, None, 2), (2, None, 0), (2, None, 2), (3, 0, 0), (3, 0, 2), (3, 1, 0), (3, 1, 2)]
-    assert [row["value"] for row in rows] == [1, 3, 2, 4, 3, 5, 13, 15] and {row["threads"] for row in rows} == {1}
-    assert len(CALLS) == len(list(tmp_path.iterdir())) == len(lines) == 8 and lines[-1] == "[8/8] a 3, b 1, seed 2"
-    lines.clear()
-    assert simulate(study(), tmp_path, report=lines.append) == rows and len(CALLS) == 8
-    assert lines == ["8 of 8 rows are there already"]
-    more = simulate(study(seeds=(0, 1, 2)), tmp_path)
-    assert len(CALLS) == 12 and {seed for seed, *_ in CALLS[8:]} == {1}
-    assert [row["seed"] for row in more[:3]] == [0, 1, 2]
-
-
-def test_another_function_has_rows_of_its_own(tmp_path):
-    def other(seed, a, b=0):
-        return {"value": -1.0}
-
-    simulate(study(), tmp_path)
-    assert {row["value"] for row in simulate(study(run=other), tmp_path)} == {-1.0}
-
-
-def test_an_interruption_keeps_finished_rows(tmp_path):
-    def stop(line):
-        if line.startswith("[3/"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        simulate(study(), tmp_path, report=stop)
-    assert len(list(tmp_path.iterdir())) == 3
-    before = len(CALLS)
-    assert len(simulate(study(), tmp_path)) == 8 and len(CALLS) == before + 5
-
-
-@pytest.mark.parametrize("damage", ("{", "{}", "other settings", "no results"))
-def test_files_that_hold_something_else_are_refused(tmp_path, damage):
-    simulate(study(), tmp_path)
-    path = sorted(tmp_path.iterdir())[0]
-    row = json.loads(path.read_text())
-    edited = {"other settings": {**row, "seed": 5}, "no results": {**row, "results": {}}}
-    path.write_text(json.dumps(edited[damage]) if damage in edited else damage)
-    with pytest.raises(Refusal, match="finished run holds its settings"):
-        simulate(study(), tmp_path)
-
-
-def test_processes_give_the_same_rows(tmp_path):
-    small = study(run=width, grids=({"method": ("marginal", "infonce"), "units": (3,), "separation": (1.0,)},))
-    one, two = simulate(small, tmp_path / "one"), simulate(small, tmp_path / "two", jobs=2)
-    for row in (*one, *two):
-        row.pop("seconds")
-    assert one == two
-
-
-@pytest.mark.parametrize("changes", ({"grids": ()}, {"seeds": ()}, {"seeds": (0, 0)}, {"seeds": (-1,)},
-                                     {"grids": ({"a": (1, 1)},)}, {"grids": ({"a": (1,)}, {"a": (1,)})}))
-def test_simulations_that_cannot_be_are_refused(changes):
-    with pytest.raises(Refusal, match="names each point once"):
-        study(**changes)
-
-
-@pytest.mark.parametrize("jobs", (0, -1, 1.5, True))
-def test_jobs_are_positive(tmp_path, jobs):
-    with pytest.raises(Refusal, match="positive integer"):
-        simulate(study(), tmp_path, jobs=jobs)
-    assert not CALLS
-
-
-def test_averages_by_hand(tmp_path):
-    first, second, third, fourth = averages(study(), simulate(study(), tmp_path))
-    assert first | {"threads": 1, "threads_sd": 0} == {
-        "a": 1, "b": None, "runs": 2, "value": 2.0, "value_sd": math.sqrt(2), "threads": 1, "threads_sd": 0,
-        "odd": 1.0, "odd_sd": 0.0}
-    assert second["odd"] is None and second["odd_sd"] is None and fourth["value"] == 14 and third["b"] == 0
-    single = averages(study(seeds=(0,)), simulate(study(seeds=(0,)), tmp_path))
-    assert single[0]["value"] == 1 and single[0]["value_sd"] is None and single[0]["runs"] == 1
-
-
-def test_what_is_written_is_read_again(tmp_path):
-    rows = simulate(study(), tmp_path / "work")
-    written = save_rows(study(only=(("b", 1),)), rows, tmp_path / "out", "symbnn reproduce toy")
-    assert [path.name for path in written] == ["table.csv", "simulation.json", "figure.png"]
-    made = read_rows(tmp_path / "out")
-    assert made["rows"] == rows and made["command"] == "symbnn reproduce toy"
-    assert made["simulation"]["run"] == "toy" and made["simulation"]["seeds"] == [0, 2]
-    lines = (tmp_path / "out/table.csv").read_text().splitlines()
-    assert lines[0].startswith("a,b,runs,value,value_sd") and len(lines) == 5
-    with pytest.raises(Refusal, match=r"holds simulation\.json"):
-        read_rows(tmp_path)
-    (tmp_path / "simulation.json").write_text('{"rows": [], "simulation": {"seeds": [0]}}')
-    with pytest.raises(Refusal, match="no rows"):
-        read_rows(tmp_path)
-
-
-def test_pairs_by_hand():
-    rows = [{"m": m, "seed": s, "value": v} for m, s, v in (("a", 0, 1.0), ("a", 1, 5.0), ("b", 1, 3.0), ("b", 0, 2.0))]
-    mean, error, count = paired(rows, "value", {"m": "a"}, {"m": "b"})
-    assert (mean, count) == (0.5, 2) and error == pytest.approx(1.5, abs=exact64)
-    for bad in (rows[:3], [*rows, rows[0]], [*rows[:3], {**rows[3], "seed": 7}]):
-        with pytest.raises(Refusal, match="paired one by one"):
-            paired(bad, "value", {"m": "a"}, {"m": "b"})
-
 
 # Width
 
@@ -266,58 +121,11 @@ def test_the_symmetrised_density_by_hand():
     assert_close(simulations._log_density(fit, axis, True).exp(), (plain + plain.T) / 2)
 
 
-# The named ones, and the command
+# The named ones
 
 
 @pytest.mark.parametrize("name", SIMULATIONS)
-def test_named_simulations_are_json(name):
-    simulation = SIMULATIONS[name]
-    assert json.loads(json.dumps(simulation.plain())) == simulation.plain()
-    assert simulation.run.__name__ == name and simulation.x in simulation.columns
-    assert {*simulation.series, *(setting for setting, _ in simulation.only)} <= set(simulation.columns)
-
-
-COMMITTED = sorted((Path(__file__).parents[1] / "results").glob("*/simulation.json"))
-
-
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
-def test_committed_rows_are_of_the_simulation_that_has_their_name(path):
-    made, simulation = read_rows(path.parent), SIMULATIONS[path.parent.name]
-    assert made["simulation"] == simulation.plain()
-    assert made["command"].startswith(f"symbnn reproduce {path.parent.name}")
-    assert len(made["rows"]) == len(simulation.points()) * len(simulation.seeds)
-    assert len((path.parent / "table.csv").read_text().splitlines()) == 1 + len(simulation.points())
-
-
-@pytest.fixture
-def shell(tmp_path, monkeypatch):
-    """Run a command in an empty folder, with a simulation of its own beside the named ones."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(SIMULATIONS, "toy", study())
-    return lambda *arguments: CliRunner().invoke(cli.app, list(arguments), prog_name="symbnn")
-
-
-def test_reproduce_runs_a_simulation(shell, tmp_path):
-    found = shell("reproduce", "toy", "--seeds", "0,1", "--work", "work")
-    assert found.exit_code == 0, found.output
-    assert "[8/8]" in found.stderr and "Written to results/toy: table.csv" in found.stdout.replace("\\", "/")
-    made = read_rows(tmp_path / "results/toy")
-    assert made["simulation"]["seeds"] == [0, 1] and len(list((tmp_path / "work").iterdir())) == len(CALLS) == 8
-    again = shell("reproduce", "toy", "--seeds", "0,1", "--work", "work", "-o", "out")
-    assert again.exit_code == 0 and len(CALLS) == 8 and (tmp_path / "out/figure.png").exists()
-
-
-def test_reproduce_shows_and_lists_simulations(shell, monkeypatch, tmp_path):
-    found = shell("reproduce", "toy", "--show", "--seeds", "7")
-    assert found.exit_code == 0 and json.loads(found.stdout)["seeds"] == [7] and not list(tmp_path.iterdir())
-    monkeypatch.setattr(cli, "STUDIES", {})
-    monkeypatch.setattr(cli, "step_speed", lambda: None)
-    listed = shell("reproduce", "--list")
-    assert listed.exit_code == 0 and "toy" in listed.stdout and "two_weights" in listed.stdout
-
-
-@pytest.mark.parametrize("option", (("--device", "cpu"), ("--backend", "dask"), ("--data-folder", "."),
-                                    ("--scheduler", "tcp://here:1")))
-def test_options_of_studies_are_refused(shell, tmp_path, option):
-    found = shell("reproduce", "toy", *option)
-    assert found.exit_code == 2 and option[0] in found.stderr and not CALLS and not list(tmp_path.iterdir())
+def test_named_simulations_call_the_function_with_their_name(name):
+    study = SIMULATIONS[name]
+    assert FUNCTIONS[study.base.function].__name__ == name and study.x in study.columns
+    assert {"width": 5 * 111, "two_weights": 240}[name] == len(study.runs())

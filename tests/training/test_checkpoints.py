@@ -9,17 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+from symbnn import files
 from symbnn.equivariance.expansion import arrangement_of, expand, expanded_action
 from symbnn.errors import Refusal
-from symbnn.files import check_folder
 from symbnn.posterior.families import FAMILIES
 from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.priors import fixed_means, isotropic, per_tensor, random_means
 from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.networks import network_action
+from symbnn.training import checkpoints
 from symbnn.training.architectures import PRESETS, Architecture, build
 from symbnn.training.checkpoints import (
     DESCRIPTION,
+    describe_network,
     has_checkpoint,
     load_network,
     load_tensors,
@@ -28,7 +30,6 @@ from symbnn.training.checkpoints import (
     save_network,
     write_checkpoint,
 )
-from symbnn.training.loop import checkpoints
 
 TINY = Architecture("cnn", (1, 4, 4), 3, (2,))
 
@@ -98,7 +99,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, faili
         return call
 
     name, real = ("fsync", real_fsync) if how == "write" else ("replace", real_replace)
-    monkeypatch.setattr(checkpoints.os, name, full(real))
+    monkeypatch.setattr(files.os, name, full(real))
     with pytest.raises(Refusal, match="No space left on device"):
         save_network(tmp_path, made(seed=1), TINY)
     monkeypatch.undo()
@@ -115,20 +116,20 @@ def test_a_killed_writer_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         save_network(tmp_path, made(seed=1), TINY)
     assert equal(load_network(tmp_path), made(seed=0))
 
 
 def test_another_network_is_refused():
-    tensors = checkpoints.network_tensors(made())
+    tensors = network_tensors(made())
     tensors = {name.removeprefix("network/"): tensor for name, tensor in tensors.items()}
     wrong = {
         "another width": (made(Architecture("cnn", (1, 4, 4), 3, (4,))), r"\(2,\) torch.float32 for \(4,\)"),
         "another depth": (made(Architecture("mlp", (1, 4, 4), 3, (2,))), "without"),
         "another family": (made(family="full"), "without"),
-        "another precision": (made(dtype=torch.float64), "float32 for"),
+        "another dtype": (made(dtype=torch.float64), "float32 for"),
         "another prior": (made(prior=random_means(0)), r"\(\) torch.float32 for"),
     }
     for network, message in wrong.values():
@@ -222,38 +223,43 @@ def test_the_tensor_file_is_looked_for_in_the_folder_only(tmp_path):
         read_checkpoint(tmp_path / "b")
 
 
-def test_folders_are_checked_before_work(tmp_path, monkeypatch):
-    check_folder(tmp_path / "new" / "inside", 1000)
-    assert (tmp_path / "new" / "inside").is_dir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Refusal, match="can be written"):
-        check_folder(tmp_path / "file", 0)
-    with pytest.raises(Refusal, match="has room"):
-        check_folder(tmp_path, 2**62)
-
-    def forbidden(self, data):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(checkpoints.Path, "write_bytes", forbidden)
-    with pytest.raises(Refusal, match="Permission denied"):
-        check_folder(tmp_path, 0)
-
-
 def test_a_network_of_one_s_own(tmp_path):
     network = with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
     assert not has_checkpoint(tmp_path)
-    write_checkpoint(tmp_path, network_tensors(network), checkpoints.describe_network(network, None))
+    write_checkpoint(tmp_path, network_tensors(network), describe_network(network, None))
     assert has_checkpoint(tmp_path)
-    with pytest.raises(Refusal, match="build the network"):
+    with pytest.raises(Refusal, match="on a network built as that one"):
         load_network(tmp_path)
     other = with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
     load_tensors(other, read_checkpoint(tmp_path).part("network"))
     assert equal(other, network)
 
 
+def test_notes_that_json_does_not_hold_are_refused_before_anything_is_written(tmp_path):
+    save_network(tmp_path, made(seed=0), TINY)
+    for value in (float("nan"), torch.zeros(2), tmp_path):
+        with pytest.raises(Refusal, match="JSON values as notes"):
+            save_network(tmp_path, made(seed=1), TINY, notes={"value": value})
+    assert equal(load_network(tmp_path), made(seed=0)) and len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_old_file_that_cannot_be_removed_goes_with_the_next(tmp_path, monkeypatch):
+    save_network(tmp_path, made(seed=0), TINY)
+
+    def busy(self, missing_ok=False):
+        raise PermissionError(errno.EACCES, "in use")
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    save_network(tmp_path, made(seed=1), TINY)
+    monkeypatch.undo()
+    assert equal(load_network(tmp_path), made(seed=1)) and len(list(tmp_path.iterdir())) == 3
+    save_network(tmp_path, made(seed=2), TINY)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_presets_have_a_family_by_name():
     for architecture in PRESETS.values():
-        assert checkpoints.describe_network(made(architecture), architecture)["family"] == "gaussian"
+        assert describe_network(made(architecture), architecture)["family"] == "gaussian"
 
 
 def test_an_expansion_keeps_its_arrangement(tmp_path):
@@ -264,5 +270,5 @@ def test_an_expansion_keeps_its_arrangement(tmp_path):
     expanded_action(back, action)
     description = json.loads((tmp_path / DESCRIPTION).read_text())
     (tmp_path / DESCRIPTION).write_text(json.dumps({**description, "arrangement": "diagonal"}))
-    with pytest.raises(Refusal, match="arrangement is one of"):
+    with pytest.raises(Refusal, match="as the arrangement in"):
         load_network(tmp_path)

@@ -1,0 +1,125 @@
+"""Grids: values, combinations, words, and comparisons at equal budget."""
+import json
+from dataclasses import replace
+
+import pytest
+
+from helpers_studies import BASE, TINY
+from symbnn.errors import Refusal
+from symbnn.studies.grids import DEMO, Comparison, Panel, Study, describe, words
+from symbnn.studies.methods import METHODS, Average, Expansion
+from symbnn.studies.runs import FunctionRun, task_of
+from symbnn.studies.tasks import Setup, epoch_cost
+
+SETUP = Setup(channels=(2, 4), train_size=64)
+COMPARED = Comparison(SETUP, replace(DEMO, epochs=2, batch_size=64), small_epochs=3, methods=("baseline", "regular"),
+                      seeds=(0,), draws=4, images=20)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"grids": ()}, "a grid"),
+    ({"seeds": ()}, "seeds"),
+    ({"seeds": (0, 0)}, "named once"),
+    ({"seeds": (-1,)}, "not negative"),
+    ({"x": "setup.group"}, "among what the grids vary"),
+    ({"series": ("method.projected",)}, "among what the grids vary"),
+    ({"only": (("setup.group", "C4"),)}, "among what the grids vary"),
+    ({"grids": ({"method.name": ("baseline", "baseline")},), "series": ()}, "each run once"),
+    ({"grids": ({"method.name": ("magic",)},), "series": ()}, "method is one of"),
+    ({"grids": ({"method.title": ("a",)},), "series": ()}, "part and its field"),
+    ({"grids": ({"network.depth": (1,)},), "series": ()}, "part and its field"),
+    ({"grids": ({"setup.family": ("normal",)},), "series": ()}, "family is one of"),
+])
+def test_studies_that_cannot_be_meant_are_refused(change, reason):
+    with pytest.raises(Refusal, match=reason):
+        replace(TINY, **change)
+
+
+EDITS = [
+    lambda whole: whole.pop("title"), lambda whole: whole.update(colour="red"), lambda whole: whole.update(grids=3),
+    lambda whole: whole["base"]["setup"].update(depth=3), lambda whole: whole["base"].update(extra={}),
+    lambda whole: whole.update(panels=[{"metrics": "accuracy"}]), lambda whole: whole["base"].pop("setup") and
+    whole["base"].update(function="width"),
+]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_texts_are_refused(edit):
+    whole = TINY.values()
+    edit(whole)
+    with pytest.raises(Refusal, match="JSON file as --show prints it"):
+        Study.from_json(json.dumps(whole))
+
+
+def test_studies_survive_json():
+    simulation = Study("A", "none", FunctionRun("width"), ({"units": (4, 8), "method": ("bethe",)},), x="units",
+                       only=(("method", "bethe"),), panels=(Panel("per_unit", slope=-1),))
+    elsewhere = replace(TINY, base=BASE.changed({"training.device": "cuda:1"}))
+    for study in (TINY, simulation, COMPARED.study(), elsewhere):
+        assert Study.from_json(json.dumps(study.values())) == study
+        assert Study.from_json(json.dumps(study.values(), indent=1)).runs() == study.runs()
+
+
+def test_grids_give_every_combination_once_and_in_order():
+    assert [(run.method.name, run.method.trigger) for run in TINY.points()] == [
+        ("baseline", 0), ("orbit_mixture", 0), ("block_diagonal", 0), ("block_diagonal", 1)]
+    assert [run.seed for run in TINY.runs()] == [0, 1] * 4
+    calls = Study("B", "none", FunctionRun("toy"), ({"a": (1, 2)}, {"a": (3,), "b": (0, 1)}), (0, 2), x="a")
+    assert [dict(run.given) for run in calls.points()] == [{"a": 1}, {"a": 2}, {"a": 3, "b": 0}, {"a": 3, "b": 1}]
+    assert calls.columns == ("a", "b") and describe(calls, calls.runs()[-1]) == "a 3, b 1, seed 2"
+
+
+def test_words_name_what_has_no_name_of_its_own():
+    names = ("method.name", "method.trigger", "method.keep_moments", "method.projected", "setup.validation_size")
+    assert words(names, ("geometric", 20, True, False, None)) == "geometric, trigger 20, keep moments"
+    assert words(("training.epochs", "before.epochs"), (11, 40)) == "epochs 11, epochs before 40"
+    study = replace(TINY, grids=({"setup.channels": ((3,), (2, 4))},), seeds=(0,), x="setup.channels", series=())
+    assert [describe(study, run) for run in study.runs()] == ["channels 3, seed 0", "channels 2 4, seed 0"]
+
+
+# Equal budget
+
+
+@pytest.mark.parametrize("estimator", ["split", "shared", "flipout"])
+@pytest.mark.parametrize("group", ["C4", "D4"])
+def test_budgets_are_equal_and_the_baseline_gets_no_less(group, estimator):
+    training = replace(COMPARED.training, estimator=estimator)
+    names = ("baseline", "wide", "orbit_mixture", "regular", "block_diagonal+projected", "geometric", "tied_small",
+             *(("row_rolled", "tied") if group == "C4" else ()))
+    study = replace(COMPARED, setup=replace(SETUP, group=group), training=training, methods=names).study()
+    task, _ = task_of(study.base, None)
+    order = task.action.group.order
+    each = {width: epoch_cost(task, width, training) for width in (1, order)}
+    budget = 3 * each[1] + 2 * each[order]
+    assert tuple(str(run.method) for run in study.points()) == names
+    for run in study.points():
+        width, changes = run.method.widths(order)[1], isinstance(run.method, (Average, Expansion))
+        spent = run.training.epochs * each[width] + (run.before.epochs * each[1] if run.before else 0)
+        assert budget <= spent < budget + each[width] and (run.before is not None) == changes
+        assert not changes or run.before == replace(training, epochs=3)
+        assert run.training.learning_rate == (0.02 if width == 1 else 0.015)
+        assert spent == budget or not isinstance(run.method, Expansion)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"methods": ("magic",)}, "method is one of baseline"),
+    ({"methods": ("regular", "regular")}, "once"),
+    ({"methods": ()}, "a grid"),
+    ({"seeds": (1, 1)}, "once"),
+    ({"seeds": (-1,)}, "negative"),
+    ({"split": "train"}, "split is one of test"),
+    ({"draws": 2}, "need three"),
+    ({"small_epochs": 0}, "before the expansion"),
+    ({"images": 0}, "number of images"),
+    ({"expanded_learning_rate": 0.0}, "positive number"),
+    ({"setup": replace(SETUP, group="shifts")}, "circular"),
+])
+def test_comparisons_that_cannot_be_meant_are_refused(change, reason):
+    with pytest.raises(Refusal, match=reason):
+        replace(COMPARED, **change).study()
+
+
+def test_every_method_has_a_place_in_a_comparison():
+    names = tuple(METHODS)
+    assert [run.method.name for run in replace(COMPARED, methods=names).study().points()] == list(names)
+    assert COMPARED.study().base == COMPARED.base and BASE.evaluation != COMPARED.base.evaluation
