@@ -106,7 +106,7 @@ def _check_number(name: str, value: Any, fix: str, above_zero: bool) -> None:
             f"{name}={shortened(value)}",
             "another sign" if number else "a text, a NaN or a tensor in place of a number", fix)
 
-# %% ../../nbs/7_training/03_config.ipynb #4207991a-0
+# %% ../../nbs/7_training/03_config.ipynb #d57e5c4e-0
 class TrainingSettings(TypedDict, total=False):
     """The settings of `TrainingConfig` as keywords, for type checkers."""
 
@@ -136,11 +136,14 @@ class TrainingSettings(TypedDict, total=False):
 
 
 RENAMED = {"precision": "dtype", "kl_warm_up": "kl_annealing"}  # names in version 0.1
+_RENAMED_VALUES = {("estimator", "shared"): "whole"}  # values in version 0.1
 
 
 def renamed(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version wrote, under the names that they have now."""
-    return {RENAMED.get(name, name): value for name, value in stored.items()}
+    """Settings that an earlier version wrote, under the names and with the values that they have now."""
+    values = {name: _RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
+              for name, value in stored.items()}
+    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def configured(
