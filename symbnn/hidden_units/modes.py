@@ -6,13 +6,13 @@
 __all__ = ['Tensors', 'UNITS', 'units', 'mode_distance', 'NearestMode', 'closest_pair', 'nearest_mode', 'ProximityBound',
            'packing_distance', 'proximity_bound', 'interpolate', 'barrier', 'align']
 
-# %% ../../nbs/4_hidden_units/01_modes.ipynb #1b3c1616-0
+# %% ../../nbs/4_hidden_units/01_modes.ipynb #fa125756-0
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Num
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from ..symmetry.groups import Element, Product, Permutations
 from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 
-# %% ../../nbs/4_hidden_units/01_modes.ipynb #34c71e29-0
+# %% ../../nbs/4_hidden_units/01_modes.ipynb #88fe72a9-0
 Tensors = Mapping[str, Tensor]  # weights by plain parameter name, each of shape (*shape,) or with leading draw axes
 
 
@@ -91,7 +91,7 @@ def _check_weights(weights: Tensors, action: NetworkAction) -> None:
                 "the weights of the network whose units are permuted, or its action: " + UNITS)
 
 
-def units(weights: Tensors, action: NetworkAction, hidden: str) -> Shaped[Tensor, "... n d"]:
+def units(weights: Tensors, action: NetworkAction, hidden: str) -> Num[Tensor, "... n d"]:
     """The vectors of the units of a hidden class: row j is all that moves with unit j, of the tensors given.
 
     Takes tensors with leading draw axes. `action` is `unit_permutations(network, input_shape)`. Raises `Refusal` for

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DRAWS', 'Scores', 'evaluate']
 
-# %% ../../nbs/7_training/06_evaluation.ipynb #4292d10d-0
-from collections.abc import Iterator, Mapping
+# %% ../../nbs/7_training/06_evaluation.ipynb #58fdc110-0
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ class Scores(Mapping[str, float]):
             parts.append(f"defect {self['defect_plugin']:.5f}")
         return ", ".join(parts)
 
-# %% ../../nbs/7_training/06_evaluation.ipynb #ee20d8c8-0
+# %% ../../nbs/7_training/06_evaluation.ipynb #5928fc17-0
 DRAWS = 64  # of the weights of a Bayesian network, where the caller says nothing
 
 
@@ -60,7 +60,7 @@ def _still(predictor: Predictor, data: Split) -> Equivariance:
         with torch.no_grad():
             outputs = predict(predictor, one, draws=1)[0] if is_variational(predictor) else predictor(one)
     else:
-        first = predictor[0] if isinstance(predictor, (list, tuple)) else predictor
+        first = predictor[0] if isinstance(predictor, Sequence) else predictor
         outputs = first(one)
     group = Cyclic(1)
     return Equivariance(Action.trivial(group, tuple(one.shape[1:])), Action.trivial(group, tuple(outputs.shape[1:])))

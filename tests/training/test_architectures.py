@@ -1,6 +1,7 @@
 """Architectures as values, initialisation, exact turns, and the count of multiply-adds."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers_data import seeded, typed
 from symbnn.equivariance.expansion import ARRANGEMENT, expand
 from symbnn.errors import Refusal
 from symbnn.layerwise.relaxed_networks import relaxed_network
@@ -18,11 +20,6 @@ from symbnn.symmetry.fields import field, rotations, rotations_and_flips
 from symbnn.symmetry.networks import intertwining_error, network_action
 from symbnn.training.architectures import PRESETS, Architecture, build, multiply_adds, weight_count
 from tolerances import assert_close, exact64
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
 
 each_preset = pytest.mark.parametrize("name", PRESETS)
 
@@ -145,24 +142,46 @@ def test_what_was_written_before_there_were_strides_is_the_same():
         "name": "cnn", "input_shape": (1, 28, 28), "classes": 10, "channels": (32, 64)}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"strides": (1,)}, {"strides": (1, 3)}, {"strides": (1, 2, 2)}, {"strides": (1, 2.0)}, {"name": "FC+FC"},
-     {"name": "FC+"}, {"input_shape": (8, 8)}, {"channels": ()}, {"name": "cnn", "strides": (1, 2)},
-     {"name": "mlp", "strides": (1, 2)}],
-    ids=str,
-)
-def test_refusals_of_relaxed_networks(change):
-    with pytest.raises(Refusal):
-        Architecture(**Architecture("FC+CONV", (1, 8, 8), 3, (2, 4)).as_dict() | change)
+RELAXED = {"name": "FC+CONV", "input_shape": (1, 8, 8), "classes": 3, "channels": (2, 4), "strides": ()}
+POOLED = {"name": "cnn", "input_shape": (1, 28, 28), "classes": 10, "channels": (32, 64), "strides": ()}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"name": "resnet"}, {"classes": 0}, {"channels": (8, 0)}, {"channels": ()}, {"input_shape": (28, 28)},
-     {"input_shape": ()}, {"classes": 2.5}, {"channels": (8, 8, 8)}],
-    ids=str,
-)
-def test_refusals(change):
-    with pytest.raises(Refusal):
-        Architecture(**PRESETS["small"].as_dict() | change)
+@pytest.mark.parametrize("base, change, said", [
+    (RELAXED, {"strides": (1,)}, r"one stride for each of the 2 entries of channels"),
+    (RELAXED, {"strides": (1, 3)}, r"8 x 8 pixels and strides=\(1, 3\)"),
+    (RELAXED, {"strides": (1, 2, 2)}, r"strides=\(1, 2, 2\) for channels=\(2, 4\)"),
+    (RELAXED, {"strides": (1, 2.0)}, "positive whole numbers"),
+    (RELAXED, {"name": "FC+FC"}, "paths of a relaxed network"),
+    (RELAXED, {"name": "FC+"}, r"'FC\+'"), (RELAXED, {"input_shape": (8, 8)}, "without a channel axis"),
+    (RELAXED, {"channels": ()}, "at least one entry of channels"),
+    (RELAXED, {"name": "cnn", "strides": (1, 2)}, "no strides for 'cnn'"),
+    (RELAXED, {"name": "mlp", "strides": (1, 2)}, "no strides for 'mlp'"),
+    (POOLED, {"name": "resnet"}, "'resnet'.*needs no Architecture"), (POOLED, {"classes": 0}, "classes=0"),
+    (POOLED, {"channels": (8, 0)}, "positive whole numbers"), (POOLED, {"channels": ()}, "at least one convolution"),
+    (POOLED, {"input_shape": (28, 28)}, "without a channel axis"), (POOLED, {"input_shape": ()}, "a shape left empty"),
+    (POOLED, {"classes": 2.5}, "classes=2.5"), (POOLED, {"channels": (8, 8, 8)}, "7 x 7 before pooling 3 of 3"),
+], ids=str)
+def test_refusals(base, change, said):
+    with pytest.raises(Refusal, match=said):
+        Architecture(**base | change)
+
+
+@pytest.mark.parametrize("base, change", [
+    (RELAXED, {"strides": (1,)}), (RELAXED, {"strides": (1, 3)}), (RELAXED, {"input_shape": (8, 8)}),
+    (RELAXED, {"channels": ()}), (POOLED, {"name": "resnet"}), (POOLED, {"channels": ()}),
+    (POOLED, {"input_shape": (28, 28)}),
+], ids=str)
+def test_the_advice_on_settings_works(base, change):
+    with pytest.raises(Refusal) as caught:
+        Architecture(**base | change)
+    advice = re.match(r"(\w+=(?:\([^)]*\)|\S+))", caught.value.fix)[1]
+    Architecture(**base | change | typed(f"dict({advice})"))
+
+
+def test_the_advice_on_sizes_and_strides_works():
+    with pytest.raises(Refusal, match=r"padded to 32 x 32 pixels, or channels=\(8, 8\)"):
+        Architecture("cnn", (1, 28, 28), 10, (8, 8, 8))
+    assert Architecture("cnn", (1, 32, 32), 10, (8, 8, 8)) and Architecture("cnn", (1, 28, 28), 10, (8, 8))
+    with pytest.raises(Refusal, match="no strides") as caught:
+        Architecture("cnn", (1, 28, 28), 10, (8, 8), (1, 2))
+    assert typed(caught.value.fix, Architecture=Architecture) == Architecture("cnn", (1, 28, 28), 10, (8, 8))

@@ -136,7 +136,7 @@ def test_refusals_come_before_the_first_step():
         replace(SETTINGS, objective="symmetrical")
     with pytest.raises(Refusal, match="as information"):
         replace(SETTINGS, information="guess")
-    with pytest.raises(Refusal, match="K >= 2"):
+    with pytest.raises(Refusal, match="number K of elements"):
         train(network(), split(), replace(SETTINGS, information="infonce", alternatives=1))
     with pytest.raises(Refusal, match="information_draws"):
         replace(SETTINGS, information_draws=0)
