@@ -310,3 +310,10 @@ def weighted_inputs():
     for tensor in variational_tensors(network).values():
         nn.init.normal_(tensor.posterior.log_scale, -0.5, generator=seeded(3))
     return network, torch.tensor([[1.0, -0.5, 2.0]]).double()
+
+
+def refused(call):
+    """The `Refusal` that a call raises."""
+    with pytest.raises(Refusal) as found:
+        call()
+    return found.value

@@ -164,11 +164,11 @@ def _wasserstein_of_full_gaussians(q: FullGaussian, p: FullGaussian) -> Tensor:
     spread = L.square().sum() + M.square().sum() - 2 * torch.linalg.svdvals(L.T @ M).sum()
     return _distance_of_means(q, p) + spread.clamp_min(0)
 
-# %% ../../nbs/2_posterior/18_divergences.ipynb #a84d3cbc-0
+# %% ../../nbs/2_posterior/18_divergences.ipynb #a6efa7eb-0
 def _check_orbits(means: Float[Tensor, "*n G C"]) -> None:
     """Raise `Refusal` for predictions that agree whatever they are."""
     if means.ndim < 2 or min(means.shape[-2:]) < 2 or means.numel() == 0:
-        raise Refusal("predictions (..., group elements, classes) under at least two elements, of at least two classes",
+        raise Refusal("predictions (..., group elements, classes) of at least two group elements and two classes",
                       got=f"predictions of shape {tuple(means.shape)}",
                       cause="one logit for two classes, predictions without their turns, or no predictions",
                       fix="a last layer nn.Linear(features, 2) for two classes; orbit_predictions(network, x, action) "

@@ -109,7 +109,7 @@ def _check_number(name: str, value: Any, fix: str, above_zero: bool) -> None:
             f"{name}={shortened(value)}",
             "another sign" if number else "a text, a NaN or a tensor in place of a number", fix)
 
-# %% ../../nbs/7_training/03_config.ipynb #93688309-0
+# %% ../../nbs/7_training/03_config.ipynb #63e01676-0
 class TrainingSettings(TypedDict, total=False):
     """The settings of `TrainingConfig` as keywords, for type checkers."""
 
@@ -142,11 +142,14 @@ RENAMED = {  # names in version 0.1
     "precision": "dtype", "kl_warm_up": "kl_annealing", "information": "information_method",
     "alternatives": "negatives",
 }
+_RENAMED_VALUES = {("estimator", "shared"): "whole"}  # values in version 0.1
 
 
 def renamed(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version wrote, under the names that they have now."""
-    return {RENAMED.get(name, name): value for name, value in stored.items()}
+    """Settings that an earlier version wrote, under the names and with the values that they have now."""
+    values = {name: _RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
+              for name, value in stored.items()}
+    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def configured(

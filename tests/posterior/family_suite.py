@@ -27,14 +27,14 @@ from symbnn.posterior.priors import isotropic
 from symbnn.posterior.sampling import sample_weights
 from symbnn.symmetry.actions import natural_action
 from symbnn.symmetry.fields import field, rotations
-from symbnn.symmetry.groups import Symmetric
+from symbnn.symmetry.groups import Permutations
 from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, exact64, within_standard_errors
 
 DRAWS = 200_000
 QUADRATURE = 1e-5  # kinks of Laplace densities cost the square of the step, 4e-4 deviations
-EXCHANGES = natural_action(Symmetric(3))
+EXCHANGES = natural_action(Permutations(3))
 DOUBLE = torch.float64
 
 

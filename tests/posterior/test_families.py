@@ -25,7 +25,7 @@ from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.point_mass import PointMass
 from symbnn.symmetry.actions import natural_action
 from symbnn.symmetry.fields import flips, rotations
-from symbnn.symmetry.groups import Symmetric
+from symbnn.symmetry.groups import Permutations
 from symbnn.symmetry.orbits import Orbits
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import assert_close, exact32, exact64, within_standard_errors
@@ -237,7 +237,7 @@ def test_a_subclass_has_the_rules_of_its_class():
     q, p = (Renamed(random((3,), seed), random((3,), seed + 1)) for seed in (0, 7))
     plain = [MeanFieldGaussian(member.loc, member.log_scale) for member in (q, p)]
     assert_close(log_affinity(q, p), log_affinity(*plain))
-    found = average(q, natural_action(Symmetric(3)))
+    found = average(q, natural_action(Permutations(3)))
     assert type(found) is Renamed
     with pytest.raises(Refusal, match="two members of one family"):
         log_affinity(q, plain[1])

@@ -6,14 +6,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers_posterior import SIZE, check_closedness, each_family, lower, members, random, seeded, signed_permutations
+from helpers_posterior import (
+    SIZE,
+    check_closedness,
+    each_family,
+    lower,
+    members,
+    random,
+    refused,
+    seeded,
+    signed_permutations,
+)
 from late import ONE_MOVES, ORDERS, reordered
 from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian
+from symbnn.posterior.family import ContinuousFamily
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.point_mass import PointMass
+from symbnn.posterior.priors import isotropic
 from symbnn.symmetry.actions import Action
 from symbnn.symmetry.fields import rotations
 from symbnn.symmetry.signed_permutations import SignedPermutation
@@ -134,3 +146,40 @@ def test_members_in_another_type_share_the_gradient():
     assert wide.loc.dtype == torch.float64 and not list(wide.parameters()) and member.loc.dtype == torch.float32
     (wide.loc.sum() + wide.log_scale.sum()).backward()
     assert torch.equal(member.loc.grad, torch.ones(3))
+
+
+def test_what_refusals_of_families_advise_works():
+    q = members()["gaussian"]
+    theta = random((5, SIZE), 1)
+    assert q.log_prob(eval(refused(lambda: q.log_prob(theta)).fix, {"theta": theta})).shape == (5,)
+    other = members((2, 3))["gaussian"].freeze()
+    fix = refused(lambda: q.kl(other)).fix.partition(", which")[0]
+    assert q.kl(eval(fix, {"isotropic": isotropic, "name": "weight", "posterior": q})).isfinite()
+    laplace, log_normal = members(seed=7)["laplace"], members()["lognormal"]
+    fix = refused(lambda: log_normal.kl(laplace)).fix.partition(", which")[0]
+    assert log_normal.kl(eval(fix.removeprefix("prior="), {"isotropic": isotropic})("weight", log_normal)).isfinite()
+    tiny = MeanFieldGaussian.initial(torch.zeros(2), 1e-25)
+    assert set(eval(refused(tiny.natural).fix, {"family": tiny, "torch": torch})) == {"linear", "quadratic"}
+    rows = MeanFieldGaussian(torch.zeros(2, 2), torch.zeros(2, 1))
+    square = rotations().on(2, 2)
+    fix = refused(lambda: rows.parameter_actions(square)).fix.partition(": ")[2]
+    whole = eval(fix, {"q": rows, "MeanFieldGaussian": MeanFieldGaussian})
+    assert set(whole.parameter_actions(square)) == {"loc", "log_scale"}
+
+
+class Halfway(ContinuousFamily):
+    """A family that says neither where it starts, nor which maps keep it."""
+
+    @property
+    def mean(self):
+        return torch.zeros(self.shape)
+
+
+def test_what_a_family_has_not_said_is_not_taken_for_granted():
+    q = Halfway((3,), True)
+    assert "start from" in str(refused(lambda: Halfway.initial(torch.zeros(3), 0.1)))
+    closure = q.is_closed_under(torch.eye(3))
+    assert not closure and "does not say which maps keep it" in closure.reason
+    assert "does not say" in str(refused(lambda: q.push_forward(torch.eye(3))))
+    assert "each weight has parameters of its own" in str(refused(lambda: q.marginal(torch.arange(2))))
+    assert "natural parameters" in str(refused(q.natural))

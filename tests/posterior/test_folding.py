@@ -19,6 +19,7 @@ from helpers_posterior import (
     unchecked_shapes,
 )
 from symbnn.errors import Refusal
+from symbnn.posterior.folding import bind_together, fold, uses_batch_statistics
 from symbnn.posterior.layers import posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, predict, sample_weights
 from tolerances import assert_close, exact64
@@ -70,3 +71,29 @@ def test_layer_types_and_channels_last():
     network[1].register_forward_hook(lambda module, inputs, output: layouts.append(inputs[0]))
     apply_weights(network, x, mean_weights(network))
     assert layouts[-1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_rows_that_draws_do_not_divide_are_refused():
+    network = with_posteriors(nn.Linear(3, 2))
+    weights = sample_weights(network, 2, seeded())
+    bound = bind_together(network, weights)
+    assert bound(torch.zeros(4, 3)).shape == (4, 2)
+    for x in (torch.zeros(5, 3), torch.zeros(0, 3), torch.zeros(3)):
+        with pytest.raises(Refusal, match="a number of rows that 2 draws"):
+            bound(x)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_copies_of_a_batch(channels_last):
+    x = torch.randn(3, 2, 5, 5, generator=seeded())
+    folded = fold(x, 4, channels_last)
+    assert torch.equal(folded.unflatten(0, (4, 3)), x.expand(4, *x.shape))
+    assert folded.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert torch.equal(fold(x[:, 0, 0], 2, channels_last), x[:, 0, 0].repeat(2, 1))
+
+
+def test_a_layer_in_the_copy_is_what_it_was():
+    network = with_posteriors(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).train())
+    bound = bind_together(network, sample_weights(network, 3, seeded()))
+    assert isinstance(bound[0], nn.Linear) and bound[0].in_features == 3 and isinstance(bound[1], nn.BatchNorm1d)
+    assert uses_batch_statistics(network) and not uses_batch_statistics(network.eval())

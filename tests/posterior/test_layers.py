@@ -1,12 +1,13 @@
 """Conversion to a Bayesian network and back."""
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from helpers_posterior import KINDS, LAYER_IDS, LAYERS, UNSEEN, linear, loop, seeded, small_cnn
+from helpers_posterior import KINDS, LAYER_IDS, LAYERS, UNSEEN, linear, loop, refused, seeded, small_cnn
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import kl_per_datum, kl_sum, posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.priors import isotropic
@@ -213,3 +214,29 @@ def test_kl_is_a_sum_over_tensors_and_per_datum_divides_it():
     assert_close(kl_per_datum(network, 50), exact / 50, 1e-10)
     with pytest.raises(Refusal, match="num_data=0"):
         kl_per_datum(network, 0)
+
+
+def typed(fix):
+    """The part of an advice that is code, up to the first comma or word that is none."""
+    return re.split(r", (?:which|or)|, then|; ", fix)[0]
+
+
+@pytest.mark.parametrize("network", [
+    lambda: nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 3)), lambda: nn.Sequential(nn.Linear(3, 3), Subclass(3, 3)),
+    lambda: nn.Sequential(nn.Linear(3, 3), with_extra_parameter()), lambda: nn.Linear(3, 3).requires_grad_(False),
+    lambda: with_posteriors(nn.Linear(3, 3)),
+], ids=["recurrent", "subclass", "parameter", "frozen", "Bayesian"])
+def test_what_a_refused_conversion_advises_works(network):
+    network = network()
+    fix = refused(lambda: with_posteriors(network)).fix
+    found = eval(typed(fix), {"network": network, "with_posteriors": with_posteriors,
+                              "posterior_mean_network": posterior_mean_network})
+    assert variational_tensors(found if "with_posteriors(" in typed(fix) else with_posteriors(network))
+
+
+def test_a_plain_network_and_a_number_are_told_what_works():
+    network = nn.Linear(3, 3)
+    fix = refused(lambda: variational_tensors(network)).fix
+    assert variational_tensors(eval(fix.partition(" = ")[2], {"network": network, "with_posteriors": with_posteriors}))
+    assert "with_posteriors(network, scale=0.3)" in refused(lambda: with_posteriors(network, 0.3)).fix
+    assert "nn.Linear" not in refused(lambda: with_posteriors(network, nn.Linear)).fix

@@ -612,8 +612,9 @@ def test_a_network_that_writes_into_its_input_spoils_neither_the_inputs_nor_the_
 
 def test_prediction_needs_draws_or_weights():
     network, x = with_posteriors(small_cnn()), torch.zeros(1, 1, 8, 8, dtype=torch.float64)
-    for arguments in ({}, {"draws": 2, "weights": mean_weights(network)}, {"draws": 2, "memory": 0}):
-        with pytest.raises(Refusal, match="draws"):
+    for arguments, got in (({}, "neither"), ({"draws": 2, "weights": mean_weights(network)}, "both"),
+                           ({"draws": 2, "memory": 0}, "memory of a prediction")):
+        with pytest.raises(Refusal, match=got):
             predict(network, x, **arguments)
     with pytest.raises(Refusal, match="at least one input"):
         predict(network, x[:0], draws=2)

@@ -1,11 +1,13 @@
 """What a forward pass looks at."""
 import pytest
 import torch
+from torch.nn import functional as F
 
 from helpers_posterior import Written, linear, loop, seeded
 from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.plans import execution_plan
 from symbnn.posterior.sampling import apply_weights, forward, predict, sample_weights
+from symbnn.posterior.watching import Watch, WithoutDropout
 from tolerances import assert_close
 
 
@@ -47,3 +49,43 @@ def test_rows_that_are_joined_for_some_values_only(name):
     weights = sample_weights(network, 3, seeded(1))
     assert_close(predict(network, loud, weights=weights, memory=1), loop(plain, loud, weights), 1e-7)
     assert_close(apply_weights(network, loud, weights), loop(plain, loud, weights), 1e-7)
+
+
+def watched(run, rows=5):
+    """What is noted while a function of rows and a weight runs, and the watch."""
+    x, weight = torch.randn(rows, 3, generator=seeded()), torch.randn(3, 3, generator=seeded(1))
+    watch = Watch(x, [weight])
+    with watch, WithoutDropout(watch):
+        run(x, weight)
+    return watch.noted, watch
+
+
+@pytest.mark.parametrize("run", [
+    lambda x, w: torch.relu(x @ w), lambda x, w: x.softmax(-1), lambda x, w: x.sum(1), lambda x, w: x[:, [0, 2]],
+    lambda x, w: x[torch.arange(5)], lambda x, w: x.gather(1, torch.zeros(5, 1, dtype=torch.int64)),
+    lambda x, w: w.mean(0), lambda x, w: torch.ones(5).mean().item(), lambda x, w: len(x) > 3,
+])
+def test_what_a_trial_can_settle_is_not_noted(run):
+    assert watched(run)[0] == []
+
+
+@pytest.mark.parametrize("run, name", [
+    (lambda x, w: x.mean(0), "mean over rows"), (lambda x, w: (x @ w).max(), "max over rows"),
+    (lambda x, w: x.sum(), "sum over rows"), (lambda x, w: x.cumsum(0), "cumsum over rows"),
+    (lambda x, w: x[x[:, 0] > 0], "index"), (lambda x, w: x.nonzero(), "nonzero"), (lambda x, w: w.sum().item(),
+    "_local_scalar_dense"), (lambda x, w: x.view(-1).tolist(), "tolist"), (lambda x, w: x.numpy(), "numpy"),
+    (lambda x, w: x.index_add(0, x[:, 0].long().clamp(0, 4), x), "index_add over rows"),
+])
+def test_what_it_cannot_settle_is_noted(run, name):
+    assert name in watched(run)[0]
+
+
+def test_random_numbers_are_noted_and_dropout_is_left_out():
+    x = torch.randn(5, 3, generator=seeded())
+    kept = []
+    _, watch = watched(lambda x, w: kept.append(torch.equal(F.dropout(x, 0.5), x)))
+    assert kept == [True] and watch.random and not watch.drew
+    _, watch = watched(lambda x, w: x + torch.rand_like(x))
+    assert watch.random and watch.drew
+    assert watched(lambda x, w: x.sum(0), rows=1)[0] == []  # one row is joined with nothing
+    assert not torch.equal(F.dropout(x, 0.5), x)  # outside of the mode dropout is as ever

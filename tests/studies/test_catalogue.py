@@ -73,7 +73,7 @@ def test_the_full_studies_have_the_source_s_settings():
     assert FULL.setup.channels == (32, 64) and FULL.setup.train_size == 5000 and FULL.setup.prior_scale == 1.0
     its = FULL.training
     assert (its.optimizer, its.learning_rate, its.scale_rate, its.clip_norm) == ("sgd", 0.01, 10.0, 1.0)
-    assert (its.estimator, its.draws, its.epochs, its.batch_size) == ("shared", 10, 500, 128)
+    assert (its.estimator, its.draws, its.epochs, its.batch_size) == ("whole", 10, 500, 128)
     sweep = STUDIES["draws-full"].base.evaluation
     assert (sweep.sweep[-1], sweep.repeats, sweep.images) == (1024, 10, None)
     triggers = {run.method.trigger for run in STUDIES["timing-full"].points()}
@@ -89,8 +89,8 @@ def test_estimates_count_training_and_evaluation(finished):
     found = estimate(study, (0.01, 1e6))
     assert (found.runs, found.multiply_adds) == (8, trained + evaluated)
     assert_close(found.seconds, 8 * 2 * 4 * 0.01 + (trained + evaluated) / 1e6)
-    shared = replace(study, base=BASE.changed({"training.estimator": "shared", "training.draws": 3}))
-    assert estimate(shared, (0.01, 1e6)).multiply_adds == 3 * trained + evaluated
+    whole = replace(study, base=BASE.changed({"training.estimator": "whole", "training.draws": 3}))
+    assert estimate(whole, (0.01, 1e6)).multiply_adds == 3 * trained + evaluated
 
 
 def test_speed_is_positive(monkeypatch):

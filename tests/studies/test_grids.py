@@ -80,7 +80,7 @@ def test_words_name_what_has_no_name_of_its_own():
 # Equal budget
 
 
-@pytest.mark.parametrize("estimator", ["split", "shared", "flipout"])
+@pytest.mark.parametrize("estimator", ["split", "whole", "flipout"])
 @pytest.mark.parametrize("group", ["C4", "D4"])
 def test_budgets_are_equal_and_the_baseline_gets_no_less(group, estimator):
     training = replace(COMPARED.training, estimator=estimator)

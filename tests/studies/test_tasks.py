@@ -124,7 +124,7 @@ def test_threads_are_given_back_after_an_error():
     assert seen == [before + 1] and torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("estimator, passes", [("split", 1), ("local", 1), ("shared", 8), ("flipout", 16)])
+@pytest.mark.parametrize("estimator, passes", [("split", 1), ("local", 1), ("whole", 8), ("flipout", 16)])
 @pytest.mark.parametrize("group, augmentation, copies", [("C4", "full", 4), ("D4", "full", 8), ("C4", "none", 1)])
 def test_an_epoch_costs_three_passes_of_what_the_estimator_makes(estimator, passes, group, augmentation, copies):
     task = prepare(replace(SETUP, group=group))

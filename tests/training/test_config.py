@@ -92,6 +92,7 @@ def test_settings_of_earlier_versions_are_read():
     assert {"precision", "kl_warm_up"} <= old.keys() and not {"dtype", "kl_annealing"} & old.keys()
     assert TrainingConfig.from_dict(old) == TrainingConfig.from_dict(today) == TrainingConfig(**today)
     assert TrainingConfig.from_dict({}) == TrainingConfig()
+    assert TrainingConfig.from_dict({"estimator": "shared"}).estimator == "whole"
     with pytest.raises(Refusal, match="epochs=3"):
         TrainingConfig.from_dict({"epoch": 3})
 
