@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := passive
 help:
 	@echo "make demo    train a small Bayesian network on digits, with and without orbit expansion; results in output/demo"
 	@echo "make test    everything that can fail: notebooks, tests, style, documentation"
-	@echo "make check   style, types, documentation, and whether the forms of the book agree; in a minute"
+	@echo "make check   style, types, documentation, and whether the forms of the book agree; within a minute"
 	@echo "make lowest  the tests with the lowest versions of settings.ini, on every Python that is here"
 	@echo "make lab     JupyterLab on the notebooks"
 	@echo "make book    run every chapter, export the package, write README.md"
@@ -34,7 +34,7 @@ test: ready
 	$(PYTEST) --numprocesses=4 -m "processes and not slow" || failed=1; \
 	exit $$failed
 
-CHECKS := style documentation in_step face extras project packaging types
+CHECKS := style documentation in_step face extras project types
 check: ready
 	$(PYTEST) --numprocesses=$(WORKERS) $(CHECKS:%=tests/house/test_%.py)
 

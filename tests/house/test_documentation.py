@@ -2,6 +2,7 @@
 import importlib
 import inspect
 import re
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 
@@ -40,6 +41,7 @@ def is_cross_reference(key: str) -> bool:
     return key.split("-")[0] in CROSS_REFERENCES and "-" in key
 
 
+@cache
 def labels(path: Path) -> list[str]:
     """Every label that a chapter defines: {#sec-...}, {#eq-...}, {#thm-...}, and `#| label:` of figures and tables."""
     in_code = re.findall(r"^#\| *label: *([\w-]+)", "\n".join(cells(path, "code")), re.M)

@@ -10,15 +10,15 @@ from book import ROOT
 CALLS = """
 from torch import nn
 
-from symbnn.equivariance.symmetric import bayesianize
-from symbnn.training.config import TrainingConfig
+import symbnn as sb
 
-bayesianize(nn.Linear(2, 1))
-bayesianize("network")  # mistake
-TrainingConfig(epochs=3, estimator="local")
-TrainingConfig(epoch=3)  # mistake
-TrainingConfig(epochs="3")  # mistake
-TrainingConfig(estimator="locl")  # mistake
+sb.bayesianize(nn.Linear(2, 1))
+sb.bayesianize("network")  # mistake
+sb.bayesianise(nn.Linear(2, 1))  # mistake
+sb.TrainingConfig(epochs=3, estimator="local")
+sb.TrainingConfig(epoch=3)  # mistake
+sb.TrainingConfig(epochs="3")  # mistake
+sb.TrainingConfig(estimator="locl")  # mistake
 """
 
 

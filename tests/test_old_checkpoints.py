@@ -1,0 +1,60 @@
+"""Checkpoints that earlier versions wrote are read, and mean what they meant. `tests/data` says how each was made."""
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from symbnn.actions import field, rotations
+from symbnn.checkpoints import load_network, read_checkpoint
+from symbnn.data import Split
+from symbnn.expansion import Arrangement, arrangement_of
+from symbnn.families import FAMILIES
+from symbnn.layers import kl_sum, posterior_mean_network, variational_tensors
+from symbnn.models import Architecture
+from symbnn.training import TrainingConfig, train
+from tolerances import assert_close, exact32
+
+FOLDER = Path(__file__).parent / "data" / "checkpoint_0.1"
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+INPUTS = torch.linspace(-1, 1, 3 * 16).reshape(3, 1, 4, 4)
+TURNS = field(rotations(), (1, 4, 4))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_old_network_predicts_what_it_predicted(name):
+    network = load_network(FOLDER / name)
+    assert_close(posterior_mean_network(network).eval()(INPUTS), torch.tensor(EXPECTED[name]["logits"]), exact32)
+    assert_close(kl_sum(network), torch.tensor(EXPECTED[name]["kl"]), exact32)
+
+
+def test_every_old_folder_is_compared():
+    folders = {path.parent.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("checkpoint.json")}
+    assert folders == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("family", ["gaussian", "laplace", "lognormal", "block", "full", "point"])
+def test_the_families_of_old_have_their_names(family):
+    tensors = variational_tensors(load_network(FOLDER / "families" / family)).values()
+    assert {type(tensor.posterior) for tensor in tensors} == {FAMILIES[family]}
+
+
+@pytest.mark.parametrize("arrangement", ["regular", "row_rolled", "row_constant", "block_diagonal"])
+def test_the_arrangements_of_old_have_their_marks(arrangement):
+    assert arrangement in get_args(Arrangement)
+    assert arrangement_of(load_network(FOLDER / "arrangements" / arrangement)) == arrangement
+
+
+def test_an_old_run_goes_on(tmp_path):
+    shutil.copytree(FOLDER / "trained", tmp_path, dirs_exist_ok=True)
+    stored, network = read_checkpoint(tmp_path).description, load_network(tmp_path)
+    config = replace(TrainingConfig(**stored["config"]), epochs=2)
+    found = train(network, Split(INPUTS, torch.arange(3)), config, action=TURNS, folder=tmp_path, resume=True,
+                  architecture=Architecture(**stored["architecture"]))
+    assert [record.epoch for record in found.history] == [0, 1]
+    assert found.history[0]._asdict() == stored["history"][0]
+    moved = posterior_mean_network(network)(INPUTS) - torch.tensor(EXPECTED["trained"]["logits"])
+    assert 0 < moved.abs().max() < 0.1
