@@ -30,6 +30,7 @@ from symbnn.data.splits import Split
 from symbnn.layerwise.evidence import laplace, log_precisions, set_log_precisions
 from symbnn.layerwise.precisions import PrecisionUpdates, evidence_precisions
 from symbnn.posterior.layers import posterior_mean_network, variational_tensors
+from symbnn.studies.tasks import Setup, prepare
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import train
 

@@ -15,20 +15,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from symbnn import __version__, cli, comparison
-from symbnn.training.loop import checkpoints
-from symbnn.studies.catalogue import STUDIES, Cost, find_study
+from symbnn import __version__, cli
 from symbnn.data.sources import PARTS
-from symbnn.training.checkpoints import read_checkpoint, save_network
-from symbnn.experiments import ARRAYS
-from symbnn.studies.tasks import Setup
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import with_posteriors
+from symbnn.training.loop import checkpoints
 from symbnn.training.architectures import PRESETS, build
-from symbnn.studies import Spec
+from symbnn.training.checkpoints import read_checkpoint, save_network
+from symbnn.studies.catalogue import STUDIES, Cost, find_study
 from symbnn.studies.evaluations import Evaluation
-from symbnn.studies.grids import Study
-from symbnn.studies.tasks import plain
+from symbnn.studies.grids import Comparison, Panel, Study
+from symbnn.studies.results import read_results
+from symbnn.studies.runs import FUNCTIONS, FunctionRun, NetworkRun
+from symbnn.studies.tables import METRICS
+from symbnn.studies.tasks import Setup
+from symbnn.studies.titles import listing
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import checkpoints
 
@@ -85,34 +86,40 @@ def test_help_explains_every_option_and_gives_examples(shell, command):
 
 def test_every_option_of_the_library_is_an_option(shell):
     text = shell("train", "--help").stdout + shell("compare", "--help").stdout
-    fields = set(cli.OPTIONS) - {"dataset"} | {"epochs", "seed", "seeds", "methods", "small_epochs"}
+    fields = set(cli.OPTIONS) - {"dataset"} | {"epochs", "seed", "seeds", "methods", "small_epochs", "precisions",
+                                               "learned_from", "learned_every", "threads", "jobs"}
     missing = [name for name in fields if f"--{name.replace('_', '-')}" not in text]
     assert not missing
 
 
 def test_defaults_are_those_of_the_library(shell, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "run_comparison", lambda comparison, **others: seen.append(comparison) or sys.exit(0))
+    monkeypatch.setattr(Comparison, "study", lambda comparison, root: seen.append(comparison) or sys.exit(0))
     assert shell("compare").exit_code == 0
-    assert seen == [comparison.Comparison()]
+    assert seen == [Comparison()]
 
 
 # Train, evaluate, compare
 
 
+SCORES = {f"{part}{name}" for part in ("", "orbit_") for name in ("accuracy", "nll_nats", "brier", "ece")} | {
+    "defect_plugin", "defect_unbiased", "orbit_jensen_shannon_nats", "symmetric_kl_nats", "orbit_agreement"}
+
+
 def test_train_evaluate_resume(shell, tmp_path):
     found = shell(*TRAIN, "-o", "runs/a")
     assert found.exit_code == 0, found.output
-    assert "ELBO" in found.stdout and "nats per image" in found.stdout and "symbnn evaluate runs/a" in found.stdout
+    assert "ELBO" in found.stdout and "nats a datum" in found.stdout and "symbnn evaluate runs/a" in found.stdout
     description = read_checkpoint(tmp_path / "runs/a").description
     assert description["notes"]["setup"]["channels"] == [2, 4] and description["notes"]["symbnn"] == __version__
     assert str(tmp_path) not in json.dumps(description)
     found = shell("evaluate", "runs/a", "--draws", "4", "--images", "30", "--csv", "m.csv", "--json", "m.json")
     assert found.exit_code == 0, found.output
-    assert all(f" {name} " in found.stdout for name in cli.UNITS) and "nats" in found.stdout
+    scores = [name for name in METRICS if name in SCORES]
+    assert all(f" {METRICS[name].label} " in found.stdout for name in scores) and "nats" in found.stdout
     rows = list(csv.DictReader((tmp_path / "m.csv").read_text().splitlines()))
     assert list(rows[0]) == ["metric", "value", "standard_error", "unit"]
-    assert [row["metric"] for row in rows] == list(cli.UNITS)
+    assert [row["metric"] for row in rows] == scores
     whole = json.loads((tmp_path / "m.json").read_text())
     assert whole["metrics"]["accuracy"] == float(rows[0]["value"]) and whole["draws"] == 4
     longer = [*TRAIN[:-3], "3", *TRAIN[-2:]]
@@ -123,15 +130,18 @@ def test_train_evaluate_resume(shell, tmp_path):
 CHOSEN = {
     "variant": "shifted", "size": 10, "group": "none", "architecture": "S-FC+CONV", "strides": [2, 1],
     "prior": "per_tensor", "family": "gaussian", "augmentation": "none", "objective": "symmetrised",
-    "information_method": "infonce", "information_draws": 3, "negatives": 5, "precisions": "elbo", "learnt_from": 2,
-    "learnt_every": 3,
+    "information_method": "infonce", "information_draws": 3, "negatives": 5, "precisions": "elbo", "learned_from": 2,
+    "learned_every": 3,
 }
 
 
 def stored(folder: Path) -> dict:
     """All settings that a checkpoint holds, by name."""
     description = read_checkpoint(folder).description
-    return description["notes"]["setup"] | description["config"] | description["notes"]["precisions"]
+    method = description["notes"]["method"]
+    learned = {"precisions": method.get("rule"), "learned_from": method.get("first"),
+               "learned_every": method.get("every")}
+    return description["notes"]["setup"] | description["config"] | learned
 
 
 def options(values: dict) -> list[str]:
@@ -154,7 +164,7 @@ def test_every_choice_is_an_option_and_reaches_the_checkpoint(shell, tmp_path):
 
 
 PATHS = ["--architecture", "F-FC+CONV", "--group", "none", "--augmentation", "none", "--prior", "per_tensor",
-         "--learnt-from", "2", "--learnt-every", "2"]
+         "--learned-from", "2", "--learned-every", "2"]
 ROUTES = {
     "elbo": [*PATHS, "--precisions", "elbo"],
     "evidence": [*PATHS, "--precisions", "evidence", "--family", "point"],
@@ -163,7 +173,7 @@ ROUTES = {
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_a_run_with_learnt_precisions_or_a_symmetrised_objective_is_resumed(shell, tmp_path, route):
+def test_a_run_with_learned_precisions_or_a_symmetrised_objective_is_resumed(shell, tmp_path, route):
     def trained(epochs: int, folder: str, *others: str) -> str:
         found = shell(*TRAIN, *ROUTES[route], "--threads", "1", "--epochs", epochs, "-o", folder, *others)
         assert found.exit_code == 0, found.output
@@ -190,18 +200,32 @@ def test_a_run_with_learnt_precisions_or_a_symmetrised_objective_is_resumed(shel
     assert all(0 <= row["share"] <= 1 for row in paths)
 
 
-def test_compare_shows_and_writes(shell, tmp_path):
+def runs_of(folder: Path) -> dict[str, Path]:
+    """The checkpoints of runs in a folder of `symbnn compare`, by method and seed."""
+    return {path.name.rpartition("-")[0]: path for path in (folder / "runs").iterdir() if path.is_dir()
+            and path.with_name(f"{path.name}.json").exists()}
+
+
+def test_compare_shows_and_writes(shell, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     found = shell(*COMPARE, "-o", "out", "--data", "digits")
     assert found.exit_code == 0, found.output
-    for word in ("accuracy", "nats", "multiply-adds", "same training budget", "regular against baseline", "runs.csv"):
-        assert word in found.stdout
-    assert "[1/2] baseline, seed 0" in found.stderr
+    order = ["Against the baseline of equal budget", "regular: defect", "worse:", "cal. error ↓",
+             "same training budget", "Written to out", "Next: symbnn evaluate"]
+    places = [found.stdout.index(word) for word in order]
+    assert places == sorted(places) and max(map(len, found.stdout.splitlines()[:12])) <= 80 and "…" not in found.stdout
+    assert "[1/2] baseline" in found.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "baseline-0", "small-0", "regular-0", "runs.csv", "comparison.json", "comparison.png"}
+        "runs", "table.csv", "runs.csv", "study.json", "figure.png", "orbit.png"}
     again = shell(*COMPARE, "-o", "out")
-    assert again.exit_code == 0 and again.stdout == found.stdout and "epochs\n" not in again.stderr
-    assert shell("evaluate", "out/regular-0", "--draws", "4", "--images", "20").exit_code == 0
-    refused(shell(*COMPARE, "-o", "out", "--prior-scale", "0.5"), "prior_scale=1.0 there, 0.5 now")
+    assert again.exit_code == 0 and again.stdout == found.stdout and again.stderr == "2 of 2 runs are there already\n"
+    folder = runs_of(tmp_path / "out")["regular-0"]
+    assert shell("evaluate", folder, "--draws", "4", "--images", "20", "--json", "m.json").exit_code == 0
+    _, rows = read_results(tmp_path / "out", "runs.csv")
+    measured = json.loads((tmp_path / "m.json").read_text())["metrics"]
+    assert {name: rows[1][name] for name in measured} == measured  # of the same seed
+    other = shell(*COMPARE, "-o", "out", "--prior-scale", "0.5")
+    assert other.exit_code == 0 and "there already" not in other.stderr and other.stdout != found.stdout
 
 
 def test_the_command_is_noted_without_folders_of_the_machine(monkeypatch):
@@ -251,12 +275,17 @@ MISTAKES = {
     "training set too large": (["--train-size", "9999"], "training"),
     "device": (["--device", "abacus"], "device"),
     "threads": (["--threads", "-1"], "number of threads"),
+    "jobs": (["--jobs", "0"], "number of jobs"),
     "missing own images": (["--data", "nowhere.npz"], "nowhere.npz"),
 }
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
-@pytest.mark.parametrize("mistake", MISTAKES)
+ALONE = {"threads": "train", "jobs": "compare"}  # options of one command
+
+
+@pytest.mark.parametrize("command, mistake", [(command, mistake) for mistake in MISTAKES
+                                              for command in ("train", "compare")
+                                              if ALONE.get(mistake, command) == command])
 def test_mistakes_are_refused_and_leave_nothing(shell, tmp_path, command, mistake):
     options, reason = MISTAKES[mistake]
     refused(shell(*(TRAIN if command == "train" else COMPARE), *options, "-o", "out"), reason)
@@ -267,8 +296,8 @@ def test_mistakes_are_refused_and_leave_nothing(shell, tmp_path, command, mistak
 IMPOSSIBLE = {
     "unknown objective": (["--objective", "iwae"], "objective is one of"),
     "unknown estimate": (["--information", "exact"], "information is one of"),
-    "unknown rule": (["--precisions", "learnt"], "Precisions are one of fixed, elbo, evidence"),
-    "never": (["--precisions", "elbo", "--learnt-every", "0"], "positive numbers of epochs"),
+    "unknown rule": (["--precisions", "learnt"], "rule that precisions follow is one of elbo, evidence"),
+    "never": (["--precisions", "elbo", "--learned-every", "0"], "between updates of precisions"),
     "evidence of turned images": (["--precisions", "evidence", "--family", "point"], "that of the training set"),
     "evidence of widths": (["--precisions", "evidence", "--augmentation", "none"], "evidence judges point masses"),
     "widths of points": (["--precisions", "elbo", "--family", "point"], "evidence judges point masses"),
@@ -306,7 +335,7 @@ def test_images_that_cannot_be_used_are_refused(shell, tmp_path, case):
 @pytest.mark.parametrize("options, reason", [
     (["--methods", "magic"], "method is one of baseline"), (["--methods", ""], "method is one of"),
     (["--seeds", "one"], "integers with commas"), (["--seeds", "0,0"], "once"), (["--images", "9999"], "9999 of 360"),
-    (["--split", "train"], "split is one of"), (["--evaluation-draws", "1"], "three draws"),
+    (["--split", "train"], "split is one of"), (["--evaluation-draws", "1"], "need three"),
     (["--family", "lognormal"], "LogNormal"),
 ])
 def test_comparisons_that_cannot_be_are_refused(shell, tmp_path, options, reason):
@@ -332,8 +361,8 @@ def test_a_folder_in_use_and_another_network_are_refused(trained, tmp_path):
     refused(trained(*TRAIN, "-o", "run"), "never overwrites")
     refused(trained(*TRAIN, "--channels", "4,4", "-o", "run", "--resume"), r"channels \[2, 4\] in the checkpoint")
     refused(trained(*TRAIN, "--prior-scale", "0.5", "-o", "run", "--resume"), "prior_scale 1.0 in the checkpoint")
-    learnt = ("--precisions", "elbo", "--learnt-from", "1")
-    refused(trained(*TRAIN, *learnt, "-o", "run", "--resume"), "precisions 'fixed' in the checkpoint")
+    learnt = ("--precisions", "elbo", "--learned-from", "1")
+    refused(trained(*TRAIN, *learnt, "-o", "run", "--resume"), "name 'baseline' in the checkpoint")
     refused(trained(*TRAIN, "--seed", "1", "-o", "run", "--resume"), "seed.0 in the checkpoint")
     refused(trained(*TRAIN, "-o", "other", "--resume"), "checkpoint")
 
@@ -378,14 +407,14 @@ def test_a_disk_that_fills_while_results_are_written(shell, tmp_path, monkeypatc
     write = checkpoints._write_bytes
 
     def full(path, data):
-        if path.name == "predictions.npy":
+        if path.suffix == ".npy":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
     monkeypatch.setattr(checkpoints, "_write_bytes", full)
     found = shell(*COMPARE, "-o", "out")
     assert found.exit_code == 2 and "No space left" in found.stderr and "Traceback" not in found.output
-    assert not list(tmp_path.rglob("run.json")) and not list(tmp_path.rglob("comparison.*"))
+    assert not list(tmp_path.rglob("runs/*.json")) and not list(tmp_path.rglob("study.json"))
 
 
 def test_wrong_usage_is_click_s_own_message(shell):
@@ -400,10 +429,10 @@ def test_wrong_usage_is_click_s_own_message(shell):
 @pytest.fixture
 def tiny(tmp_path):
     """A tiny study in the file tiny.json."""
-    base = Spec(Setup(channels=(2, 4), train_size=64), TrainingConfig(epochs=2, batch_size=64),
-                evaluation=Evaluation(images=20, draws=4))
+    base = NetworkRun(Setup(channels=(2, 4), train_size=64), TrainingConfig(epochs=2, batch_size=64),
+                      evaluation=Evaluation(images=20, draws=4))
     study = Study("A tiny study", "none", base, ({"method.name": ("baseline", "tied")},), seeds=(0, 1))
-    (tmp_path / "tiny.json").write_text(json.dumps(plain(study)))
+    (tmp_path / "tiny.json").write_text(json.dumps(study.values()))
     return study
 
 
@@ -432,20 +461,62 @@ def test_a_study_that_is_shown_can_be_edited(shell, tmp_path):
     assert json.loads(shown.stdout)["base"]["training"]["device"] == "cpu"
 
 
-def test_the_list_of_studies_has_their_costs(shell, monkeypatch):
+def test_the_list_is_shown_without_a_measurement(shell, monkeypatch):
+    monkeypatch.setattr(cli, "step_speed", lambda: pytest.fail("measured"))
+    found = shell("reproduce", "--list")
+    assert found.exit_code == 0 and found.stdout == f"{listing()}\n"
+
+
+def test_costs_are_shown_on_demand(shell, monkeypatch):
     def estimate(study, speed):
         assert speed == "measured"
         if study.base.training.estimator == "whole":
             raise Refusal("a", got="b", cause="c", fix="d")  # images that are not here
         return Cost(1, 12e12, 15120.0)
 
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(cli, "step_speed", lambda: "measured")
     monkeypatch.setattr(cli, "estimate", estimate)
-    found = shell("reproduce", "--list")
+    found = shell("reproduce", "--costs")
     assert found.exit_code == 0 and all(name in found.stdout for name in STUDIES)
-    there = sum(study.base.training.estimator != "whole" for study in STUDIES.values())
-    assert found.stdout.count("1.2e+13") == found.stdout.count(" 4.2 ") == there < len(STUDIES)
-    assert "factor of up to two" in found.stdout
+    there = sum(isinstance(study.base, NetworkRun) and study.base.training.estimator != "shared"
+                for study in STUDIES.values())
+    assert found.stdout.count("1.2e+13") == found.stdout.count(" 4.2 ") == there < len(STUDIES) - 2
+    assert "factor of up" in found.stdout and "…" not in found.stdout
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A simulation beside the named ones; its calls."""
+    calls = []
+
+    def toy(seed, a, b=0):
+        calls.append((seed, a, b))
+        return {"value": a + 10.0 * b + seed}
+
+    toy.__module__ = "symbnn.studies.simulations"
+    monkeypatch.setitem(FUNCTIONS, "toy", toy)
+    monkeypatch.setitem(STUDIES, "toy", Study("A toy", "none", FunctionRun("toy"), (
+        {"a": (1, 2)}, {"a": (3,), "b": (0, 1)}), (0, 2), x="a", panels=(Panel("value", logarithmic=False),)))
+    return calls
+
+
+def test_reproduce_runs_a_simulation(shell, tmp_path, toy):
+    found = shell("reproduce", "toy", "--seeds", "0,1", "--work", "work")
+    assert found.exit_code == 0, found.output
+    assert "[8/8]" in found.stderr and "Written to results/toy: table.csv" in found.stdout
+    study, rows = read_results(tmp_path / "results/toy", "runs.csv")
+    assert study.seeds == (0, 1) and len(list((tmp_path / "work").iterdir())) == len(toy) == len(rows) == 8
+    again = shell("reproduce", "toy", "--seeds", "0,1", "--work", "work", "-o", "out")
+    assert again.exit_code == 0 and len(toy) == 8 and (tmp_path / "out/figure.png").exists()
+    shown = shell("reproduce", "toy", "--show", "--seeds", "7")
+    assert json.loads(shown.stdout)["seeds"] == [7] and Study.from_json(shown.stdout).base == FunctionRun("toy")
+
+
+@pytest.mark.parametrize("option", (("--device", "cpu"), ("--data-folder", ".")))
+def test_options_of_studies_that_train_are_refused(shell, tmp_path, toy, option):
+    refused(shell("reproduce", "toy", *option), option[0])
+    assert not toy and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("arguments, reason", [
@@ -463,12 +534,12 @@ def test_architecture_or_augmentation_in_one_command(shell, tmp_path):
     methods = "baseline,tied,block_diagonal+projected,geometric"
     found = shell(*COMPARE[:-1], methods, "-o", "out")
     assert found.exit_code == 0, found.output
-    records = {name: json.loads((tmp_path / f"out/{name}-0/run.json").read_text()) for name in methods.split(",")}
-    defects = {name: record["metrics"]["defect_plugin"] for name, record in records.items()}
+    study, rows = read_results(tmp_path / "out")
+    defects = {str(run.method): row["defect_plugin"] for run, row in zip(study.points(), rows)}
     assert defects["tied"] < 1e-12 < defects["geometric"] and defects["block_diagonal+projected"] < defects["baseline"]
-    budgets = {name: record["training_multiply_adds"] for name, record in records.items()}
+    budgets = {str(run.method): row["training_multiply_adds"] for run, row in zip(study.points(), rows)}
     assert min(budgets.values()) == budgets["block_diagonal+projected"] > 0.7 * max(budgets.values())  # whole epochs
-    assert [record["small_epochs"] for record in records.values()] == [0, 0, 2, 2]
+    assert [row["before.epochs"] for row in rows] == [None, None, 2, 2] and list(defects) == methods.split(",")
 
 
 # Processes
@@ -503,9 +574,9 @@ def test_ctrl_c_leaves_what_is_finished_and_says_how_to_go_on(tmp_path, command)
     assert "Interrupted." in err and "same command" in err and "Traceback" not in err
     folder = next(tmp_path.rglob("checkpoint.json")).parent
     assert read_checkpoint(folder).description["progress"]["status"] == "interrupted"
-    assert not list(tmp_path.rglob("run.json"))
+    assert not list(tmp_path.rglob("runs/*.json"))
 
 
 def test_arrays_are_named_in_the_help(shell):
     text = shell("train", "--help").stdout
-    assert all(name in text for name in ARRAYS)
+    assert all(f"{part}_{kind}" in text for part in ("train", "test") for kind in ("images", "labels"))

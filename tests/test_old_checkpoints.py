@@ -8,14 +8,15 @@ from typing import get_args
 import pytest
 import torch
 
-from symbnn.actions import field, rotations
-from symbnn.checkpoints import load_network, read_checkpoint
-from symbnn.data import Split
-from symbnn.expansion import Arrangement, arrangement_of
-from symbnn.families import FAMILIES
-from symbnn.layers import kl_sum, posterior_mean_network, variational_tensors
-from symbnn.models import Architecture
-from symbnn.training import TrainingConfig, train
+from symbnn.symmetry.fields import field, rotations
+from symbnn.training.checkpoints import load_network, read_checkpoint
+from symbnn.data.splits import Split
+from symbnn.equivariance.expansion import Arrangement, arrangement_of
+from symbnn.posterior.families import FAMILIES
+from symbnn.posterior.layers import kl_sum, posterior_mean_network, variational_tensors
+from symbnn.training.architectures import Architecture
+from symbnn.training import train
+from symbnn.training.config import TrainingConfig
 from tolerances import assert_close, exact32
 
 FOLDER = Path(__file__).parent / "data" / "checkpoint_0.1"

@@ -14,7 +14,7 @@ from symbnn.equivariance.averages import average, average_rule
 from symbnn.equivariance.expansion import expansion_rule
 from symbnn.equivariance.tied import Tied
 from symbnn.errors import Refusal
-from symbnn.hidden_units.mutual_information import UnitLaw, unit_rule
+from symbnn.hidden_units.unit_densities import UnitLaw, unit_rule
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.divergences import log_affinity, wasserstein2_squared, wasserstein_rule
 from symbnn.posterior.families import FAMILIES

@@ -145,7 +145,7 @@ def test_widths_are_those_of_the_networks():
         before, after = method.widths(4)
         assert variational_tensors(network)["0.weight"].posterior.shape[0] == 2 * before
         if method.changes:
-            network, _ = method.change(network, TASK.action)
+            network = method.change(network, TASK.action).network
         assert variational_tensors(network)["0.weight"].posterior.shape[0] == 2 * after
 
 
@@ -261,8 +261,8 @@ def test_a_kill_between_the_calls_repeats_nothing(tmp_path, monkeypatch):
 def test_a_run_may_begin_with_a_trained_network():
     small = run(Baseline()).network
     kept = {name: value.clone() for name, value in small.state_dict().items()}
-    made, _ = Expansion("block_diagonal").change(run(Baseline()).network, TASK.action, TASK.prior())
-    expected = train(made, TASK.data.train, CONFIG, action=TASK.action)
+    made = Expansion("block_diagonal").change(run(Baseline()).network, TASK.action, TASK.prior())
+    expected = train(made.network, TASK.data.train, CONFIG, action=TASK.action)
     found = run(Expansion("block_diagonal"), network=small)
     assert numbers(found) == [record._replace(seconds=0) for record in expected.history] and found.changed == 0
     assert all(torch.equal(value, kept[name]) for name, value in small.state_dict().items())
@@ -275,8 +275,7 @@ def test_a_run_may_begin_with_a_trained_network():
 @pytest.mark.parametrize("trigger", [0, 2])
 def test_projected_gradients_keep_what_the_trigger_made(name, trigger):
     trained, free = (run(make_method(name, projected=projected, trigger=trigger)) for projected in (True, False))
-    made, action = make_method(name).change(build(1), TASK.action)
-    assert drift(trained.network, action if name in EXPANSIONS else network_action(made, TASK.action)).relative < 1e-15
+    assert drift(trained.network, make_method(name).change(build(1), TASK.action).action).relative < 1e-15
     assert defect(free.network) > 0
     assert numbers(trained)[:trigger] == numbers(free)[:trigger] and numbers(trained)[3] != numbers(free)[3]
     hooks = [p._backward_hooks for p in trained.network.parameters()]
@@ -332,7 +331,7 @@ def test_a_prior_that_is_not_invariant_cannot_be_kept_so():
 
 
 def test_the_guard_of_other_methods_does_nothing():
-    with Baseline().guard(build(1), None) as nothing:
+    with Baseline().guard(Baseline().change(build(1), TASK.action)) as nothing:
         assert nothing is None
 
 
