@@ -19,9 +19,6 @@ from symbnn import __version__, cli
 from symbnn.data.sources import PARTS
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import with_posteriors
-from symbnn.training.loop import checkpoints
-from symbnn.training.architectures import PRESETS, build
-from symbnn.training.checkpoints import read_checkpoint, save_network
 from symbnn.studies.catalogue import STUDIES, Cost, find_study
 from symbnn.studies.evaluations import Evaluation
 from symbnn.studies.grids import Comparison, Panel, Study
@@ -30,6 +27,8 @@ from symbnn.studies.runs import FUNCTIONS, FunctionRun, NetworkRun
 from symbnn.studies.tables import METRICS
 from symbnn.studies.tasks import Setup
 from symbnn.studies.titles import listing
+from symbnn.training.architectures import PRESETS, build
+from symbnn.training.checkpoints import read_checkpoint, save_network
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import checkpoints
 

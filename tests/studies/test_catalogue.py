@@ -10,13 +10,13 @@ import pytest
 
 from helpers_studies import BASE
 from symbnn.errors import Refusal
-from symbnn.training.architectures import Architecture, build, multiply_adds
 from symbnn.studies import catalogue
 from symbnn.studies.catalogue import FULL, SMALL, STUDIES, estimate, find_study
 from symbnn.studies.grids import Study
 from symbnn.studies.runs import NetworkRun, task_of
 from symbnn.studies.tasks import prepare
 from symbnn.studies.titles import TITLES, listing
+from symbnn.training.architectures import Architecture, build, multiply_adds
 from tolerances import assert_close
 
 

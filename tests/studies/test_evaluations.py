@@ -10,18 +10,17 @@ from symbnn.equivariance.metrics import defect_plugin, defect_unbiased
 from symbnn.equivariance.predictions import orbit_predictions
 from symbnn.errors import Refusal
 from symbnn.hidden_units.mutual_information import mutual_information
-from symbnn.layerwise.evidence import log_precisions
-from symbnn.layerwise.evidence import laplace
+from symbnn.layerwise.evidence import laplace, log_precisions
 from symbnn.layerwise.precisions import learned_equivariance
 from symbnn.posterior.layers import kl_sum
 from symbnn.posterior.likelihoods import Categorical
 from symbnn.posterior.sampling import predict
-from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.studies import evaluations
 from symbnn.studies.evaluations import Evaluation, measure, measure_once
 from symbnn.studies.methods import Baseline, OrbitMixture, run_method
 from symbnn.studies.runs import perform, task_of
 from symbnn.studies.tasks import prepare
+from symbnn.symmetry.networks import network_action, unit_permutations
 from tolerances import assert_close, within_standard_errors
 
 

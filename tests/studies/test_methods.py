@@ -18,8 +18,6 @@ from symbnn.layerwise.evidence import log_precisions, set_log_precisions
 from symbnn.layerwise.precisions import elbo_precisions, evidence_precisions
 from symbnn.posterior.layers import variational_tensors
 from symbnn.posterior.sampling import apply_weights, mean_weights, predict
-from symbnn.symmetry.networks import network_action
-from symbnn.training.checkpoints import read_checkpoint
 from symbnn.studies import methods
 from symbnn.studies.methods import (
     METHODS,
@@ -36,6 +34,8 @@ from symbnn.studies.methods import (
     training_accuracy,
 )
 from symbnn.studies.tasks import Setup, prepare
+from symbnn.symmetry.networks import network_action
+from symbnn.training.checkpoints import read_checkpoint
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import train
 from tolerances import assert_close, exact32

@@ -12,12 +12,12 @@ import torch
 
 from helpers_studies import BASE, TINY
 from symbnn.errors import Refusal
-from symbnn.training.architectures import multiply_adds
-from symbnn.training.checkpoints import load_network, read_checkpoint
 from symbnn.studies import runs, simulations
 from symbnn.studies.methods import Average, Baseline, Expansion, LearnedPrecisions, run_method
 from symbnn.studies.runs import FUNCTIONS, FunctionRun, NetworkRun, learn, perform, run_from_json, task_of
 from symbnn.studies.tasks import evaluate, plain, prepare
+from symbnn.training.architectures import multiply_adds
+from symbnn.training.checkpoints import load_network, read_checkpoint
 
 BEFORE = BASE.changed({"method.name": "block_diagonal", "training.epochs": 1, "before.epochs": 3})
 

@@ -9,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from symbnn.data.sources import load
+from symbnn.data.transforms import vary
 from symbnn.errors import Refusal
 from symbnn.layerwise.evidence import laplace
 from symbnn.layerwise.precisions import learned_equivariance
 from symbnn.posterior.families import FAMILIES
 from symbnn.posterior.layers import with_posteriors
-from symbnn.training.architectures import PRESETS, build, multiply_adds
-from symbnn.training.checkpoints import read_checkpoint, save_network
 from symbnn.studies import tasks
 from symbnn.studies.methods import Baseline, Expansion, LearnedPrecisions, OrbitMixture
 from symbnn.studies.tasks import (
@@ -32,7 +31,8 @@ from symbnn.studies.tasks import (
     read_notes,
     using_threads,
 )
-from symbnn.data.transforms import vary
+from symbnn.training.architectures import PRESETS, build, multiply_adds
+from symbnn.training.checkpoints import read_checkpoint, save_network
 from symbnn.training.config import TrainingConfig
 
 SETUP = Setup(channels=(2, 4), train_size=64)

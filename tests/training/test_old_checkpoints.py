@@ -1,4 +1,4 @@
-"""Checkpoints that earlier versions wrote are read, and mean what they meant. The folder beside says how each was made."""
+"""Checkpoints that earlier versions wrote are read, and mean what they meant. Beside stands how each was made."""
 import json
 import shutil
 from dataclasses import replace
