@@ -1,5 +1,18 @@
-"""`python -m symbnn` is the command `symbnn`."""
-from symbnn.cli import main
+"""The console script `symbnn`, and `python -m symbnn`. What needs no torch is answered before torch is imported."""
+import sys
+
+
+def main() -> int:
+    """Run a command; its exit status."""
+    if sys.argv[1:] == ["reproduce", "--list"]:
+        from symbnn.studies.titles import listing
+
+        print(listing())
+        return 0
+    from symbnn.cli import main as command
+
+    return command()
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

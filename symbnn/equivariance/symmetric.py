@@ -36,7 +36,7 @@ from ..symmetry.fields import SpatialAction, field
 from ..symmetry.groups import Group
 from ..symmetry.networks import Hidden, NetworkAction, check_network, intertwining_error, network_action
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #40efba07-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #fe44918d-0
 _TRIALS = 3  # random inputs
 
 
@@ -50,7 +50,7 @@ def _moved(network: nn.Module, action: NetworkAction) -> dict[str, Tensor]:
                for name, module in modules_outside(plain_network(network))
                for key, tensor in {**module._parameters, **module._buffers}.items() if tensor is not None}
     unknown = sorted(name for name, (_, trained) in outside.items() if trained and name not in action.parameters)
-    require(not unknown, "An action moves every weight of the network", f"one that does not know {unknown}",
+    require(not unknown, "an action that moves every weight of the network", f"one that does not know {unknown}",
             "the action of another network", "network_action(network, action.input)")
     means = {name: tensor.posterior.mean for name, tensor in variational_tensors(network).items()}
     return means | {name: tensor for name, (tensor, _) in outside.items() if name in action.parameters}
@@ -71,12 +71,12 @@ def _check_pair(network: nn.Module, action: NetworkAction) -> None:
     with torch.no_grad():
         allowed = rounding_tolerance(bind(network, weights, evaluating=True)(x))
     error = intertwining_error(network, action, x, tensors=weights)
-    require(error <= allowed, "A network and its action commute: f(gx; g theta) = g f(x; theta)",
+    require(error <= allowed, "a network and an action that commute: f(gx; g theta) = g f(x; theta)",
             f"a {type(network).__name__} and an action of {action.group.name}, with an error of {error:.2g} at random "
             "weights", "the action of another network of the same shapes, layers that were changed after it was "
             "derived, or running statistics that are not finite", "Symmetric(network, action.input)")
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #610aaad0-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #d49c32c6-0
 Symmetry = SpatialAction | Action | NetworkAction
 
 
@@ -89,11 +89,11 @@ def _action_on(network: nn.Module, symmetry: SpatialAction | Action, shape: Sequ
     if shape is not None:
         check_shape(shape, "The shape of one input", "shape=(C, H, W)", least=1)
     if isinstance(symmetry, SpatialAction):
-        require(shape is not None, "The shape of one input says which pixels are moved",
+        require(shape is not None, "the shape of one input, which says which pixels are moved",
                 f"'{symmetry.name}' without a shape", "an argument left out",
                 "shape=(C, H, W) behind the symmetry, such as (1, 28, 28) or data.shape")
         symmetry = field(symmetry, shape)
-    require(shape is None or tuple(shape) == symmetry.shape, "An action on inputs has its shape",
+    require(shape is None or tuple(shape) == symmetry.shape, "no other shape than that of the action on inputs",
             f"shape={shape} with {symmetry!r}", "the shape of other data", f"shape={symmetry.shape}, or none at all")
     return network_action(network, symmetry, hidden=hidden, output=output)
 
@@ -119,12 +119,13 @@ class Symmetric:
         does not commute with the group (naming the layer), and for an action of another network.
         """
         check_network(network)
-        require(is_variational(network), "A network with a symmetry has posteriors, which the group moves",
+        require(is_variational(network), "a network with posteriors, which the group moves",
                 f"a {type(network).__name__} without any", "a plain torch network",
                 "bayesianize(network, symmetry, shape), which makes both")
         given = isinstance(action, NetworkAction)
         require(not given or (shape is None and hidden == "trivial" and output is None),
-                "An action on a whole network says all about it", f"shape={shape}, hidden={hidden!r}, output={output}",
+                "an action on a whole network and nothing beside it",
+                f"shape={shape}, hidden={hidden!r}, output={output}",
                 "arguments that derive an action", "Symmetric(network, action.input, hidden=..., output=...)")
         whole = action if given else _action_on(network, action, shape, hidden, output)
         _check_pair(network, whole)
@@ -193,7 +194,7 @@ class Symmetric:
         """How far all parameters are from those that the group leaves in place: `drift`."""
         return drift(self.network, self.action)
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #3b163f15-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #79c434f3-0
 @overload
 def bayesianize(network: nn.Module, symmetry: None = None, shape: None = None, *,
                 family: type[Family] = MeanFieldGaussian, scale: float = 0.05,
@@ -218,8 +219,9 @@ def bayesianize(network: nn.Module, symmetry: Symmetry | None = None, shape: Seq
     check_network(network)
     usual = "bayesianize(network, rotations(), (1, 28, 28))"
     if symmetry is None:
-        require(shape is None and hidden == "trivial" and output is None, "Shapes and actions on channels belong to a "
-                "symmetry", f"shape={shape}, hidden={hidden!r}, output={output} without one", "an argument left out",
+        require(shape is None and hidden == "trivial" and output is None,
+                "a symmetry beside a shape or actions on channels",
+                f"shape={shape}, hidden={hidden!r}, output={output} without one", "an argument left out",
                 usual)
         return with_posteriors(network, family, scale, prior)
     check_kind(symmetry, (SpatialAction, Action, NetworkAction), "The symmetry of the inputs", usual, {

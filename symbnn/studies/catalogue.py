@@ -67,7 +67,7 @@ def estimate(study: Study, speed: tuple[float, float], root: Path | None = None)
     seeds = len(study.seeds)
     return Cost(len(study.runs()), seeds * work, seeds * seconds)
 
-# %% ../../nbs/8_studies/12_catalogue.ipynb #98b4d119-0
+# %% ../../nbs/8_studies/12_catalogue.ipynb #9393c089-0
 def _studies(base: NetworkRun, triggers: tuple[int, ...], sizes: dict[int, int], equal: int, tied_rate: float,
              swept: dict, adamw: dict) -> dict[str, Study]:
     """The studies around one base.
@@ -249,11 +249,11 @@ STUDIES: dict[str, Study] = _studies(
 def find_study(name: str) -> Study:
     """A study by its name, or from a JSON file. Raises `Refusal` for what is neither."""
     if not name.endswith(".json"):
-        require(name in STUDIES, f"The study is one of {', '.join(STUDIES)}, or a JSON file", repr(name),
+        require(name in STUDIES, f"one of {', '.join(STUDIES)}, or a JSON file, as the study", repr(name),
                 "a misspelt name", "symbnn reproduce --list")
         return STUDIES[name]
     try:
         return Study.from_json(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
-        raise Refusal("A study is read from a JSON file", got=f"{Path(name).name}: {error.strerror}",
+        raise Refusal("a JSON file of a study", got=f"{Path(name).name}: {error.strerror}",
                       cause="another name or folder", fix="symbnn reproduce --show NAME > my.json") from error

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REMEMBERED', 'Evaluation', 'Measured', 'measure', 'measure_once']
 
-# %% ../../nbs/8_studies/03_evaluations.ipynb #4791fdd2-0
+# %% ../../nbs/8_studies/03_evaluations.ipynb #f84e247b-0
 import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
@@ -25,7 +25,7 @@ from ..posterior.likelihoods import Categorical
 from ..posterior.sampling import predict, sample_weights
 from ..symmetry.networks import unit_permutations
 from .methods import Method
-from .tasks import Task, chosen_images, evaluate, path_reports
+from .tasks import Task, chosen_images, evaluate_task, path_reports
 
 # %% ../../nbs/8_studies/03_evaluations.ipynb #f3ede6c5-0
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Evaluation:
         if self.information:
             InformationEstimator(network, unit_permutations(network, task.data.shape))
 
-# %% ../../nbs/8_studies/03_evaluations.ipynb #13ed6f62-0
+# %% ../../nbs/8_studies/03_evaluations.ipynb #d04c6032-0
 def _sweep(network: nn.Module, task: Task, evaluation: Evaluation, seed: int) -> list[dict]:
     """The defect from the first T draws, for each T and repeat."""
     rows, parameter = [], next(network.parameters())
@@ -127,7 +127,8 @@ def measure(network: nn.Module, task: Task, its: Evaluation, method: Method, see
     """The rows of results of a trained network, and its predictions where they are kept."""
     if its.sweep:
         return Measured(_sweep(network, task, its, seed))
-    found, predictions = evaluate(network, task, split=its.split, images=its.images, draws=its.draws, mode=its.mode,
+    found, predictions = evaluate_task(network, task, split=its.split, images=its.images, draws=its.draws,
+                                         mode=its.mode,
                                   method=method, seed=seed)
     found |= _bounds(network, task, its.information, seed) if its.information else {}
     found |= _paths(network, task, seed) if its.paths else {}

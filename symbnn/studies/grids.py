@@ -19,7 +19,7 @@ from .runs import NetworkRun, Run, run_from_json, task_of
 from .tasks import Setup, Task, epoch_cost, plain
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/05_grids.ipynb #100d90fe-0
+# %% ../../nbs/8_studies/05_grids.ipynb #6f5b91a3-0
 @dataclass(frozen=True)
 class Panel:
     """One picture of a study's figure."""
@@ -46,14 +46,14 @@ class Study:
 
     def __post_init__(self):
         require(bool(self.grids and self.seeds) and min(self.seeds) >= 0 and len(set(self.seeds)) == len(self.seeds),
-                "A study has a grid, and seeds that are not negative and named once",
+                "a study with a grid, and with seeds that are not negative and named once",
                 f"{len(self.grids)} grids, seeds {self.seeds}", "an empty list or a repetition", "seeds 0, 1, 2")
         rows = [json.dumps(run.settings(), sort_keys=True) for run in self.points()]
         known = {"draws", *self.columns}
         require({self.x, *self.series, *(name for name, _ in self.only)} <= known,
-                "The figure's axis and series are among what the grids vary", f"x={self.x!r}, series={self.series}",
+                "an axis and series of the figure among what the grids vary", f"x={self.x!r}, series={self.series}",
                 "a misspelt name", f"one of {', '.join(sorted(known))}")
-        require(len(set(rows)) == len(rows), "The grids name each run once",
+        require(len(set(rows)) == len(rows), "grids that name each run once",
                 f"{len(rows)} runs of {len(set(rows))} kinds", "overlapping grids", "leave the runs out of one")
 
     @property
@@ -89,7 +89,8 @@ class Study:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, Refusal):
                 raise
-            raise Refusal("A study is a JSON file as --show prints it", got=f"{type(error).__name__}: {error}",
+            raise Refusal("a study as JSON, as symbnn reproduce --show prints it",
+                          got=f"{type(error).__name__}: {error}",
                           cause="a misspelt field, or a slip of the pen", fix="start from symbnn reproduce --show NAME"
                           ) from error
 
@@ -116,7 +117,7 @@ def describe(study: Study, run: Run) -> str:
     """A run in words: what the study varies, and the seed."""
     return f"{words(study.columns, map(run.value, study.columns))}, seed {run.seed}"
 
-# %% ../../nbs/8_studies/05_grids.ipynb #74d8535e-0
+# %% ../../nbs/8_studies/05_grids.ipynb #d617aaae-0
 DEMO = TrainingConfig(
     epochs=11, batch_size=256, learning_rate=0.02, scale_rate=0.3, schedule="cosine", evaluate_every=10
 )
@@ -128,13 +129,17 @@ class Comparison:
 
     setup: Setup = Setup(channels=(6, 12))
     training: TrainingConfig = DEMO  # its `epochs` come after the expansion; its `seed` is not used
-    small_epochs: int = 40  # before the small network is expanded, or its posterior averaged
-    expanded_learning_rate: float = 0.015  # of the means, in networks with the expanded width
-    methods: tuple[str, ...] = ("baseline", "regular", "block_diagonal")  # see `read_method`
-    seeds: tuple[int, ...] = (0, 1, 2)  # of initial weights, order of batches and draws; the images are always the same
-    draws: int = 64  # of the weights, in the evaluation
-    split: str = "test"  # that is evaluated; choose settings with "validation"
-    images: int | None = None  # evaluated; None: the whole split
+    small_epochs: int = 40  # epochs before the small network is expanded, or its posterior averaged
+    expanded_learning_rate: float = 0.015  # learning rate of the means in expanded and wide networks
+    # baseline: the small network; regular, row_rolled, row_constant, block_diagonal: arrangements of its orbit
+    # expansion; wide: as wide, but from random weights; geometric, arithmetic, projection: its posterior averaged;
+    # orbit_mixture: its predictions averaged; tied: an equivariant network as wide; tied_small: one as small.
+    # NAME+projected keeps averages and expansions invariant
+    methods: tuple[str, ...] = ("baseline", "regular", "block_diagonal")
+    seeds: tuple[int, ...] = (0, 1, 2)  # each method runs once for each
+    evaluation_draws: int = 64  # samples of the weights in the evaluation
+    split: str = "test"  # images of the evaluation: "test"; or "validation", while settings are chosen
+    images: int | None = None  # evaluate on the first so many; None: the whole split
 
     def __post_init__(self):
         for method in self.methods:
@@ -147,7 +152,7 @@ class Comparison:
     @property
     def base(self) -> NetworkRun:
         """What the runs of all methods have in common."""
-        evaluation = Evaluation(self.split, self.images, self.draws, predictions=True)
+        evaluation = Evaluation(self.split, self.images, self.evaluation_draws, predictions=True)
         return NetworkRun(self.setup, self.training, evaluation=evaluation)
 
     def study(self, root: Path | str | None = None) -> Study:

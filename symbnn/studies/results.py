@@ -24,7 +24,7 @@ from .figures import picture
 from .grids import Study
 from .tables import COSTS, METRICS, Spread, as_csv, costs, run_rows, table
 
-# %% ../../nbs/8_studies/09_results.ipynb #e5ed9c75-0
+# %% ../../nbs/8_studies/09_results.ipynb #b074552d-0
 def save(study: Study, records: Sequence[dict], folder: Path | str, command: str = "",
          pictures: Mapping[str, Figure] | None = None) -> list[Path]:
     """Write table.csv, runs.csv, study.json and figure.png, and further pictures under their names; each whole or,
@@ -73,7 +73,7 @@ def _made(folder: Path | str) -> tuple[dict, Study]:
 def _no_results(error: Exception) -> Refusal:
     if isinstance(error, Refusal):
         return error
-    return Refusal("A folder of results holds study.json and its tables", got=f"{type(error).__name__}: {error}",
+    return Refusal("a folder of results with study.json and its tables", got=f"{type(error).__name__}: {error}",
                    cause="a study that was not run, or an edited file", fix="symbnn reproduce NAME")
 
 
@@ -103,7 +103,7 @@ def provenance(folder: Path | str) -> str:
             f"({', '.join(made['devices'])}), "
             f"{min(each):.2g} to {max(each):.2g} training seconds per training image")
 
-# %% ../../nbs/8_studies/09_results.ipynb #9fe08741-0
+# %% ../../nbs/8_studies/09_results.ipynb #403bdf3a-0
 class Difference(NamedTuple):
     """Mean and standard error (None for a single pair) of differences, and how many."""
 
@@ -124,13 +124,15 @@ def paired(rows: Sequence[dict], metric: str, one: Mapping[str, object], other: 
     def chosen(settings: Mapping[str, object]) -> dict[tuple, float]:
         mine = [row for row in rows if all(row[name] == value for name, value in settings.items())]
         named = {tuple(row[name] for name in by): row[metric] for row in mine}
-        require(len(named) == len(mine) > 0, "Rows are paired one by one", f"{len(mine)} rows for {dict(settings)}, "
+        require(len(named) == len(mine) > 0, "rows that are paired one by one",
+                f"{len(mine)} rows for {dict(settings)}, "
                 f"{len(named)} kinds", "a setting that is left open, or a misspelt value",
                 f"settings that fix all but {by}")
         return named
 
     first, second = chosen(one), chosen(other)
-    require(first.keys() == second.keys(), "Rows are paired one by one", f"{len(first)} and {len(second)} rows",
+    require(first.keys() == second.keys(), "as many rows for one as for the other",
+            f"{len(first)} and {len(second)} rows",
             "seeds that one of them lacks", "the same seeds for both")
     found = [first[key] - second[key] for key in first]
     error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None

@@ -94,7 +94,7 @@ class Run(ABC):
         text = json.dumps({"run": self.chosen(), "data_crc32": self.data(root)}, sort_keys=True)
         return f"{self.label}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
-# %% ../../nbs/8_studies/04_runs.ipynb #ca055f04-0
+# %% ../../nbs/8_studies/04_runs.ipynb #76eb0d7c-0
 @dataclass(frozen=True)
 class NetworkRun(Run):
     """A network, trained by a method and evaluated."""
@@ -109,7 +109,8 @@ class NetworkRun(Run):
 
     def __post_init__(self):
         require(self.before is None or (self.method.changes and not self.method.trigger),
-                "What was trained before is changed at the start", f"{self.method} with trigger={self.method.trigger}",
+                "a method that changes at its start what was trained before",
+                f"{self.method} with trigger={self.method.trigger}",
                 "a method that changes nothing, or changes later", "trigger=0 of an average or an expansion")
 
     @property
@@ -137,7 +138,7 @@ class NetworkRun(Run):
         for name, value in changes.items():
             part, _, key = name.partition(".")
             known = _known(part)
-            require(key in known, "A setting is named by its part and its field, as in method.name", repr(name),
+            require(key in known, "the name of a setting, by its part and its field, as in method.name", repr(name),
                     "a misspelt name", f"one of {', '.join(sorted(known) or values)}")
             values[part][key] = value
         made = {part: replace(getattr(self, part) or self.training, **its)
@@ -270,7 +271,7 @@ def perform(run: NetworkRun, root: Path | None = None, work: Path | None = None,
             "torch": torch.__version__, "device": choose_device(run.training).type,
         }), found.predictions)
 
-# %% ../../nbs/8_studies/04_runs.ipynb #5adf51d4-0
+# %% ../../nbs/8_studies/04_runs.ipynb #7d72cb1b-0
 FUNCTIONS: dict[str, Callable[..., dict]] = {}
 
 
@@ -299,7 +300,7 @@ class FunctionRun(Run):
         return self._found().__module__
 
     def _found(self) -> Callable[..., dict]:
-        require(self.function in FUNCTIONS, f"A simulation is one of {', '.join(FUNCTIONS) or 'none so far'}",
+        require(self.function in FUNCTIONS, f"one of {', '.join(FUNCTIONS) or 'none so far'} as the simulation",
                 repr(self.function), "a misspelt name, or a module that was not imported",
                 "import symbnn.studies.simulations")
         return FUNCTIONS[self.function]

@@ -30,7 +30,7 @@ from .grids import Study, describe
 from .methods import start_folder
 from .runs import Finished, Run, learn, run_from_json
 
-# %% ../../nbs/8_studies/06_store.ipynb #cd016859-0
+# %% ../../nbs/8_studies/06_store.ipynb #03d99a2b-0
 PACKAGE = Run.__module__.partition(".")[0]
 
 
@@ -56,7 +56,7 @@ def _read(module: str) -> tuple[str, frozenset[str]]:
 def code_version(module: str) -> str:
     """A hash of the code that decides what a module computes: its own and that of all modules of the package which it
     imports. Raises `Refusal` for a module without a source file."""
-    require(_source(module) is not None, "A run's code is in the file of a module", repr(module),
+    require(_source(module) is not None, "a function of a run that is in the file of a module", repr(module),
             "a function that was defined in a notebook or a shell", "define it in a .py file that is imported")
     left, found = [module], {}
     while left:
@@ -66,7 +66,7 @@ def code_version(module: str) -> str:
             left += imported
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/8_studies/06_store.ipynb #45dac63c-0
+# %% ../../nbs/8_studies/06_store.ipynb #0a5b04c2-0
 def stored(work: Path, name: str, run: Run, data: int | None) -> dict | None:
     """The record of a run, or None if there is none that this code has made. Raises `Refusal` for a file that is
     damaged or of another run."""
@@ -81,7 +81,7 @@ def stored(work: Path, name: str, run: Run, data: int | None) -> dict | None:
         sound = same and bool(record["rows"]) and bool(record["rows"][0]) and record["evaluation_seconds"] >= 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sound = False
-    require(sound, "A file of a finished run holds its record", path.name, "an edited or damaged file",
+    require(sound, "the record of a finished run", path.name, "an edited or damaged file",
             f"remove {path.name}, and the run is repeated")
     return record | {"name": name}
 
@@ -92,7 +92,7 @@ def predictions(work: Path | str, record: dict) -> Float[Tensor, "N G C"]:
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, ValueError) as error:
-        raise Refusal("Predictions lie beside the record", got=f"{path.name}: {type(error).__name__}",
+        raise Refusal("predictions beside the record of the run", got=f"{path.name}: {type(error).__name__}",
                       cause="a run that was evaluated without them, or a file that was removed",
                       fix=f"remove {record['name']}.json, and the run is repeated") from error
 
@@ -113,7 +113,7 @@ def forget_checkpoints(work: Path, name: str) -> None:
     for folder in (work / name, start_folder(work / name)):
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../../nbs/8_studies/06_store.ipynb #05feff77-0
+# %% ../../nbs/8_studies/06_store.ipynb #058aa8b0-0
 BACKENDS = ("loky", "dask", "ray")  # processes here, Dask workers, Ray workers; threads would share tracing state
 
 
@@ -140,7 +140,7 @@ def _connect(name: str, jobs: int, address: str | None, stack: ExitStack) -> Non
             ray.init(address=address, **({} if address else {"num_cpus": jobs}))
             register_ray()
     except ImportError as error:
-        raise Refusal(f"The package behind --backend {name} is installed", got=str(error),
+        raise Refusal(f"the package behind --backend {name}", got=str(error),
                       cause="an environment without it, which only this backend needs",
                       fix=f"pip install {'distributed' if name == 'dask' else 'ray'}, or backend loky") from error
 

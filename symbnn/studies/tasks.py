@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYMMETRIES', 'PRIORS', 'WORK', 'plain', 'Setup', 'Task', 'prepare', 'check_training', 'passes', 'epoch_cost',
-           'using_threads', 'noted', 'read_notes', 'fit', 'evaluate', 'chosen_images', 'path_reports']
+           'using_threads', 'noted', 'read_notes', 'fit', 'evaluate_task', 'chosen_images', 'path_reports']
 
 # %% ../../nbs/8_studies/02_tasks.ipynb #e30fe2c2-0
 import json
@@ -47,7 +47,7 @@ from ..training.checks import check_task, choose_device
 from ..training.config import TrainingConfig
 from ..training.loop import TrainingResult, gain_estimator, train
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #59499285-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #d4b87ecc-0
 SYMMETRIES: dict[str, Callable[[tuple[int, ...]], SpatialAction]] = {
     "C4": lambda shape: rotations(),  # quarter turns
     "D4": lambda shape: rotations_and_flips(),  # quarter turns and flips
@@ -72,20 +72,30 @@ def plain(value: object) -> object:
 class Setup:
     """What is learned and by which network; JSON values. Raises `Refusal` for what cannot be meant."""
 
-    dataset: str = "digits"  # one of DATASETS, or the name of an .npz file, see `load_npz`
+    # images: digits, fashion_mnist, mnist, or the name of an .npz file with the arrays train_images, train_labels,
+    # test_images and test_labels, see `load_npz`
+    dataset: str = "digits"
     train_size: int | None = None  # images to train on; None: all that are not held out for validation
     validation_size: int | None = None  # None: a tenth of the training images
-    variant: str = "plain"  # of the data set, one of VARIANTS, see `vary`
+    # of the images: plain; turned by any angle; translated by up to a quarter of the width; shifted, training images
+    # by up to a fourteenth; digit, each in a quadrant of a larger image; quadrant, that with the quadrant in the label
+    variant: str = "plain"
     size: int | None = None  # pixels to which the images are resized; None: as they come
     standardized: bool = False  # pixels in standard deviations from the mean of the training images, else in [0, 1]
-    group: str = "C4"  # one of SYMMETRIES
-    architecture: str = "cnn"  # "cnn", "mlp" or the paths of a relaxed network, see `Architecture`
+    # C4: quarter turns; D4: turns and flips; flips: left and right; half_turns; shifts: circular, along the width,
+    # which only an mlp has; none: no symmetry
+    group: str = "C4"
+    # cnn: 3x3 convolutions, each pooled by 2, global mean, linear head; mlp: fully connected; or a relaxed network by
+    # the paths of its layers, such as F-FC+CONV, see `Architecture`
+    architecture: str = "cnn"
     channels: tuple[int, ...] = (8, 16)  # of the hidden layers of the small network
-    strides: tuple[int, ...] = ()  # of the layers of a relaxed network, see `Architecture`
-    family: str = "gaussian"  # one of FAMILIES
-    initial_scale: float = 0.05  # of the posteriors
-    prior: str = "isotropic"  # one of PRIORS
-    prior_scale: float = 1.0  # standard deviation, or gain for "per_tensor"
+    strides: tuple[int, ...] = ()  # of the layers of a relaxed network; none given: 1, then 2 as long as sides are even
+    family: str = "gaussian"  # of the posteriors: gaussian, laplace, lognormal, block, full or point
+    initial_scale: float = 0.05  # standard deviation of the posteriors at the start
+    # one standard deviation for all weights; per_tensor: divided by the root of the fan-in; random_means: means drawn
+    # once, which no symmetry leaves alone
+    prior: str = "isotropic"
+    prior_scale: float = 1.0  # standard deviation of the prior, or gain for per_tensor
     start: str = "random"  # "invariant": the random weights' projection on those that the group leaves alone
 
     def __post_init__(self):
@@ -101,7 +111,7 @@ class Setup:
         check_positive(self.initial_scale, "The initial scale", "initial_scale=0.05")
         check_positive(self.prior_scale, "The prior's scale", "prior_scale=1.0")
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #8225251e-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #901c613d-0
 class Task(NamedTuple):
     """A setup with its images, and with what follows from them."""
 
@@ -149,7 +159,7 @@ def prepare(setup: Setup, root: Path | str | None = None, dtype: torch.dtype = t
     data = standardize(data) if setup.standardized else data
     architecture = Architecture(setup.architecture, data.shape, len(data.classes), setup.channels, setup.strides)
     require(setup.group == "none" or not architecture.is_relaxed,
-            "A relaxed network has its symmetries in its paths, so no group acts on its weights",
+            "no group for a relaxed network, which has its symmetries in its paths",
             f"{setup.architecture} under {setup.group}", "the default group", 'group="none"')
     task = Task(setup, data, field(SYMMETRIES[setup.group](data.shape), data.shape), architecture)
     network = task.network(0)
@@ -157,7 +167,7 @@ def prepare(setup: Setup, root: Path | str | None = None, dtype: torch.dtype = t
         network_action(network, task.action)  # refuses a group that does not act
     return task
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #df47ad14-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #b448a955-0
 def check_training(task: Task, config: TrainingConfig) -> None:
     """Raise `Refusal` for what `train` would refuse about the small network: device, family, labels, batch size."""
     choose_device(config)
@@ -165,7 +175,7 @@ def check_training(task: Task, config: TrainingConfig) -> None:
     check_task(network, task.data.train, task.data.validation, config)
     gain_estimator(network, config, task.data.shape)
     images = len(task.data.train) * (task.action.group.order if config.augmentation == "full" else 1)
-    require(config.batch_size <= images, "A batch is not larger than the training set",
+    require(config.batch_size <= images, "a batch not larger than the training set",
             f"{config.batch_size} of {images}", "a small training set", f"batch_size={images} or less")
 
 # %% ../../nbs/8_studies/02_tasks.ipynb #62e50b4c-0
@@ -180,7 +190,7 @@ def epoch_cost(task: Task, order: int, config: TrainingConfig) -> int:
     each = multiply_adds(task.network(0, order), task.data.shape)
     return 3 * passes(config) * copies * len(task.data.train) * each
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #189ebc8c-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #e9c31d07-0
 WORK = 10**8  # multiply-adds in a step's forward pass that are worth a thread
 
 
@@ -211,7 +221,7 @@ def read_notes(checkpoint: Checkpoint) -> tuple[Setup, Method]:
     try:
         return Setup(**notes["setup"]), make_method(**notes.get("method", asdict(Baseline())))
     except (TypeError, KeyError) as error:
-        raise Refusal("A checkpoint says what it was trained on", got=f"notes without a setup in "
+        raise Refusal("a checkpoint that says what it was trained on", got=f"notes without a setup in "
                       f"{checkpoint.folder}", cause="a network that was saved from Python",
                       fix="train it with symbnn, or in Python: load_network, orbit_predictions, summarize") from error
 
@@ -233,7 +243,7 @@ def fit(
     if threads is not None:
         check_count(threads, "The number of threads", "threads=2")
     method = method or Baseline()
-    require(isinstance(method, (Baseline, LearnedPrecisions)), "A network that is trained by `fit` stays what it is",
+    require(isinstance(method, (Baseline, LearnedPrecisions)), "a method that leaves the network what it is",
             f"the method {method}", "a method that builds, changes or averages networks", "run_method")
     method.check(lambda order: network, task.action, config)
     if resume and folder is not None:
@@ -254,8 +264,8 @@ def _check_noted(checkpoint: Checkpoint, task: Task, method: Method) -> None:
     setup, its = read_notes(checkpoint)
     check_continued(plain(setup) | plain(its), plain(task.setup) | plain(method))
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #5877c55d-0
-def evaluate(
+# %% ../../nbs/8_studies/02_tasks.ipynb #152dfbee-0
+def evaluate_task(
     network: nn.Module,
     task: Task,
     *,
@@ -284,7 +294,7 @@ def chosen_images(task: Task, split: str, images: int | None) -> Split:
     """The first so many images of a split. Raises `Refusal` for a split or images that are not there."""
     check_choice(split, ("test", "validation"), "split")
     whole: Split = getattr(task.data, split)
-    require(images is None or images <= len(whole), f"Images are evaluated that the {split} split has",
+    require(images is None or images <= len(whole), f"at most {len(whole)} images, those of the {split} split",
             f"{images} of {len(whole)}", "the size of another data set", f"images={len(whole)} or fewer")
     return Split(whole.inputs[:images], whole.labels[:images])
 

@@ -6,7 +6,7 @@
 __all__ = ['Hidden', 'NetworkAction', 'network_graph', 'check_network', 'check_acting', 'network_action', 'unit_permutations',
            'intertwining_error']
 
-# %% ../../nbs/1_symmetry/09_networks.ipynb #e79b12ec-0
+# %% ../../nbs/1_symmetry/09_networks.ipynb #773b35e7-0
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .actions import Action, check_action, natural_action, regular_channels
 from .features import Features, Ledger, Site
 from .fields import FieldAction, SpatialAction, field
 from .groups import Cyclic, Element, Group, Permutations, Product
-from .rules import FUNCTIONS, LAYERS
+from .rules import FUNCTION_RULES, LAYER_RULES
 
 # %% ../../nbs/1_symmetry/09_networks.ipynb #692b7f3c-0
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def network_graph(network: nn.Module) -> fx.Graph:
                       cause="an if or a loop that depends on data or shapes",
                       fix="a forward pass without it, such as torch.relu(x) in place of x if x > 0 else 0") from error
 
-# %% ../../nbs/1_symmetry/09_networks.ipynb #8c93e7ca-0
+# %% ../../nbs/1_symmetry/09_networks.ipynb #a81dc972-0
 def _read(network: nn.Module, graph: fx.Graph, source: Action) -> tuple[Ledger, Features]:
     """Walk along the network's graph; what was noted on the way, and the features that the network returns."""
     ledger = Ledger(source.group)
@@ -111,7 +111,7 @@ def _read_layer(ledger: Ledger, name: str, module: nn.Module, args: Sequence, kw
     kind = type(module)
     title = f"{kind.__name__}({module.extra_repr()})"
     site = Site(ledger, name, f"{name}: {title}" if name else title)
-    if kind not in LAYERS:
+    if kind not in LAYER_RULES:
         site.refuse(f"a type of layer, {kind.__name__}, that no action is known for",
                     "a layer of one's own, a subclass, or one that mixes features in another way",
                     "convolutions, linear layers, pools, flatten, batch or layer norms and pointwise activations of "
@@ -120,7 +120,7 @@ def _read_layer(ledger: Ledger, name: str, module: nn.Module, args: Sequence, kw
         site.refuse(f"a call with {len(args)} positional and {len(kwargs)} named arguments",
                     "a layer that is called on several tensors, or on one that is no result of a layer",
                     "layer(x), with the one tensor x")
-    return LAYERS[kind](site, module, args[0])
+    return LAYER_RULES[kind](site, module, args[0])
 
 
 def _read_function(ledger: Ledger, node: fx.Node, args: Sequence, kwargs: Mapping) -> Features:
@@ -130,13 +130,13 @@ def _read_function(ledger: Ledger, node: fx.Node, args: Sequence, kwargs: Mappin
         site.refuse(f"the tensor '{node.target}' used outside a layer",
                     "a parameter of one's own, of which the action is not known",
                     "a layer of torch.nn that holds it, such as the weight of nn.Linear")
-    if node.target not in FUNCTIONS or not any(isinstance(value, Features) for value in args):
+    if node.target not in FUNCTION_RULES or not any(isinstance(value, Features) for value in args):
         site.refuse(f"a call of {title}, for which no action is known",
                     "an operation that moves or mixes features in another way",
                     "sums, pointwise activations, pools, torch.flatten(x, 1), means over all spatial axes, or layers "
                     "of torch.nn")
     try:
-        return FUNCTIONS[node.target](site, *args, **kwargs)
+        return FUNCTION_RULES[node.target](site, *args, **kwargs)
     except (TypeError, AttributeError) as error:
         site.refuse(f"the arguments {args[1:]} {dict(kwargs)}", f"arguments that no rule reads ({error})",
                     "the layer of torch.nn in place of the function")

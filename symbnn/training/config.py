@@ -23,7 +23,7 @@ from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Estimator
 from ..symmetry.actions import Action
 
-# %% ../../nbs/7_training/03_config.ipynb #ec9da183-0
+# %% ../../nbs/7_training/03_config.ipynb #2873d332-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -45,11 +45,13 @@ class TrainingConfig:
     """How to train; raises `Refusal` for values that cannot be meant. `asdict` gives JSON values, `from_dict` reads."""
 
     epochs: int = 20  # passes over the training set, augmented where `augmentation` says so
-    batch_size: int = 128
-    estimator: Estimator = "split"  # of the gradient, see `forward`
+    batch_size: int = 128  # rows of a step
+    # how the gradient is estimated. split: the batch in `draws` parts with a sample each; whole: every sample on every
+    # row; flipout; local, see `forward`
+    estimator: Estimator = "split"
     draws: int = 8  # samples of the weights in each step; for "split" and "local" the number of runs of the batch
     optimizer: Optimizer = "adamw"  # "sgd" has momentum 0.9 (Nesterov)
-    learning_rate: float = 3e-3  # of means and of deterministic parameters
+    learning_rate: float = 3e-3  # of the means and of deterministic parameters
     scale_rate: float = 1.0  # learning rate of the scales, as a multiple of `learning_rate`
     weight_decay: float = 0.0  # of the means; the prior regularises already
     schedule: Schedule = "constant"  # "cosine": from `learning_rate` to 0 over all steps
@@ -58,14 +60,14 @@ class TrainingConfig:
     objective: Objective = "elbo"  # "symmetrised": that of the orbit mixture, see `symmetrized_elbo`
     information_method: InformationMethod = "auto"  # how its gain is estimated, see `mutual_information`
     information_draws: int = 4  # samples of the weights in each step, for that gain
-    negatives: int = 64  # group elements that each draw is compared with, where that gain is estimated from samples
+    negatives: int = 64  # InfoNCE: group elements that each draw is compared with, its own among them
     clip_norm: float | None = None  # largest norm of the whole gradient
-    augmentation: Augmentation = "full"  # of `batches`: every image under every element, under a "random" one, "none"
-    seed: int = 0
+    augmentation: Augmentation = "full"  # "full": every input under every element of the group; "random": under one
+    seed: int = 0  # of the order of the data and of all noise
     dtype: Dtype = "float32"  # "bfloat16": float32 weights, convolutions and products in bfloat16 (CUDA)
     device: str = "auto"  # "auto" takes CUDA, then MPS, then the CPU
     evaluate_every: int = 1  # epochs between evaluations on the validation split
-    evaluation_draws: int = 16
+    evaluation_draws: int = 16  # samples of the weights in these evaluations
     select: Select = "last"  # "best": end with the weights of the lowest validation NLL
 
     def __post_init__(self):

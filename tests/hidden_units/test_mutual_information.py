@@ -524,7 +524,7 @@ def test_an_action_that_is_wrong_for_one_generator_is_refused():
     right = network_action(network, natural_action(Permutations(4)))
     for bad in right.group.generators():
         output = Action(right.group, (2,), lambda g, bad=bad: SignedPermutation([g == bad, g != bad], [1, 1]))
-        with pytest.raises(Refusal, match="commute with the group"):
+        with pytest.raises(Refusal, match="commutes with the group"):
             InformationEstimator(network, dataclasses.replace(right, output=output), "enumeration")
 
 

@@ -51,7 +51,7 @@ CASES = {
         (lambda: check_count(True, "n", "n=2"), "n=2"), (lambda: check_count(2.0, "n", "n=2"), "n=2"),
         (lambda: check_positive(True, "n", "n=2"), "n=2"), (lambda: check_positive(0.0, "n", "n=2"), "n=2"),
         (lambda: check_positive(float("inf"), "n", "n=2"), "n=2"), (lambda: check_positive("1", "n", "n=2"), "n=2"),
-        (lambda: check_choice("c", ("a", "b"), "letter"), "letter is one of a, b"),
+        (lambda: check_choice("c", ("a", "b"), "letter"), "one of a, b.* as letter"),
         (lambda: check_count(1, "n", "n=2", least=2), "at least 2"), (lambda: check_shape(3, "s", "(3,)"), r"\(3,\)"),
     ],
     "actions": [

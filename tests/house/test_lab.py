@@ -27,7 +27,7 @@ FRONT_END = {  # what JupyterLab writes into a notebook whose kernel runs
 def lab(tmp_path):
     """Open and save a copy of a chapter as JupyterLab does, through Jupytext's contents manager."""
     shutil.copy(ROOT / "jupytext.toml", tmp_path)
-    for name in ("index", "07_defect"):
+    for name in ("index", "1_symmetry/01_groups"):
         for kind in (".md", ".ipynb"):
             shutil.copy(BOOK / f"{name}{kind}", tmp_path)
     return TextFileContentsManager(root_dir=str(tmp_path))
@@ -44,7 +44,7 @@ def opened(lab: TextFileContentsManager, name: str) -> nbformat.NotebookNode:
 
 
 @pytest.mark.parametrize("kind", [".md", ".ipynb"])
-@pytest.mark.parametrize("name", ["index", "07_defect"])
+@pytest.mark.parametrize("name", ["index", "01_groups"])
 def test_a_save_changes_no_byte_of_the_twin_and_nothing_that_the_notebook_keeps(lab, name, kind):
     for _ in range(2):  # the second time from what the first one wrote
         lab.save({"type": "notebook", "content": opened(lab, name + kind)}, name + kind)

@@ -200,5 +200,5 @@ def test_jensen_shannon_bounds_are_attained():
 @pytest.mark.parametrize("shape", [(3, 4, 1), (3, 1, 4), (0, 4, 4), (0, 4), (4,)], ids=str)
 @pytest.mark.parametrize("bound", [jensen_shannon, orbit_error, through_jensen_shannon], ids=lambda b: b.__name__)
 def test_orbits_that_agree_whatever_they_are(bound, shape):
-    with pytest.raises(Refusal, match="at least two elements, of at least two classes"):
+    with pytest.raises(Refusal, match="at least two group elements and two classes"):
         bound(torch.ones(shape) / max(1, shape[-1]))

@@ -17,7 +17,7 @@ from symbnn.posterior.likelihoods import Categorical
 from symbnn.posterior.sampling import predict
 from symbnn.studies import evaluations
 from symbnn.studies.evaluations import Evaluation, measure, measure_once
-from symbnn.studies.methods import Baseline, OrbitMixture, run_method
+from symbnn.studies.methods import Baseline, PredictionAverage, run_method
 from symbnn.studies.runs import perform, task_of
 from symbnn.studies.tasks import prepare
 from symbnn.symmetry.networks import network_action, unit_permutations
@@ -74,7 +74,7 @@ def test_each_part_of_a_question_matters(measured):
     asked = task.network(0), task, BASE.evaluation, BASE.method, 0
     first = measure_once(*asked)
     others = [(task.network(1), *asked[1:]), (*asked[:2], replace(BASE.evaluation, images=10), *asked[3:]),
-              (*asked[:3], OrbitMixture(), 0), (*asked[:4], 1)]
+              (*asked[:3], PredictionAverage(), 0), (*asked[:4], 1)]
     assert measure_once(*asked) is first and len(measured) == 1
     assert all(measure_once(*other).rows != first.rows for other in others) and len(measured) == 5
 

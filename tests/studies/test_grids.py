@@ -13,7 +13,7 @@ from symbnn.studies.tasks import Setup, epoch_cost
 
 SETUP = Setup(channels=(2, 4), train_size=64)
 COMPARED = Comparison(SETUP, replace(DEMO, epochs=2, batch_size=64), small_epochs=3, methods=("baseline", "regular"),
-                      seeds=(0,), draws=4, images=20)
+                      seeds=(0,), evaluation_draws=4, images=20)
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -25,10 +25,10 @@ COMPARED = Comparison(SETUP, replace(DEMO, epochs=2, batch_size=64), small_epoch
     ({"series": ("method.projected",)}, "among what the grids vary"),
     ({"only": (("setup.group", "C4"),)}, "among what the grids vary"),
     ({"grids": ({"method.name": ("baseline", "baseline")},), "series": ()}, "each run once"),
-    ({"grids": ({"method.name": ("magic",)},), "series": ()}, "method is one of"),
+    ({"grids": ({"method.name": ("magic",)},), "series": ()}, "as method"),
     ({"grids": ({"method.title": ("a",)},), "series": ()}, "part and its field"),
     ({"grids": ({"network.depth": (1,)},), "series": ()}, "part and its field"),
-    ({"grids": ({"setup.family": ("normal",)},), "series": ()}, "family is one of"),
+    ({"grids": ({"setup.family": ("normal",)},), "series": ()}, "as family"),
 ])
 def test_studies_that_cannot_be_meant_are_refused(change, reason):
     with pytest.raises(Refusal, match=reason):
@@ -102,13 +102,13 @@ def test_budgets_are_equal_and_the_baseline_gets_no_less(group, estimator):
 
 
 @pytest.mark.parametrize("change, reason", [
-    ({"methods": ("magic",)}, "method is one of baseline"),
+    ({"methods": ("magic",)}, "one of baseline.* as method"),
     ({"methods": ("regular", "regular")}, "once"),
     ({"methods": ()}, "a grid"),
     ({"seeds": (1, 1)}, "once"),
     ({"seeds": (-1,)}, "negative"),
-    ({"split": "train"}, "split is one of test"),
-    ({"draws": 2}, "need three"),
+    ({"split": "train"}, "one of test.* as split"),
+    ({"evaluation_draws": 2}, "need three"),
     ({"small_epochs": 0}, "before the expansion"),
     ({"images": 0}, "number of images"),
     ({"expanded_learning_rate": 0.0}, "positive number"),

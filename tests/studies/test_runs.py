@@ -15,7 +15,7 @@ from symbnn.errors import Refusal
 from symbnn.studies import runs, simulations
 from symbnn.studies.methods import Average, Baseline, Expansion, LearnedPrecisions, run_method
 from symbnn.studies.runs import FUNCTIONS, FunctionRun, NetworkRun, learn, perform, run_from_json, task_of
-from symbnn.studies.tasks import evaluate, plain, prepare
+from symbnn.studies.tasks import evaluate_task, plain, prepare
 from symbnn.training.architectures import multiply_adds
 from symbnn.training.checkpoints import load_network, read_checkpoint
 
@@ -39,8 +39,8 @@ def test_changes_of_a_method_keep_its_options_and_no_others():
 
 @pytest.mark.parametrize("change, reason", [
     ({"method.title": "a"}, "part and its field"), ({"network.depth": 1}, "part and its field"),
-    ({"setup": 1}, "part and its field"), ({"method.name": "magic"}, "method is one of"),
-    ({"method.trigger": 1}, "options of baseline are none"), ({"setup.family": "normal"}, "family is one of"),
+    ({"setup": 1}, "part and its field"), ({"method.name": "magic"}, "as method"),
+    ({"method.trigger": 1}, "options of baseline are none"), ({"setup.family": "normal"}, "as family"),
     ({"before.epochs": 1}, "changed at the start"),
     ({"method.name": "geometric", "method.trigger": 1, "before.epochs": 1}, "changed at the start"),
 ])
@@ -82,7 +82,7 @@ def test_a_run_is_its_method_evaluated(finished):
     trained = run_method(run.method, lambda factor: task.network(1, factor), task.data.train, run.training,
                          action=task.action, prior=task.prior(), validation=task.data.validation)
     row = records[7]["rows"][0]
-    metrics, _ = evaluate(trained.network, task, images=20, draws=4, seed=1)
+    metrics, _ = evaluate_task(trained.network, task, images=20, draws=4, seed=1)
     assert {name: row[name] for name in metrics} == metrics and row["changed"] == 1
     assert row["elbo"] == trained.history[-1].elbo and row["validation_nll"] == trained.history[-1].validation_nll
     costs = [3 * 4 * 64 * multiply_adds(task.network(0, factor), (1, 8, 8)) for factor in (1, 4)]
@@ -99,7 +99,7 @@ def test_what_was_trained_before_has_its_own_length_and_rate(tmp_path):
     small = run_method(Baseline(), build, data, run.before, action=task.action).network
     large = run_method(run.method, build, data, run.training, action=task.action, network=small, prior=task.prior())
     found, predictions = perform(run, work=tmp_path)
-    metrics, expected = evaluate(large.network, task, images=20, draws=4, seed=0)
+    metrics, expected = evaluate_task(large.network, task, images=20, draws=4, seed=0)
     assert {name: found["rows"][0][name] for name in metrics} == metrics and torch.equal(predictions, expected)
     each = [3 * 4 * 64 * multiply_adds(task.network(0, factor), (1, 8, 8)) for factor in (1, 4)]
     assert found["training_multiply_adds"] == 3 * each[0] + each[1]
@@ -198,5 +198,5 @@ def test_calls_use_one_thread(monkeypatch):
 
 
 def test_functions_that_are_not_there_are_refused():
-    with pytest.raises(Refusal, match="simulation is one of width, two_weights"):
+    with pytest.raises(Refusal, match=r"one of width, two_weights.* as simulation"):
         FunctionRun("magic").check(None)

@@ -21,10 +21,10 @@ from symbnn.studies.methods import METHODS
 from symbnn.studies.runs import FUNCTIONS, FunctionRun
 from symbnn.studies.store import check, code_version, execute, predictions
 from symbnn.studies.tables import as_csv, table
-from symbnn.studies.tasks import Setup, evaluate
+from symbnn.studies.tasks import Setup, evaluate_task
 
 COMPARED = Comparison(Setup(channels=(2, 4), train_size=64), replace(DEMO, epochs=2, batch_size=64), small_epochs=3,
-                      methods=("baseline", "regular"), seeds=(0,), draws=4, images=20)
+                      methods=("baseline", "regular"), seeds=(0,), evaluation_draws=4, images=20)
 
 
 def files(folder):
@@ -200,7 +200,7 @@ def test_predictions_are_kept_beside_the_record(tmp_path):
     records = execute(study, tmp_path, keep=True)
     for run, record in zip(study.runs(), records):
         network = runs.learn(run, None, tmp_path).network
-        metrics, expected = evaluate(network, runs.task_of(run, None)[0], images=20, draws=4)
+        metrics, expected = evaluate_task(network, runs.task_of(run, None)[0], images=20, draws=4)
         assert torch.equal(predictions(tmp_path, record), expected)
         assert {name: record["rows"][0][name] for name in metrics} == metrics
     (tmp_path / f"{records[0]['name']}.npy").unlink()
@@ -227,7 +227,7 @@ def test_parallel_runs_have_the_numbers_of_sequential_ones(finished, tmp_path, b
 
 
 @pytest.mark.parametrize("change, options, reason", [
-    ({}, {"backend": "threads"}, "backend is one of"),
+    ({}, {"backend": "threads"}, "as backend"),
     ({}, {"jobs": 0}, "number of jobs"),
     ({"evaluation.images": 5000}, {}, "5000 of 360"),
     ({"training.batch_size": 500}, {}, "batch"),

@@ -27,7 +27,7 @@ from symbnn.studies.tables import (
     spread,
     table,
 )
-from symbnn.studies.tasks import evaluate, prepare
+from symbnn.studies.tasks import evaluate_task, prepare
 from tolerances import assert_close
 
 
@@ -41,7 +41,7 @@ def text(table, width=80):
 
 def test_every_metric_has_a_name_and_scores_a_direction():
     assert all(its.label and its.better in ("higher", "lower", "") for its in METRICS.values())
-    found, _ = evaluate(prepare(BASE.setup).network(0), prepare(BASE.setup), images=20, draws=4, method=Baseline())
+    found, _ = evaluate_task(prepare(BASE.setup).network(0), prepare(BASE.setup), images=20, draws=4, method=Baseline())
     scores = {name for name in found if "_se" not in name}
     assert scores <= METRICS.keys() and all(METRICS[name].better and METRICS[name].unit for name in scores)
     assert METRICS["ece"].heading == "cal. error ↓\nshare" and METRICS["kl"].heading == "KL\nnats a datum"

@@ -15,7 +15,7 @@ from symbnn.symmetry.actions import Action, natural_action, regular_channels
 from symbnn.symmetry.fields import SpatialAction, field, flips, half_turns, rotations, shifts, time_reversal
 from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.networks import intertwining_error, network_action
-from symbnn.symmetry.rules import FUNCTIONS, LAYERS
+from symbnn.symmetry.rules import FUNCTION_RULES, LAYER_RULES
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import exact64
 
@@ -106,10 +106,10 @@ FUNCTION_SETTINGS = {
 
 def calls():
     """Every layer and function of the tables, with settings, as networks."""
-    for kind in LAYERS:
+    for kind in LAYER_RULES:
         for arguments in LAYER_SETTINGS.get(kind, [()]):
             yield f"{kind.__name__}{arguments}", kind(*arguments)
-    for function in FUNCTIONS:
+    for function in FUNCTION_RULES:
         for given in FUNCTION_SETTINGS.get(function, [{}]):
             args, kwargs = ((), given) if isinstance(given, dict) else (given, {})
             title = function if isinstance(function, str) else f"{function.__module__}.{function.__name__}"
