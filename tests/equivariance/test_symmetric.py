@@ -163,7 +163,7 @@ def test_parameters_without_posteriors_are_checked():
         with pytest.raises(Refusal, match="commute"):
             Symmetric(network, dataclasses.replace(action, parameters=wrong))
     del wrong["1.weight"]
-    with pytest.raises(Refusal, match=r"unknown to the action.*1\.weight"):
+    with pytest.raises(Refusal, match=r"does not know .*1\.weight"):
         Symmetric(network, dataclasses.replace(action, parameters=wrong))
 
 

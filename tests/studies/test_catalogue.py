@@ -40,7 +40,7 @@ def test_the_list_needs_no_torch():
     assert found.stdout == f"{listing()}\nFalse\n" and found.stderr == ""
 
 
-@pytest.mark.parametrize("name, reason", [("magic", "one of prior.* as study"), ("nowhere.json", "read from a JSON")])
+@pytest.mark.parametrize("name, reason", [("magic", "one of prior.* as the study"), ("nowhere.json", "a JSON file of a study")])
 def test_unknown_studies_are_refused(name, reason):
     with pytest.raises(Refusal, match=reason):
         find_study(name)
@@ -48,7 +48,7 @@ def test_unknown_studies_are_refused(name, reason):
 
 def test_a_file_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "mine.json").write_text("title: mine")
-    with pytest.raises(Refusal, match="JSON file as --show prints it"):
+    with pytest.raises(Refusal, match="a study as JSON, as symbnn reproduce --show"):
         find_study(str(tmp_path / "mine.json"))
 
 

@@ -47,7 +47,7 @@ EDITS = [
 def test_edited_texts_are_refused(edit):
     whole = TINY.values()
     edit(whole)
-    with pytest.raises(Refusal, match="JSON file as --show prints it"):
+    with pytest.raises(Refusal, match="a study as JSON, as symbnn reproduce --show"):
         Study.from_json(json.dumps(whole))
 
 

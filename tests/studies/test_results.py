@@ -75,7 +75,7 @@ def test_provenance_is_what_the_runs_took(finished, tmp_path):
 def test_folders_without_results_are_refused(damage, finished, tmp_path):
     save(*finished[:2], tmp_path)
     damage(tmp_path)
-    with pytest.raises(Refusal, match=r"holds study\.json and its tables"):
+    with pytest.raises(Refusal, match=r"with study\.json and its tables"):
         read_results(tmp_path)
 
 

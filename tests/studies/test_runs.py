@@ -40,9 +40,9 @@ def test_changes_of_a_method_keep_its_options_and_no_others():
 @pytest.mark.parametrize("change, reason", [
     ({"method.title": "a"}, "part and its field"), ({"network.depth": 1}, "part and its field"),
     ({"setup": 1}, "part and its field"), ({"method.name": "magic"}, "as method"),
-    ({"method.trigger": 1}, "options of baseline are none"), ({"setup.family": "normal"}, "as family"),
-    ({"before.epochs": 1}, "changed at the start"),
-    ({"method.name": "geometric", "method.trigger": 1, "before.epochs": 1}, "changed at the start"),
+    ({"method.trigger": 1}, "no other options of baseline than none"), ({"setup.family": "normal"}, "as family"),
+    ({"before.epochs": 1}, "changes at its start"),
+    ({"method.name": "geometric", "method.trigger": 1, "before.epochs": 1}, "changes at its start"),
 ])
 def test_changes_that_cannot_be_meant_are_refused(change, reason):
     with pytest.raises(Refusal, match=reason):
@@ -198,5 +198,5 @@ def test_calls_use_one_thread(monkeypatch):
 
 
 def test_functions_that_are_not_there_are_refused():
-    with pytest.raises(Refusal, match=r"one of width, two_weights.* as simulation"):
+    with pytest.raises(Refusal, match=r"one of width, two_weights.* as the simulation"):
         FunctionRun("magic").check(None)

@@ -163,7 +163,7 @@ def test_checkpoints_without_notes_are_refused(tmp_path):
 @pytest.mark.parametrize("method", [Expansion(), PredictionAverage()])
 def test_what_does_not_leave_a_network_as_it_is_cannot_be_fitted(method):
     task = prepare(SETUP)
-    with pytest.raises(Refusal, match="stays what it is"):
+    with pytest.raises(Refusal, match="leaves the network what it is"):
         fit(task.network(0), task, CONFIG, method=method)
 
 

@@ -400,7 +400,7 @@ REFUSED = {
     "a parameter outside layers": (on_vector(WithParameter()), "'scale' used outside a layer"),
     "a parameter that is not used": (on_vector(Unused()), "'spare'"),
     "regular channels that do not divide": (on_image(nn.Sequential(nn.Conv2d(2, 6, 3), nn.Conv2d(6, 1, 3)),
-                                                     hidden="regular"), "4 or 8 channels in layer '0'"),
+                                                     hidden="regular"), "8 channels in layer '0'"),
     "misspelt hidden": (on_vector(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), hidden="trivia"),
                         "Got: 'trivia'.*Fix: 'trivial'"),
     "hidden class that does not exist": (on_vector(nn.Linear(4, 2), hidden={"9": sign_change(2)}), "'9'"),
