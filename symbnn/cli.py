@@ -185,7 +185,7 @@ def _metrics_csv(metrics: dict[str, float]) -> str:
     cells = [("metric", "value", "standard_error", "unit"), *rows]
     return "".join(",".join("" if cell is None else str(cell) for cell in row) + "\n" for row in cells)
 
-# %% ../nbs/9_command_line/01_cli.ipynb #8dfe3c9a-0
+# %% ../nbs/9_command_line/01_cli.ipynb #19bab35f-0
 @dataclass(frozen=True)
 class ComparedTraining(TrainingConfig):
     """How the methods of a comparison are trained."""
@@ -236,8 +236,8 @@ class Compare(Comparison):
         comparison, root = self.comparison()
         study, work = comparison.study(root), self.output / "runs"
         records = execute(study, work, root=root, jobs=self.jobs, keep=True, report=_report, progress=True)
-        first = {str(run.method): record for run, record in zip(study.runs(), records) if run.seed == study.seeds[0]}
-        orbit = orbit_picture(task_of(study.base, root)[0], study.base.evaluation,
+        first = {str(run.method): record for run, record in zip(study.networks(), records[::len(study.seeds)])}
+        orbit = orbit_picture(task_of(comparison.base, root)[0], comparison.base.evaluation,
                               {name: predictions(work, record) for name, record in first.items()})
         files = save(study, records, self.output, typed, {"orbit.png": orbit})
         print("\n".join(verdicts(study, records)))
@@ -348,13 +348,13 @@ def _settings(path: Path) -> list[str]:
             f"--{option}", *map(str, parts)]
     return typed
 
-# %% ../nbs/9_command_line/01_cli.ipynb #d7c4e175-0
+# %% ../nbs/9_command_line/01_cli.ipynb #18027477-0
 COMMANDS: dict[str, type] = {"train": Train, "evaluate": Evaluate, "compare": Compare, "reproduce": Reproduce}
 
 
 def _groups(command: type) -> dict[str, list[str]]:
     """The names of the options that a command takes in groups: those of a setup, those of training."""
-    groups = {its.name: type(its.default) for its in fields(command) if is_dataclass(its.default)}
+    groups: dict[str, Any] = {its.name: type(its.default) for its in fields(command) if is_dataclass(its.default)}
     hints = {name: get_type_hints(kind, include_extras=True) for name, kind in groups.items()}
     return {name: [f"--{its.name.replace('_', '-')}" for its in fields(kind)
                    if Suppress not in getattr(hints[name][its.name], "__metadata__", ())]

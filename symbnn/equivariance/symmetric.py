@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Symmetry', 'Symmetric', 'bayesianize']
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #ad8c5692-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #bb29c492-0
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .predictions import Mode, OrbitPredictions, orbit_predictions
 from .conditions import moved_tensors
 from .projected_gradients import Drift, drift
 from .tied import tie
-from ..errors import check_kind, check_shape, require
+from ..errors import Refusal, check_kind, check_shape, require
 from ..estimates import Estimate, rounding_tolerance
 from ..posterior.family import Family
 from ..posterior.independent import MeanFieldGaussian
@@ -76,7 +76,7 @@ def _check_pair(network: nn.Module, action: NetworkAction) -> None:
             "weights", "the action of another network of the same shapes, layers that were changed after it was "
             "derived, or running statistics that are not finite", "Symmetric(network, action.input)")
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #d49c32c6-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #38a12690-0
 Symmetry = SpatialAction | Action | NetworkAction
 
 
@@ -89,9 +89,10 @@ def _action_on(network: nn.Module, symmetry: SpatialAction | Action, shape: Sequ
     if shape is not None:
         check_shape(shape, "The shape of one input", "shape=(C, H, W)", least=1)
     if isinstance(symmetry, SpatialAction):
-        require(shape is not None, "the shape of one input, which says which pixels are moved",
-                f"'{symmetry.name}' without a shape", "an argument left out",
-                "shape=(C, H, W) behind the symmetry, such as (1, 28, 28) or data.shape")
+        if shape is None:
+            raise Refusal("the shape of one input, which says which pixels are moved",
+                          got=f"'{symmetry.name}' without a shape", cause="an argument left out",
+                          fix="shape=(C, H, W) behind the symmetry, such as (1, 28, 28) or data.shape")
         symmetry = field(symmetry, shape)
     require(shape is None or tuple(shape) == symmetry.shape, "no other shape than that of the action on inputs",
             f"shape={shape} with {symmetry!r}", "the shape of other data", f"shape={symmetry.shape}, or none at all")

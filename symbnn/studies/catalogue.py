@@ -25,7 +25,7 @@ from .titles import TITLES
 from ..training.checks import choose_device
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/12_catalogue.ipynb #408189cd-0
+# %% ../../nbs/8_studies/12_catalogue.ipynb #90704366-0
 class Cost(NamedTuple):
     """What a study takes on one core, or on a GPU."""
 
@@ -53,7 +53,7 @@ def step_speed(device: str = "auto") -> tuple[float, float]:
 def estimate(study: Study, speed: tuple[float, float], root: Path | None = None) -> Cost:
     """What a study of networks takes, from `step_speed`."""
     work, seconds = 0, 0.0
-    for run in study.points():
+    for run in study.networks():
         (task, _), training, its = task_of(run, root), run.training, run.evaluation
         order = task.action.group.order
         changed = int(run.method.trigger) if run.method.changes else None

@@ -19,7 +19,7 @@ from .runs import NetworkRun, Run, run_from_json, task_of
 from .tasks import Setup, Task, epoch_cost, plain
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/05_grids.ipynb #6f5b91a3-0
+# %% ../../nbs/8_studies/05_grids.ipynb #797b3d70-0
 @dataclass(frozen=True)
 class Panel:
     """One picture of a study's figure."""
@@ -65,6 +65,14 @@ class Study:
         """The runs of one seed, in the order of the grids."""
         return [self.base.changed(dict(zip(grid, values))) for grid in self.grids
                 for values in product(*grid.values())]
+
+    def networks(self) -> list[NetworkRun]:
+        """`points` of a study that trains networks. Raises `Refusal` for one that calls functions."""
+        points = self.points()
+        found = [run for run in points if isinstance(run, NetworkRun)]
+        require(len(found) == len(points), "a study that trains networks", f"simulations by {points[0].label}",
+                "the name of another study", "STUDIES['methods']")
+        return found
 
     def runs(self) -> list[Run]:
         """All runs: for each of `points` all seeds."""

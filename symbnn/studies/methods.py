@@ -42,12 +42,20 @@ from ..training.config import TrainingConfig
 from ..training.loop import train
 from ..training.resume import EpochRecord
 
-# %% ../../nbs/8_studies/01_methods.ipynb #7fefe3a6-0
+# %% ../../nbs/8_studies/01_methods.ipynb #7c1bc24e-0
 Build = Callable[[int], nn.Module]  # the untrained Bayesian network with so many times the channels
 
 
+class _Nothing:
+    """What holds of a method at whose trigger nothing happens."""
+
+    trigger: float = 0
+    projected: bool = False
+    keep_moments: bool = False
+
+
 @dataclass(frozen=True)
-class Method:
+class Method(_Nothing):
     """What is done to a posterior, and when, as JSON values. Raises `Refusal` for what cannot be meant.
 
     A method of this class does nothing; the others say what they do, each with its own options.
@@ -55,9 +63,6 @@ class Method:
 
     name: str
     changes: ClassVar[bool] = False  # whether something happens at the trigger
-    trigger: ClassVar[float] = 0
-    projected: ClassVar[bool] = False
-    keep_moments: ClassVar[bool] = False
 
     def __post_init__(self):
         check_choice(self.name, get_args(type(self).__dataclass_fields__["name"].type), "method")

@@ -103,7 +103,7 @@ def provenance(folder: Path | str) -> str:
             f"({', '.join(made['devices'])}), "
             f"{min(each):.2g} to {max(each):.2g} training seconds per training image")
 
-# %% ../../nbs/8_studies/09_results.ipynb #403bdf3a-0
+# %% ../../nbs/8_studies/09_results.ipynb #ddb60069-0
 class Difference(NamedTuple):
     """Mean and standard error (None for a single pair) of differences, and how many."""
 
@@ -131,14 +131,14 @@ def paired(rows: Sequence[dict], metric: str, one: Mapping[str, object], other: 
         return named
 
     first, second = chosen(one), chosen(other)
-    require(first.keys() == second.keys(), "as many rows for one as for the other",
+    require(first.keys() == second.keys(), "rows that are paired one by one",
             f"{len(first)} and {len(second)} rows",
             "seeds that one of them lacks", "the same seeds for both")
     found = [first[key] - second[key] for key in first]
     error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
     return Difference(statistics.fmean(found), error, len(found))
 
-# %% ../../nbs/8_studies/09_results.ipynb #d01ffe35-0
+# %% ../../nbs/8_studies/09_results.ipynb #db947545-0
 JUDGED = ("accuracy", "nll_nats", "brier", "ece")
 SHOWN = ("accuracy", "nll_nats", "ece", "defect_unbiased")  # in a terminal of 80 columns
 
@@ -178,7 +178,7 @@ def verdict(rows: Sequence[dict], one: Mapping[str, object], other: Mapping[str,
 
 def verdicts(study: Study, records: Sequence[dict]) -> list[str]:
     """Of each method of a comparison a sentence about it against the baseline, paired by seed (none without one)."""
-    rows, points = run_rows(study, records), study.points()
+    rows, points = run_rows(study, records), study.networks()
     settings = {str(run.method): {name: run.value(name) for name in study.columns if name.startswith("method.")}
                 for run in points}
     against = [name for name in settings if name != "baseline"] if "baseline" in settings else []
@@ -190,7 +190,7 @@ def verdicts(study: Study, records: Sequence[dict]) -> list[str]:
 def budgets(study: Study, records: Sequence[dict]) -> list[str]:
     """What each method of a comparison trained, and how long that took."""
     lines = ["Every method has the same training budget, counted in multiply-adds:"]
-    for run, its in zip(study.points(), costs(study, records)):
+    for run, its in zip(study.networks(), costs(study, records)):
         before = f"{run.before.epochs} epochs of the small network, then " if run.before else ""
         lines.append(f"  {run.method}: {before}{run.training.epochs} epochs, "
                      f"{its['training_multiply_adds']:.3g} multiply-adds, {its['training_seconds']:.0f} s")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TWO_WEIGHT_METHODS', 'SIMULATIONS', 'unit_network', 'width', 'grid_predictive', 'two_weight_problem', 'two_weights']
 
-# %% ../../nbs/8_studies/11_simulations.ipynb #d7c01581-0
+# %% ../../nbs/8_studies/11_simulations.ipynb #63a06b25-0
 import math
 import time
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..hidden_units.mutual_information import InformationEstimator
+from ..hidden_units.mutual_information import InformationEstimator, InformationMethod
 from ..hidden_units.two_weights import GaussianFit, TwoWeights
 from ..posterior.independent import MeanFieldGaussian
 from ..posterior.layers import variational_tensors, with_posteriors
@@ -24,22 +24,22 @@ from .grids import Panel, Study
 from .runs import FunctionRun, simulation
 from .titles import TITLES
 
-# %% ../../nbs/8_studies/11_simulations.ipynb #428d9762-0
-def unit_network(units: int, separation: float, seed: int) -> nn.Sequential:
+# %% ../../nbs/8_studies/11_simulations.ipynb #918f5677-0
+def unit_network(units: int, separation: float, seed: int) -> nn.Module:
     """One hidden layer of six weights a unit: posterior deviations 1, means `separation` times standard normal."""
     plain = nn.Sequential(nn.Linear(4, units), nn.Tanh(), nn.Linear(units, 1)).double()
     network = with_posteriors(plain, MeanFieldGaussian, scale=1.0, prior=isotropic(1.0))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in variational_tensors(network).values():
-            location = tensor.posterior.loc
+            location = tensor.posterior.get_parameter("loc")
             location.copy_(separation * torch.randn(location.shape, generator=generator, dtype=location.dtype))
     return network
 
 
 @simulation
 @torch.no_grad()
-def width(seed: int, method: str, units: int, separation: float, draws: int = 32, K: int = 64) -> dict:
+def width(seed: int, method: InformationMethod, units: int, separation: float, draws: int = 32, K: int = 64) -> dict:
     """An estimate of the information of the units of one layer: its mean over draws, its spread, time, and bias.
 
     Everything is in nats. `bias` is the mean difference from the exact value of the same draws, `bias_se` its standard
@@ -59,17 +59,17 @@ def width(seed: int, method: str, units: int, separation: float, draws: int = 32
         if exact:
             differences.append(values[-1] - exact.values(drawn))
     values = torch.cat(values)
-    spread = torch.cat(differences) if exact else None
+    spread = torch.cat(differences) if differences else None
     return {
         "information": values.mean().item(), "information_se": values.std().item() / math.sqrt(len(values)),
         "share": values.mean().item() / estimator.ceiling, "per_unit": values.mean().item() / units,
         "deviation": values.std().item(), "ceiling": estimator.ceiling,
-        "bias": spread.mean().item() if exact else None,
-        "bias_se": spread.std().item() / math.sqrt(len(spread)) if exact else None,
+        "bias": None if spread is None else spread.mean().item(),
+        "bias_se": None if spread is None else spread.std().item() / math.sqrt(len(spread)),
         "seconds": seconds / len(values),
     }
 
-# %% ../../nbs/8_studies/11_simulations.ipynb #791bf4e0-0
+# %% ../../nbs/8_studies/11_simulations.ipynb #b66381e6-0
 TWO_WEIGHT_METHODS = ("mean_field", "symmetrised_after", "symmetrised")
 _STARTS = ((1.0, -1.0), (0.5, 0.0), (-0.5, 0.0), (0.5, 0.5), (-0.5, -0.5))
 
@@ -105,7 +105,8 @@ def grid_predictive(
         mean = share @ f
         fit = -(((targets - f) / model.noise) ** 2) / 2 - math.log(model.noise) - math.log(2 * math.pi) / 2
         found.append((mean, share @ (f - mean) ** 2, -(log_weight[:, None] + fit).logsumexp(0)))
-    return tuple(torch.cat(part) for part in zip(*found))
+    mean, variance, loss = (torch.cat(part) for part in zip(*found))
+    return mean, variance, loss
 
 
 def two_weight_problem(seed: int, slope: float, noise: float, count: int = 16) -> tuple[TwoWeights, Tensor, Tensor]:

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'BACKENDS', 'code_version', 'stored', 'predictions', 'forget_checkpoints', 'check', 'execute', 'headline']
 
-# %% ../../nbs/8_studies/06_store.ipynb #1d25fceb-0
+# %% ../../nbs/8_studies/06_store.ipynb #09cff751-0
 import ast
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec, resolve_name
 from io import BytesIO
 from pathlib import Path
+from typing import Any, cast
 
 import joblib
 import numpy as np
@@ -28,9 +30,9 @@ from ..errors import Refusal, check_choice, check_count, require
 from ..files import check_folder, write_file
 from .grids import Study, describe
 from .methods import start_folder
-from .runs import Finished, Run, learn, run_from_json
+from .runs import Finished, NetworkRun, Run, learn, run_from_json
 
-# %% ../../nbs/8_studies/06_store.ipynb #03d99a2b-0
+# %% ../../nbs/8_studies/06_store.ipynb #0a09a7dd-0
 PACKAGE = Run.__module__.partition(".")[0]
 
 
@@ -43,7 +45,8 @@ def _source(module: str) -> Path | None:
 @lru_cache(maxsize=256)
 def _read(module: str) -> tuple[str, frozenset[str]]:
     """A module's source without comments and docstrings, and the modules of the package that it imports."""
-    tree, imported = ast.parse(_source(module).read_text(encoding="utf-8")), set()
+    source, imported = _source(module), set()
+    tree = ast.parse("" if source is None else source.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
@@ -66,13 +69,14 @@ def code_version(module: str) -> str:
             left += imported
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/8_studies/06_store.ipynb #0a5b04c2-0
+# %% ../../nbs/8_studies/06_store.ipynb #137e243a-0
 def stored(work: Path, name: str, run: Run, data: int | None) -> dict | None:
     """The record of a run, or None if there is none that this code has made. Raises `Refusal` for a file that is
     damaged or of another run."""
     path = work / f"{name}.json"
     if not path.exists():
         return None
+    record: dict = {}
     try:
         record = json.loads(path.read_text())
         if record["code"] != code_version(run.source):
@@ -113,7 +117,7 @@ def forget_checkpoints(work: Path, name: str) -> None:
     for folder in (work / name, start_folder(work / name)):
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../../nbs/8_studies/06_store.ipynb #058aa8b0-0
+# %% ../../nbs/8_studies/06_store.ipynb #a2a3de9e-0
 BACKENDS = ("loky", "dask", "ray")  # processes here, Dask workers, Ray workers; threads would share tracing state
 
 
@@ -134,11 +138,8 @@ def _connect(name: str, jobs: int, address: str | None, stack: ExitStack) -> Non
             here = {"threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.ERROR}
             stack.enter_context(Client(address or stack.enter_context(LocalCluster(jobs, **here))))
         elif name == "ray":
-            import ray
-            from ray.util.joblib import register_ray
-
-            ray.init(address=address, **({} if address else {"num_cpus": jobs}))
-            register_ray()
+            import_module("ray").init(address=address, **({} if address else {"num_cpus": jobs}))
+            import_module("ray.util.joblib").register_ray()
     except ImportError as error:
         raise Refusal(f"the package behind --backend {name}", got=str(error),
                       cause="an environment without it, which only this backend needs",
@@ -180,35 +181,42 @@ def execute(
     check_count(jobs, "The number of jobs", "jobs=1")
     runs, work, root = study.runs(), Path(work).absolute(), None if root is None else Path(root).absolute()
     names = check(runs, root)
-    found = {name: stored(work, name, run, run.data(root)) for name, run in zip(names, runs)}
-    left = {name: run for name, run in zip(names, runs) if found[name] is None}
+    kept = {name: stored(work, name, run, run.data(root)) for name, run in zip(names, runs)}
+    found = {name: record for name, record in kept.items() if record is not None}
+    left = {name: run for name, run in zip(names, runs) if name not in found}
     stale = sum((work / f"{name}.json").exists() for name in left)
-    done = len(found) - len(left)
+    done = len(found)
     if left:
         check_folder(work, 2**20 * len(left))
     if done:
-        report(f"{done} of {len(found)} runs are there already")
+        report(f"{done} of {len(kept)} runs are there already")
     if stale:
-        report(f"{stale} of {len(found)} runs were made by other code and are done again")
+        report(f"{stale} of {len(kept)} runs were made by other code and are done again")
     place, bars = None if address else work, progress and jobs == 1
-    before = {run.first().name(root): run.first() for run in left.values() if place and run.first()}
+    starts = [first for run in left.values() if (first := run.first())] if place else []
+    before = {run.name(root): run for run in starts}
     with _backend(backend, jobs, address):
-        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)  # a finished run is written at once
-        for name in parallel(joblib.delayed(_begin)(name, run, root, place, bars) for name, run in before.items()):
+        for name in _unordered(joblib.delayed(_begin)(name, run, root, place, bars) for name, run in before.items()):
             report(f"{name.rpartition('-')[0]}: the network that others begin with")
         tasks = (joblib.delayed(_named)(name, describe(study, run), run.job(root, place, bars))
                  for name, run in left.items())
-        for name, finished in parallel(tasks):
+        for name, finished in _unordered(tasks):
             found[name], done = _keep(work, name, left[name], finished), done + 1
             if not keep:
                 forget_checkpoints(work, name)
-            report(f"[{done}/{len(found)}] {describe(study, left[name])}: {headline(found[name])}")
+            report(f"[{done}/{len(kept)}] {describe(study, left[name])}: {headline(found[name])}")
     for name in () if keep else before:
         forget_checkpoints(work, name)
     return [found[name] for name in names]
 
 
-def _begin(name: str, run: Run, root: Path | None, work: Path, progress: bool) -> str:
+def _unordered(tasks: Iterable) -> Iterator[Any]:
+    """What the tasks return, each as soon as it is done."""
+    options: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1}
+    return cast(Iterator[Any], joblib.Parallel(**options)(tasks))
+
+
+def _begin(name: str, run: NetworkRun, root: Path | None, work: Path, progress: bool) -> str:
     learn(run, root, work, progress)
     return name
 

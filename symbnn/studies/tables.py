@@ -106,7 +106,7 @@ def spread(values: Sequence[float]) -> Spread:
     """Mean and standard deviation of one value for each seed."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
-# %% ../../nbs/8_studies/07_tables.ipynb #151ad577-0
+# %% ../../nbs/8_studies/07_tables.ipynb #d5464871-0
 COSTS = ("training_multiply_adds", "training_seconds", "evaluation_seconds")
 
 
@@ -148,8 +148,8 @@ def averages(rows: Sequence[dict], keys: Sequence[str]) -> list[dict]:
         line = {key: group[0][key] for key in keys} | {"runs": len(group)}
         for name in metrics:
             values = [row[name] for row in group if row.get(name) is not None]
-            its = spread(values) if values else Spread(None, None)
-            line |= {name: its.mean} | ({} if name in steady else {f"{name}_sd": its.deviation})
+            mean, deviation = spread(values) if values else (None, None)
+            line |= {name: mean} | ({} if name in steady else {f"{name}_sd": deviation})
         found.append(line)
     return found
 
@@ -171,7 +171,7 @@ def costs(study: Study, records: Sequence[dict]) -> list[dict]:
         })
     return found
 
-# %% ../../nbs/8_studies/07_tables.ipynb #921c8ef0-0
+# %% ../../nbs/8_studies/07_tables.ipynb #529b79c8-0
 def as_csv(rows: Sequence[dict]) -> str:
     """Comma-separated values; None is empty."""
     text = StringIO()
@@ -201,8 +201,8 @@ def as_markdown(rows: Sequence[dict], headings: Mapping[str, str]) -> str:
 def shown(study: Study, rows: Sequence[dict], settings: Sequence[str] = (), metrics: Sequence[str] = ()) -> Table:
     """Rows of `table`, for a terminal: these settings (none: all that vary) and metrics (none: those of the figure)."""
     settings = settings or [name for name in (*study.columns, "draws", "runs") if name in rows[0]]
-    metrics = metrics or dict.fromkeys(("accuracy", *(panel.metric for panel in study.panels)))
-    metrics = [name for name in metrics if name in rows[0]]
+    asked = metrics or dict.fromkeys(("accuracy", *(panel.metric for panel in study.panels)))
+    metrics = [name for name in asked if name in rows[0]]
     drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=study.title,
                   caption="mean ± standard deviation over seeds" if len(study.seeds) > 1 else "one seed")
     for name in settings:

@@ -6,7 +6,7 @@
 __all__ = ['SYMMETRIES', 'PRIORS', 'WORK', 'plain', 'Setup', 'Task', 'prepare', 'check_training', 'passes', 'epoch_cost',
            'using_threads', 'noted', 'read_notes', 'fit', 'evaluate_task', 'chosen_images', 'path_reports']
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #e30fe2c2-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #98355a18-0
 import json
 import sys
 import zlib
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -42,12 +42,12 @@ from ..symmetry.orbits import Orbits
 from ..training.architectures import Architecture, build, multiply_adds
 from ..training.checkpoints import Checkpoint, check_continued, read_checkpoint
 from .methods import Baseline, LearnedPrecisions, Method, make_method
-from ..data.transforms import VARIANTS, standardize, vary
+from ..data.transforms import VARIANTS, Variant, standardize, vary
 from ..training.checks import check_task, choose_device
 from ..training.config import TrainingConfig
 from ..training.loop import TrainingResult, gain_estimator, train
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #d4b87ecc-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #4ec48d60-0
 SYMMETRIES: dict[str, Callable[[tuple[int, ...]], SpatialAction]] = {
     "C4": lambda shape: rotations(),  # quarter turns
     "D4": lambda shape: rotations_and_flips(),  # quarter turns and flips
@@ -63,9 +63,10 @@ PRIORS: dict[str, Callable[[float], Prior]] = {
 }
 
 
-def plain(value: object) -> object:
+def plain(value: object) -> Any:
     """As JSON gives it back."""
-    return json.loads(json.dumps(asdict(value) if is_dataclass(value) else value, allow_nan=False))
+    values = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return json.loads(json.dumps(values, allow_nan=False))
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Setup:
     validation_size: int | None = None  # None: a tenth of the training images
     # of the images: plain; turned by any angle; translated by up to a quarter of the width; shifted, training images
     # by up to a fourteenth; digit, each in a quadrant of a larger image; quadrant, that with the quadrant in the label
-    variant: str = "plain"
+    variant: Variant = "plain"
     size: int | None = None  # pixels to which the images are resized; None: as they come
     standardized: bool = False  # pixels in standard deviations from the mean of the training images, else in [0, 1]
     # C4: quarter turns; D4: turns and flips; flips: left and right; half_turns; shifts: circular, along the width,
@@ -111,7 +112,7 @@ class Setup:
         check_positive(self.initial_scale, "The initial scale", "initial_scale=0.05")
         check_positive(self.prior_scale, "The prior's scale", "prior_scale=1.0")
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #901c613d-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #482c3f9e-0
 class Task(NamedTuple):
     """A setup with its images, and with what follows from them."""
 
@@ -143,7 +144,7 @@ class Task(NamedTuple):
         code = 0
         for split in (self.data.train, self.data.validation, self.data.test):
             for tensor in (split.inputs, split.labels):
-                code = zlib.crc32(tensor.contiguous().numpy(), code)
+                code = zlib.crc32(tensor.contiguous().numpy().data, code)
         return code
 
 

@@ -202,7 +202,7 @@ def _check_covered(network: nn.Module, ledger: Ledger, parameters: Mapping[str, 
             site.refuse(f"one tensor as '{first}' and '{name}'", "tied weights whose two uses move in different ways",
                         f"network.{name} = nn.Parameter(network.{first}.detach().clone()), a tensor for each layer")
 
-# %% ../../nbs/1_symmetry/09_networks.ipynb #1da13216-0
+# %% ../../nbs/1_symmetry/09_networks.ipynb #eaf4278a-0
 def _of_a_pair(value: object, part: str) -> dict[type, str]:
     """What to say to a network with its action where one of them belongs."""
     return {type(value): f"pair.{part}"} if isinstance(getattr(value, "action", None), NetworkAction) else {}
@@ -282,8 +282,7 @@ def _channel_action(group: Group, name: str, size: int, end: Features, source: A
         raise Refusal(f"a multiple of {group.order} channels, blocks for each element of {group.name}",
                       got=f"{size} channels of layer '{name}'",
                       cause="a width that was chosen without the group",
-                      fix=f"{group.order * max(1, size // group.order)} or {group.order * (size // group.order + 1)} "
-                          f"channels in layer '{name}', or hidden='trivial'")
+                      fix=f"{group.order * (size // group.order + 1)} channels in layer '{name}', or hidden='trivial'")
     return trivial if hidden == "trivial" else regular_channels(group, size // group.order)
 
 

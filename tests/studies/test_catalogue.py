@@ -40,7 +40,9 @@ def test_the_list_needs_no_torch():
     assert found.stdout == f"{listing()}\nFalse\n" and found.stderr == ""
 
 
-@pytest.mark.parametrize("name, reason", [("magic", "one of prior.* as the study"), ("nowhere.json", "a JSON file of a study")])
+@pytest.mark.parametrize("name, reason", [
+    ("magic", "one of prior.* as the study"), ("nowhere.json", "a JSON file of a study"),
+])
 def test_unknown_studies_are_refused(name, reason):
     with pytest.raises(Refusal, match=reason):
         find_study(name)

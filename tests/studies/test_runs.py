@@ -176,7 +176,7 @@ def test_a_killed_process_loses_an_epoch_at_most(change, tmp_path):
 
 
 def test_a_call_has_its_function_s_results():
-    run = FunctionRun("two_weights", (("method", "mean_field"), ("slope", 0.1), ("noise", 1.0)), seed=3)
+    run = FunctionRun("two_weights", (("method", "mean_field"), ("slope", 0.1), ("noise", 1.0)), 3)
     record = run.job(None, None)().record
     assert record["rows"] == [simulations.two_weights(3, "mean_field", slope=0.1, noise=1.0)]
     assert record["run"] == run.values() and record["data_crc32"] is None
