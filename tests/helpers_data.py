@@ -1,9 +1,4 @@
 """What the tests of the rooms on data share."""
-import torch
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def typed(fix: str, **names):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import normal, seeded
 from symbnn.data.splits import Split
 from symbnn.equivariance.metrics import (
     accuracy,
@@ -31,14 +32,6 @@ from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.orbits import Orbits
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import exact64
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def at_most(lower, upper):

@@ -4,14 +4,11 @@ import itertools
 import torch
 from torch import nn
 
+from helpers import seeded
 from symbnn.posterior.independent import MeanFieldGaussian
 from symbnn.posterior.layers import variational_tensors, with_posteriors
 from symbnn.posterior.priors import isotropic
 from symbnn.symmetry.networks import unit_permutations
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def double(*values):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import normal, seeded
 from symbnn.layerwise.evidence import laplace, log_precisions, set_log_precisions
 from symbnn.layerwise.kronecker import KroneckerCurvature
 from symbnn.layerwise.relaxed_networks import relaxed_network
@@ -13,14 +14,6 @@ from symbnn.posterior.point_mass import PointMass
 
 with_factors = pytest.mark.skipif(find_spec("curvlinops") is None, reason="curvlinops-for-pytorch is not installed")
 NOISE = 0.4
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=seeded(seed), dtype=dtype)
 
 
 def labels(count, classes=3, seed=0):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from helpers import seeded
 from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian
 from symbnn.posterior.family import Family
@@ -153,10 +154,6 @@ ZOO = {
     "no rows in the output": (lambda: Written(lambda m, x: m.a(x).mean(0), a=linear()), VECTOR, WHOLE),
     "squeezes": (lambda: Written(lambda m, x: m.a(x).squeeze(), a=linear(3, 1)), VECTOR, WHOLE),
 }
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def made(name, **options):

@@ -5,6 +5,7 @@ import signal
 import torch
 from torch import nn
 
+from helpers import seeded
 from symbnn.data.splits import Split
 from symbnn.posterior.independent import MeanFieldGaussian
 from symbnn.posterior.layers import with_posteriors
@@ -17,10 +18,6 @@ from symbnn.training.loop import train
 ARCHITECTURE = Architecture("cnn", (1, 4, 4), 2, (3,))
 ACTION = field(rotations(), (1, 4, 4))
 CONFIG = TrainingConfig(epochs=4, batch_size=16, draws=4, learning_rate=1e-2, seed=3, device="cpu")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def task(n=23, seed=0):

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 import symbnn.data.batches as module
-from helpers_data import seeded, typed
+from helpers import seeded
+from helpers_data import typed
 from symbnn.data.batches import batches, epoch_generator
 from symbnn.data.sources import load
 from symbnn.data.splits import Split

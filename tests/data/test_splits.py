@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers_data import seeded, typed
+from helpers import seeded
+from helpers_data import typed
 from symbnn.data.sources import load
 from symbnn.data.splits import Dataset, Split, split_training, stratified_order
 from symbnn.errors import Refusal

@@ -8,17 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers_equivariance import (
-    FOUND,
-    NETWORKS,
-    ON_SET,
-    convolutional,
-    defect,
-    dense,
-    normal,
-    pair,
-    pushes,
-)
+from helpers import normal
+from helpers_equivariance import FOUND, NETWORKS, ON_SET, convolutional, defect, dense, pair, pushes
 from symbnn.equivariance.averages import average, symmetrize, symmetrize_
 from symbnn.equivariance.mixture import OrbitMixture
 from symbnn.equivariance.projected_gradients import drift

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers_equivariance import LAWS, at_most, normal
+from helpers import normal
+from helpers_equivariance import LAWS, at_most
 from symbnn.equivariance.bounds import push_forward_divergences, through_information
 from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian

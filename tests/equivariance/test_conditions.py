@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import normal, seeded
 from helpers_equivariance import (
     BROKEN,
     CYCLE,
@@ -17,9 +18,7 @@ from helpers_equivariance import (
     gap_of,
     network_of,
     noise_of,
-    normal,
     posteriors,
-    seeded,
     transported,
 )
 from late import ORDERS, reordered

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers_equivariance import seeded
+from helpers import seeded
 from symbnn.equivariance.confidence import (
     defect_interval,
     draws_needed,

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
+from helpers import seeded
 from late import ORDERS, reordered
 from symbnn.equivariance.expansion import ARRANGEMENT, arrangement_of, block_turn, expand, expanded_action
 from symbnn.equivariance.projected_gradients import drift
@@ -32,10 +33,6 @@ from tolerances import assert_close, exact32, exact64
 
 ARRANGEMENTS = ("regular", "row_rolled", "row_constant", "block_diagonal")
 INVARIANT = ("regular", "block_diagonal")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def random_inputs(action, n=3):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_equivariance import classifier, normal, seeded
+from helpers import normal, seeded
+from helpers_equivariance import classifier
 from symbnn.equivariance.bounds import push_forward_divergences
 from symbnn.equivariance.ledger import ledger
 from symbnn.equivariance.lipschitz import through_lipschitz

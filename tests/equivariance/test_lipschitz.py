@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_equivariance import at_most, classifier, normal, seeded
+from helpers import normal, seeded
+from helpers_equivariance import at_most, classifier
 from symbnn.equivariance.bounds import push_forward_divergences
 from symbnn.equivariance.ledger import ledger
 from symbnn.equivariance.lipschitz import is_contraction, stretch, through_lipschitz

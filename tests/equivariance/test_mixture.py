@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_equivariance import FOUND, defect, dense, normal, pair, pushes, seeded
+from helpers import normal, seeded
+from helpers_equivariance import FOUND, defect, dense, pair, pushes
 from symbnn.equivariance.averages import average, symmetrize, symmetrize_
 from symbnn.equivariance.metrics import defect_unbiased, nll
 from symbnn.equivariance.mixture import OrbitMixture, orbit_average

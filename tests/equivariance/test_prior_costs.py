@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from helpers_equivariance import at_most, classifier, normal
+from helpers import normal
+from helpers_equivariance import at_most, classifier
 from symbnn.equivariance.prior_costs import conjugate_prior_gap, prior_cost, prior_gradient_gap
 from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian

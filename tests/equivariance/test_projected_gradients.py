@@ -8,7 +8,8 @@ import sympy as sp
 import torch
 from torch import nn
 
-from helpers_equivariance import bayesian, data, group_mean, normal, put_in_fix, seeded, signed_mixture
+from helpers import normal, seeded
+from helpers_equivariance import bayesian, data, group_mean, put_in_fix, signed_mixture
 from symbnn.equivariance.projected_gradients import drift, keep_invariant, parameter_actions
 from symbnn.equivariance.tied import tie
 from symbnn.errors import Refusal

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import seeded
 from late import ORDERS, reordered
 from symbnn.equivariance.averages import symmetrize
 from symbnn.equivariance.bounds import push_forward_divergences
@@ -34,10 +35,6 @@ SHAPE = (1, 4, 4)
 SPACES = {"C1": SpatialAction.trivial(Cyclic(1), 2), "C2": flips(), "C4": rotations(), "D4": rotations_and_flips()}
 ARRANGEMENTS = ("regular", "row_rolled", "row_constant", "block_diagonal")
 POINTS = natural_action(Permutations(4))
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def plain(*middle):

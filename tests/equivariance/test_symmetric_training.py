@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import normal, seeded
 from helpers_equivariance import (
     BROKEN,
     CASES,
@@ -15,9 +16,7 @@ from helpers_equivariance import (
     gap_of,
     network_of,
     noise_of,
-    normal,
     posteriors,
-    seeded,
     shifting,
     transported,
     turning,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_equivariance import SIGNED_ACTIONS, bayesian, data, normal, plain_cnn, put_in_fix, seeded
+from helpers import normal, seeded
+from helpers_equivariance import SIGNED_ACTIONS, bayesian, data, plain_cnn, put_in_fix
 from symbnn.equivariance.metrics import defect_plugin
 from symbnn.equivariance.predictions import orbit_predictions
 from symbnn.equivariance.projected_gradients import drift, keep_invariant

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_hidden_units import double, perceptron, residual, seeded, weights_of
+from helpers import seeded
+from helpers_hidden_units import double, perceptron, residual, weights_of
 from symbnn.errors import Refusal
 from symbnn.hidden_units.modes import (
     align,

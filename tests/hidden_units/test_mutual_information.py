@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_hidden_units import moved_density, permuted, pooled_convolution, seeded, spread_means, two_layers
+from helpers import seeded
+from helpers_hidden_units import moved_density, permuted, pooled_convolution, spread_means, two_layers
 from symbnn.equivariance.mixture import OrbitMixture
 from symbnn.errors import Refusal
 from symbnn.estimates import Estimate

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from helpers_hidden_units import permuted, pooled_convolution, seeded, two_layers
+from helpers import seeded
+from helpers_hidden_units import permuted, pooled_convolution, two_layers
 from symbnn.equivariance.mixture import OrbitMixture
 from symbnn.errors import Refusal
 from symbnn.hidden_units.mutual_information import InformationEstimator

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_hidden_units import double, seeded
+from helpers import seeded
+from helpers_hidden_units import double
 from symbnn.errors import Refusal
 from symbnn.hidden_units.two_weights import TwoWeights, exchange_information
 from tolerances import assert_close, exact32

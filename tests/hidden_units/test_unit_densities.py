@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_hidden_units import moved_density, permuted, seeded, two_layers
+from helpers import seeded
+from helpers_hidden_units import moved_density, permuted, two_layers
 from symbnn.hidden_units.modes import unit_coordinates
 from symbnn.hidden_units.mutual_information import mutual_information
 from symbnn.hidden_units.unit_densities import unit_log_densities

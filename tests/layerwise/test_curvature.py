@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers_layerwise import NOISE, convolutional, labels, normal, relaxed, started, with_factors, with_precisions
+from helpers import normal
+from helpers_layerwise import NOISE, convolutional, labels, relaxed, started, with_factors, with_precisions
 from symbnn.errors import Refusal
 from symbnn.layerwise.curvature import (
     FullCurvature,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import normal
 from helpers_layerwise import (
     NOISE,
     convolutional,
@@ -13,7 +14,6 @@ from helpers_layerwise import (
     fitted_pair,
     flat,
     labels,
-    normal,
     spectra,
     started,
     with_factors,

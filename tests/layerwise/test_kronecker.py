@@ -8,18 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers_layerwise import (
-    NOISE,
-    convolutional,
-    exact_case,
-    flat,
-    labels,
-    normal,
-    relaxed,
-    spectra,
-    started,
-    with_factors,
-)
+from helpers import normal
+from helpers_layerwise import NOISE, convolutional, exact_case, flat, labels, relaxed, spectra, started, with_factors
 from symbnn.errors import Refusal
 from symbnn.layerwise import kronecker
 from symbnn.layerwise.curvature import FullCurvature, KernelCurvature, full_curvature

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from helpers_layerwise import convolutional, fitted_pair, labels, normal, started, with_factors, with_precisions
+from helpers import normal
+from helpers_layerwise import convolutional, fitted_pair, labels, started, with_factors, with_precisions
 from symbnn.data.splits import Split
 from symbnn.errors import Refusal
 from symbnn.layerwise.evidence import LaplaceApproximation, laplace, log_precisions, set_log_precisions

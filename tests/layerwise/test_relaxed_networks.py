@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_layerwise import normal, randomised, seeded
+from helpers import normal, seeded
+from helpers_layerwise import randomised
 from symbnn.errors import Refusal
 from symbnn.layerwise.paths import (
     convolution_path,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_posterior import seeded
+from helpers import seeded
 from symbnn.equivariance.averages import average
 from symbnn.equivariance.bounds import push_forward_divergences
 from symbnn.equivariance.expansion import expand

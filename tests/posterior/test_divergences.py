@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers_equivariance import LAWS, at_most, normal
+from helpers import normal
+from helpers_equivariance import LAWS, at_most
 from symbnn.equivariance.bounds import through_information
 from symbnn.equivariance.metrics import (
     orbit_jensen_shannon,

@@ -9,7 +9,8 @@ import torch
 from family_suite import FamilySuite
 from torch import distributions as D
 
-from helpers_posterior import NAMES, NORMAL, SHAPE, SIZE, each_family, members, random, seeded, unchecked_shapes
+from helpers import seeded
+from helpers_posterior import NAMES, NORMAL, SHAPE, SIZE, each_family, members, random, unchecked_shapes
 from symbnn.equivariance.averages import average, average_rule
 from symbnn.equivariance.expansion import expansion_rule
 from symbnn.equivariance.tied import Tied

@@ -6,17 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers_posterior import (
-    SIZE,
-    check_closedness,
-    each_family,
-    lower,
-    members,
-    random,
-    refused,
-    seeded,
-    signed_permutations,
-)
+from helpers import seeded
+from helpers_posterior import SIZE, check_closedness, each_family, lower, members, random, refused, signed_permutations
 from late import ONE_MOVES, ORDERS, reordered
 from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian

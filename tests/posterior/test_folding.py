@@ -6,18 +6,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from helpers_posterior import (
-    KINDS,
-    LAYER_IDS,
-    LAYERS,
-    Residual,
-    Written,
-    linear,
-    loop,
-    seeded,
-    small_cnn,
-    unchecked_shapes,
-)
+from helpers import seeded
+from helpers_posterior import KINDS, LAYER_IDS, LAYERS, Residual, Written, linear, loop, small_cnn, unchecked_shapes
 from symbnn.errors import Refusal
 from symbnn.posterior.folding import bind_together, fold, uses_batch_statistics
 from symbnn.posterior.layers import posterior_mean_network, variational_tensors, with_posteriors

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_posterior import KINDS, LAYER_IDS, LAYERS, UNSEEN, linear, loop, refused, seeded, small_cnn
+from helpers import seeded
+from helpers_posterior import KINDS, LAYER_IDS, LAYERS, UNSEEN, linear, loop, refused, small_cnn
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import kl_per_datum, kl_sum, posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.priors import isotropic

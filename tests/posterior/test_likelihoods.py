@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_posterior import seeded
+from helpers import seeded
 from symbnn.equivariance.conditions import violations
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import with_posteriors

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_posterior import UNSEEN, Written, linear, loop, made, seeded
+from helpers import seeded
+from helpers_posterior import UNSEEN, Written, linear, loop, made
 from symbnn.posterior import plans
 from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.plans import execution_plan

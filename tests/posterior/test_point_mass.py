@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from helpers_posterior import SHAPE, SIZE, members, random, seeded
+from helpers import seeded
+from helpers_posterior import SHAPE, SIZE, members, random
 from symbnn.errors import Refusal
 from symbnn.posterior.point_mass import PointMass
 from symbnn.symmetry.actions import Action

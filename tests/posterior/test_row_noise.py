@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers_posterior import Residual, seeded, small_cnn, weighted_inputs
+from helpers import seeded
+from helpers_posterior import Residual, small_cnn, weighted_inputs
 from symbnn.errors import Refusal
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.layers import variational_tensors, with_posteriors

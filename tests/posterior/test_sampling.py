@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from helpers import seeded
 from helpers_posterior import (
     IMAGE,
     TOGETHER,
@@ -25,7 +26,6 @@ from helpers_posterior import (
     linear,
     loop,
     made,
-    seeded,
     small_cnn,
     unchecked_shapes,
     weighted_inputs,

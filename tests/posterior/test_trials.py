@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers_posterior import UNSEEN, Written, linear, loop, made, seeded
+from helpers import seeded
+from helpers_posterior import UNSEEN, Written, linear, loop, made
 from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.plans import execution_plan
 from symbnn.posterior.sampling import apply_weights, forward, predict, sample_weights

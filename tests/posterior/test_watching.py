@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers_posterior import Written, linear, loop, seeded
+from helpers import seeded
+from helpers_posterior import Written, linear, loop
 from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.plans import execution_plan
 from symbnn.posterior.sampling import apply_weights, forward, predict, sample_weights

@@ -4,7 +4,8 @@ import pytest
 import sympy as sp
 import torch
 
-from helpers_equivariance import SIGNED_ACTIONS, group_mean, normal, signed_mixture, turned_vectors
+from helpers import normal
+from helpers_equivariance import SIGNED_ACTIONS, group_mean, signed_mixture, turned_vectors
 from symbnn.symmetry.actions import sign_change
 from symbnn.symmetry.networks import unit_permutations
 from symbnn.symmetry.orbits import Orbits

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers_data import seeded, typed
+from helpers import seeded
+from helpers_data import typed
 from symbnn.equivariance.expansion import ARRANGEMENT, expand
 from symbnn.errors import Refusal
 from symbnn.layerwise.relaxed_networks import relaxed_network

@@ -10,6 +10,7 @@ import sympy as sp
 import torch
 from torch import nn
 
+from helpers import seeded
 from helpers_training import (
     ACTION,
     ARCHITECTURE,
@@ -21,7 +22,6 @@ from helpers_training import (
     press_ctrl_c,
     run,
     same,
-    seeded,
     task,
     tensors,
 )
