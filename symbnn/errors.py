@@ -17,9 +17,17 @@ from types import ModuleType, NoneType
 import numpy as np
 import torch
 
-# %% ../nbs/0_ground/01_errors.ipynb #34e92c6a-0
+# %% ../nbs/0_ground/01_errors.ipynb #9f8f68a8-0
 class Refusal(ValueError):
-    """Input that the library will not work with: what was expected, what came, the likely cause, and the fix."""
+    """Input that the library will not work with: what was expected, what came, the likely cause, and the fix.
+
+    >>> import symbnn as sb
+    >>> try:
+    ...     sb.TrainingConfig(epochs=0)
+    ... except sb.Refusal as refusal:
+    ...     print(refusal.expected, refusal.fix, sep="; ")
+    a whole number of at least 1 as epochs; epochs=20
+    """
 
     def __init__(
         self,

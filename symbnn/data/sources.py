@@ -196,7 +196,7 @@ def _files(name: str, root: str | Path | None, download: bool) -> tuple[Path, ..
             f'load("{name}", FOLDER), load("{name}", download=True), or load("{DATASETS[0]}"), which needs no file')
     return files or _downloaded(name)
 
-# %% ../../nbs/6_data/02_sources.ipynb #4b126c5d-0
+# %% ../../nbs/6_data/02_sources.ipynb #70d31d44-0
 def _digits(dtype: torch.dtype) -> tuple[Split, Split, tuple[str, ...]]:
     data = optional("sklearn.datasets", "data").load_digits()  # takes a second to import, and is needed only here
     everything = Split(torch.from_numpy(data.images)[:, None].to(dtype) / 16, torch.from_numpy(data.target).long())
@@ -227,6 +227,11 @@ def load(
     Files are looked for in `root` when it is given; otherwise where Debian installs them, then in the cache folder,
     into which they are downloaded if `download` allows it. Their content is verified by SHA-256. Raises `Refusal` for
     an unknown name, missing, damaged or foreign files, a missing package, and sizes that do not fit.
+
+    >>> import symbnn as sb
+    >>> digits = sb.load("digits", train_size=500)
+    >>> digits.shape, len(digits.train), len(digits.classes)
+    ((1, 8, 8), 500, 10)
     """
     require(name in DATASETS, f"one of {', '.join(DATASETS)} as the name of the data set", repr(name),
             "a misspelt name, or data of your own",
@@ -239,7 +244,7 @@ def load(
     train, validation = split_training(training, validation_size=validation_size, train_size=train_size, seed=seed)
     return Dataset(name, train, validation, test, classes)
 
-# %% ../../nbs/6_data/02_sources.ipynb #dc128bad-0
+# %% ../../nbs/6_data/02_sources.ipynb #57a2839c-0
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError)  # of a wrong file
 
@@ -253,6 +258,18 @@ def load_npz(
     Images are (N, H, W) or (N, C, H, W), bytes, which are divided by 255, or floating-point numbers, which stay as they
     are; labels are (N,) and count from 0. The classes are the labels 0 ... K-1 of the training images. Raises `Refusal`
     for a file that is not of this kind, and for whatever `Split` refuses.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> import symbnn as sb
+    >>> images, labels = np.zeros((40, 8, 8)), np.arange(40) % 2
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "mine.npz")
+    ...     np.savez(file, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    ...     data = sb.load_npz(file, validation_size=8)
+    >>> len(data.train), len(data.validation), data.shape
+    (32, 8, (1, 8, 8))
     """
     path = Path(path)
     arrays = _read_arrays(path)

@@ -14,12 +14,19 @@ from torch import Tensor
 
 from ..errors import Refusal, check_count, check_kind, check_tensor, require
 
-# %% ../../nbs/6_data/01_splits.ipynb #aa8ab479-0
+# %% ../../nbs/6_data/01_splits.ipynb #9567506a-0
 @dataclass(frozen=True, eq=False)
 class Split:
     """Inputs and labels, checked: as many labels as inputs, at least one, inputs finite, labels int64 from 0 up.
 
     Raises `Refusal` otherwise.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> images, labels = torch.rand(5, 1, 8, 8), torch.tensor([0, 1, 2, 1, 0])
+    >>> data = sb.Split(images, labels)
+    >>> len(data), data.shape
+    (5, (1, 8, 8))
     """
 
     inputs: Float[Tensor, "N *shape"]  # images are (N, C, H, W) with values in [0, 1]

@@ -21,7 +21,7 @@ from ..posterior.sampling import predict, sample_weights
 from ..symmetry.actions import Action
 from ..symmetry.networks import NetworkAction, check_acting, intertwining_error
 
-# %% ../../nbs/3_equivariance/01_conditions.ipynb #8b0c08bd-0
+# %% ../../nbs/3_equivariance/01_conditions.ipynb #d9e6241b-0
 def moved_tensors(network: nn.Module, action: NetworkAction) -> dict[str, VariationalTensor]:
     """The weights of a network that have posteriors, by name.
 
@@ -56,6 +56,15 @@ def violations(
     outputs, to rounding; the rest is exact. Deterministic parameters, such as those of norms, count as part of the
     function. Raises `Refusal` for a network without variational layers, for an action of another network and for
     targets that the output action cannot move.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    >>> pair = sb.bayesianize(plain, sb.rotations(), (1, 8, 8))
+    >>> x, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
+    >>> sorted(sb.violations(pair.network, pair.action, x, labels))
+    ['augmentation']
     """
     tensors = moved_tensors(network, action)
     check_tensor(inputs, "The batch of inputs", "inputs")

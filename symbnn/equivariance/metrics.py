@@ -189,7 +189,7 @@ def orbit_agreement(probabilities: Probabilities) -> float:
     check_probabilities(probabilities, turns=2)
     return _agreement(_predictive(probabilities)).mean().item()
 
-# %% ../../nbs/3_equivariance/03_metrics.ipynb #afd922a9-0
+# %% ../../nbs/3_equivariance/03_metrics.ipynb #d1c0f9c9-0
 def summarize(predictions: OrbitPredictions, labels: Integer[Tensor, "N"], bins: int = 15) -> dict[str, float]:
     """Every metric of this module by name; names end in their unit where there is one.
 
@@ -198,6 +198,15 @@ def summarize(predictions: OrbitPredictions, labels: Integer[Tensor, "N"], bins:
     `orbit_brier` and `orbit_ece` are over the whole orbit. With one group element the equivariance metrics are absent,
     with fewer than three draws the unbiased defect is, and with one input the errors over inputs are.
     Raises `Refusal` on bad input.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> digits = sb.load("digits", train_size=128)
+    >>> plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    >>> pair = sb.bayesianize(plain, sb.rotations(), digits.shape)
+    >>> scores = sb.summarize(pair.predictions(digits.test.inputs, draws=4), digits.test.labels)
+    >>> 0 <= scores["orbit_accuracy"] <= 1
+    True
     """
     check_predictions(predictions)
     probabilities = predictions.probabilities

@@ -148,7 +148,7 @@ class Equivariance:
         """The group that acts on both."""
         return self.input.group
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #7d1b8b27-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #29125746-0
 Single = nn.Module | Callable[[Tensor], Tensor]  # from inputs (B, ...) to logits (B, C)
 Predictor = Single | Sequence[Single]  # a network or a function; several of them are an ensemble
 
@@ -209,6 +209,15 @@ def orbit_predictions(
     not have, inputs that are empty, not finite or of another shape or type than the action or the networks, a result
     beyond `memory`, an output action that is not a permutation of at least two classes, and outputs that are not logits
     (B, C).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    >>> pair = sb.bayesianize(plain, sb.rotations(), (1, 8, 8))
+    >>> found = sb.orbit_predictions(pair.network, torch.rand(5, 1, 8, 8), pair.action, draws=4)
+    >>> found.probabilities.shape
+    torch.Size([4, 5, 4, 10])
     """
     _check_action(action)
     draws = _check_draws(predictor, draws, mode)

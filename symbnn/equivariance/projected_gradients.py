@@ -59,7 +59,7 @@ def drift(network: nn.Module, action: NetworkAction) -> Drift:
         squares += float(parameters[name].square().sum())
     return Drift(away**0.5, (away / squares) ** 0.5 if squares else 0.0)
 
-# %% ../../nbs/3_equivariance/09_projected_gradients.ipynb #73bd9fb6-0
+# %% ../../nbs/3_equivariance/09_projected_gradients.ipynb #10162c1a-0
 def check_prior(name: str, prior: Family, action: Action) -> None:
     """Raise `Refusal` unless the prior of tensor `name` is of a closed family and invariant under the action (A3)."""
     if not prior.is_closed_under(action) or not prior.is_invariant_under(action):
@@ -125,6 +125,16 @@ def keep_invariant(network: nn.Module, action: NetworkAction) -> ProjectedGradie
 
     Raises `Refusal` for a posterior, prior or norm that is not invariant, and for families that are not closed (or, as
     full covariances, whose parameters do not move linearly).
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    >>> pair = sb.bayesianize(plain, sb.rotations(), (1, 8, 8)).average()
+    >>> digits = sb.load("digits", train_size=128)
+    >>> with sb.keep_invariant(pair.network, pair.action):
+    ...     status = sb.train(pair, digits.train, epochs=1).status
+    >>> status, pair.drift().relative < 1e-6
+    ('complete', True)
     """
     for name, tensor in moved_tensors(network, action).items():
         _check_posterior(name, tensor.posterior, action.parameters[name])

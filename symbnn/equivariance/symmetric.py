@@ -76,7 +76,7 @@ def _check_pair(network: nn.Module, action: NetworkAction) -> None:
             "weights", "the action of another network of the same shapes, layers that were changed after it was "
             "derived, or running statistics that are not finite", "Symmetric(network, action.input)")
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #38a12690-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #9992b9b5-0
 Symmetry = SpatialAction | Action | NetworkAction
 
 
@@ -105,6 +105,15 @@ class Symmetric:
 
     The network is the caller's own, and trained or changed where it is. What the methods return is new, and has weights
     of its own.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    >>> pair = sb.Symmetric(sb.bayesianize(plain), sb.rotations(), (1, 8, 8))
+    >>> pair.group
+    Cyclic(n=4)
+    >>> pair.average().drift().relative < 1e-6
+    True
     """
 
     network: nn.Module
@@ -195,7 +204,7 @@ class Symmetric:
         """How far all parameters are from those that the group leaves in place: `drift`."""
         return drift(self.network, self.action)
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #79c434f3-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #f48dca5b-0
 @overload
 def bayesianize(network: nn.Module, symmetry: None = None, shape: None = None, *,
                 family: type[Family] = MeanFieldGaussian, scale: float = 0.05,
@@ -216,6 +225,17 @@ def bayesianize(network: nn.Module, symmetry: Symmetry | None = None, shape: Seq
     `family`, `scale` and `prior` are as in `with_posteriors`; `symmetry`, `shape`, `hidden` and `output` as in
     `Symmetric`. Example: `bayesianize(network, rotations(), (1, 28, 28))`. Raises `Refusal` as both do, and for a shape
     or an action on channels without a symmetry.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    >>> network = sb.bayesianize(plain)
+    >>> sb.predict(network, torch.rand(5, 1, 8, 8), draws=3).shape
+    torch.Size([3, 5, 10])
+    >>> pair = sb.bayesianize(plain, sb.rotations(), (1, 8, 8))
+    >>> pair.group.order
+    4
     """
     check_network(network)
     usual = "bayesianize(network, rotations(), (1, 28, 28))"

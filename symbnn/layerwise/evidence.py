@@ -111,7 +111,7 @@ class LaplaceApproximation:
         slopes = torch.autograd.grad(self.curvature.log_det(free), list(free.values()))
         return {name: -float(slope) for name, slope in zip(free, slopes, strict=True)}
 
-# %% ../../nbs/5_layerwise/05_evidence.ipynb #2bd90f13-0
+# %% ../../nbs/5_layerwise/05_evidence.ipynb #95a8623c-0
 Structure = Literal["exact", "sampled", "full"]
 
 
@@ -144,6 +144,16 @@ def laplace(
     "full" Gauss-Newton matrix of a small network or of few data (exact, by `full_curvature`). `sharing` is as in
     `kronecker_curvature`. `inputs` are the training set as trained on, with all its turns under full augmentation.
     Raises `Refusal` for data that are not finite or do not match, and as `kronecker_curvature` and `full_curvature` do.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> from symbnn.layerwise.evidence import log_precisions
+    >>> x, labels = torch.rand(16, 4), torch.arange(16) % 3
+    >>> network = sb.bayesianize(nn.Linear(4, 3), family=sb.PointMass, prior=sb.isotropic(1.0))
+    >>> found = sb.laplace(network, x, labels)
+    >>> bool(found.log_evidence(log_precisions(network)) < 0)  # nats
+    True
     """
     check_choice(curvature, get_args(Structure), "the curvature")
     check_count(seed, "The seed", "seed=0", least=0)

@@ -124,7 +124,7 @@ def posterior_dimensions(network: nn.Module) -> dict[str, float]:
     return {name: float((1 - precisions[name].exp() * tensor.posterior.variance.double()).sum())
             for name, tensor in tensors.items()}
 
-# %% ../../nbs/5_layerwise/06_precisions.ipynb #91c51b0f-0
+# %% ../../nbs/5_layerwise/06_precisions.ipynb #3425bfca-0
 class PathReport(NamedTuple):
     """What the data made of one path of one layer."""
 
@@ -143,6 +143,12 @@ def learned_equivariance(network: nn.Module, approximation: LaplaceApproximation
 
     Effective dimensions are those of the Laplace approximation where one is given, else by the posterior's widths.
     Raises `Refusal` for a network without relaxed layers, and for point masses without an approximation.
+
+    >>> import symbnn as sb
+    >>> network = sb.relaxed_network("FC+CONV", (1, 8, 8), 10, channels=(4, 4), strides=(1, 2))
+    >>> rows = sb.learned_equivariance(sb.bayesianize(network, prior=sb.per_tensor()))
+    >>> rows[0].path, 0 <= rows[0].share <= 1
+    ('conv', True)
     """
     check_kind(approximation, (LaplaceApproximation, NoneType), "The approximation",
                "laplace(network, inputs, targets)")

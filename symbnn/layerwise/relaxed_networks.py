@@ -151,7 +151,7 @@ class MaximumOfCopies(nn.Module):
         """What a permutation of the copies does not change."""
         return x.unflatten(1, (self.copies, -1)).amax(1)
 
-# %% ../../nbs/5_layerwise/02_relaxed_networks.ipynb #b0b31c9c-0
+# %% ../../nbs/5_layerwise/02_relaxed_networks.ipynb #91acffbc-0
 LIFTINGS: dict[str, Callable[[], SpatialAction]] = {"C4-CONV": rotations, "D4-CONV": rotations_and_flips}
 EQUIVARIANT = ("CONV", "S-CONV", *LIFTINGS)
 FREE = ("FC", "F-FC", "S-FC")
@@ -241,6 +241,12 @@ def relaxed_network(kind: str, input_shape: Sequence[int], classes: int, channel
     left, with a lifting the maximum over its copies, and two linear layers. `width` alpha of the source is
     channels=(alpha, 2 alpha, 2 alpha, 4 alpha, ...). On the device "meta" the weights are counted and not made. Raises
     `Refusal` for a kind or sizes that cannot be.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> network = sb.relaxed_network("FC+CONV", (1, 8, 8), 10, channels=(4, 4), strides=(1, 2))
+    >>> network(torch.rand(5, 1, 8, 8)).shape
+    torch.Size([5, 10])
     """
     lifting = _lifting(path_kinds(kind))
     _check_sizes(input_shape, classes, channels, strides)

@@ -18,12 +18,19 @@ from .family import Closure, Family, LinearMap, apply_map
 from .independent import DiagonalGaussian, log_of_scale
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/2_posterior/04_block_gaussian.ipynb #e3788441-0
+# %% ../../nbs/2_posterior/04_block_gaussian.ipynb #7e93234a-0
 class BlockGaussian(DiagonalGaussian):
     """Independent normal weights that share one standard deviation within each block.
 
     The shape of `log_scale` *is* the partition: weights that read the same entry of it by broadcasting form a block.
     A kernel of shape (out, in, height, width) with `log_scale` of shape (out, in, 1, 1) has a block a filter.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = sb.bayesianize(nn.Linear(3, 2), family=sb.BlockGaussian, scale=0.1)
+    >>> sb.variational_tensors(network)["weight"].posterior.variance.sqrt().detach()
+    tensor([[0.1000, 0.1000, 0.1000],
+            [0.1000, 0.1000, 0.1000]])
     """
 
     @classmethod

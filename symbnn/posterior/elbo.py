@@ -18,7 +18,7 @@ from .layers import kl_per_datum
 from .likelihoods import Categorical, Likelihood
 from ..symmetry.networks import check_network
 
-# %% ../../nbs/2_posterior/17_elbo.ipynb #9ccdfd65-0
+# %% ../../nbs/2_posterior/17_elbo.ipynb #487c48f5-0
 class ELBO(NamedTuple):
     """The evidence lower bound in nats per datum, and its parts: elbo = expected_log_likelihood - kl_weight * kl."""
 
@@ -40,6 +40,15 @@ def elbo(
 
     Source: arXiv 1505.05424, equation 2, divided by the number of data. Raises `Refusal` where outputs and targets
     do not match, for num_data < 1, and for a weight that is not a finite number of at least 0.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> from symbnn.posterior.sampling import forward
+    >>> network, x, labels = sb.bayesianize(nn.Linear(4, 3)), torch.rand(8, 4), torch.arange(8) % 3
+    >>> bound = sb.elbo(network, forward(network, x, draws=2), labels, num_data=8)
+    >>> bound.elbo.shape, bool(bound.kl >= 0)
+    (torch.Size([]), True)
     """
     check_network(network)
     check_tensor(outputs, "The batch of outputs", "outputs", {nn.Module: "elbo(network, outputs, targets, num_data)"})

@@ -20,12 +20,18 @@ from .family import Closure, ContinuousFamily, LinearMap, apply_map
 from .independent import log_of_scale
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/05_full_gaussian.ipynb #27c398c0-0
+# %% ../../nbs/2_posterior/05_full_gaussian.ipynb #c1a97f46-0
 class FullGaussian(ContinuousFamily):
     """Normal weights with any covariance L L^T over the flattened tensor.
 
     `factor` holds L without constraint: L below the diagonal, log L on it; what lies above is never read.
     P weights take P^2 numbers, a gradient as many, and an optimiser's moments more.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = sb.bayesianize(nn.Linear(3, 2), family=sb.FullGaussian, scale=0.1)
+    >>> sb.variational_tensors(network)["weight"].posterior.scale_tril.shape
+    torch.Size([6, 6])
     """
 
     exponential = True

@@ -160,7 +160,7 @@ class IndependentFamily(LocationScaleFamily):
         loc, log_scale = (value.expand(self.shape).flatten()[index] for value in (self.loc, self.log_scale))
         return type(self)(loc, log_scale, trainable=self.trainable)
 
-# %% ../../nbs/2_posterior/02_independent.ipynb #573d8a88-0
+# %% ../../nbs/2_posterior/02_independent.ipynb #e189a544-0
 def natural_of_normals(member: LocationScaleFamily) -> dict[str, Tensor]:
     """Natural parameters of independent normals with the locations and scales of `member`."""
     precision = (-2 * member.log_scale).exp()
@@ -225,13 +225,26 @@ class DiagonalGaussian(LocationScaleFamily):
 
 
 class MeanFieldGaussian(DiagonalGaussian, IndependentFamily):
-    """Independent normal weights, each with a mean `loc` and a standard deviation exp(`log_scale`) of its own."""
+    """Independent normal weights, each with a mean `loc` and a standard deviation exp(`log_scale`) of its own.
 
-# %% ../../nbs/2_posterior/02_independent.ipynb #7195f505-0
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = sb.bayesianize(nn.Linear(3, 2), family=sb.MeanFieldGaussian, scale=0.1)
+    >>> sb.variational_tensors(network)["bias"].posterior.variance.detach()
+    tensor([0.0100, 0.0100])
+    """
+
+# %% ../../nbs/2_posterior/02_independent.ipynb #def94fbf-0
 class Laplace(IndependentFamily):
     """Independent Laplace weights with location `loc` and scale b = exp(`log_scale`).
 
     The density of a weight is exp(-|theta - loc| / b) / (2 b); its standard deviation is sqrt(2) b.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = sb.bayesianize(nn.Linear(3, 2), family=sb.Laplace, scale=0.1)
+    >>> type(sb.variational_tensors(network)["weight"].posterior).__name__
+    'Laplace'
     """
 
     symmetric = True

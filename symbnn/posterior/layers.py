@@ -83,7 +83,7 @@ class VariationalTensor(Placeholder):
             "apply_weights(network, x, mean_weights(network)) for the posterior mean",
         )
 
-# %% ../../nbs/2_posterior/09_layers.ipynb #4bf1699f-0
+# %% ../../nbs/2_posterior/09_layers.ipynb #24ee25be-0
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these types; a subclass may do something else with its weights
 DETERMINISTIC = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
@@ -209,6 +209,14 @@ def posterior_mean_network(network: nn.Module) -> nn.Module:
     """The plain torch network with every weight at its posterior mean; the way back from `with_posteriors`.
 
     A weight whose posterior is frozen is frozen in it.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> plain, x = nn.Linear(3, 2), torch.rand(5, 3)
+    >>> mean = sb.posterior_mean_network(sb.bayesianize(plain))
+    >>> bool((mean(x) == plain(x)).all())
+    True
     """
     network, made = copy_network(network), {}
     for module in list(network.modules()):
@@ -239,6 +247,11 @@ def variational_tensors(network: nn.Module) -> dict[str, VariationalTensor]:
     """Every weight's `VariationalTensor` under the name that the parameter has in the plain network.
 
     A tensor that several layers share is there once, under its first name. Raises `Refusal` for a plain network.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> sorted(sb.variational_tensors(sb.bayesianize(nn.Linear(3, 2))))
+    ['bias', 'weight']
     """
     check_network(network)
     found: dict[str, VariationalTensor] = {}

@@ -20,7 +20,7 @@ from ..estimates import at_least_single
 from ..symmetry.actions import Action
 from ..symmetry.groups import Element
 
-# %% ../../nbs/2_posterior/16_likelihoods.ipynb #39eeb290-0
+# %% ../../nbs/2_posterior/16_likelihoods.ipynb #14936470-0
 class Likelihood(ABC):
     """How outputs explain targets; log-probabilities in nats."""
 
@@ -55,7 +55,14 @@ def _labels_refused(outputs: Tensor, received: str, cause: str) -> Refusal:
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """Class labels; outputs are logits (S, B, classes), targets integers (B,)."""
+    """Class labels; outputs are logits (S, B, classes), targets integers (B,).
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> outputs, labels = torch.zeros(1, 2, 4), torch.tensor([0, 3])
+    >>> sb.Categorical().log_prob(outputs, labels)  # nats
+    tensor([[-1.3863, -1.3863]])
+    """
 
     def log_prob(self, outputs: Float[Tensor, "S B classes"], targets: Int[Tensor, " B"]) -> Float[Tensor, "S B"]:
         """Minus the cross-entropy of the logits. Raises `Refusal` for targets that are not (B,) integers, and on the
@@ -120,6 +127,12 @@ class Gaussian(Likelihood):
 
     A tensor of noise may be trained: gradients flow into it, also through its normalising constant. Two likelihoods
     are equal with equal numbers or with one and the same tensor. Raises `Refusal` for noise that is not positive.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> outputs, targets = torch.zeros(1, 2, 1), torch.ones(2, 1)
+    >>> sb.Gaussian(noise=1.0).log_prob(outputs, targets)  # nats
+    tensor([[-1.4189, -1.4189]])
     """
 
     # Standard deviation in units of the target: a number, or a tensor of shape () or one that broadcasts to the shape

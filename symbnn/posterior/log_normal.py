@@ -20,12 +20,18 @@ from .family import Closure, ContinuousFamily, Family, LinearMap, monomial
 from .independent import IndependentFamily, normals_of_natural, log_of_scale, natural_of_normals
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/03_log_normal.ipynb #b866fd8a-0
+# %% ../../nbs/2_posterior/03_log_normal.ipynb #f890b9b3-0
 class LogNormal(IndependentFamily):
     """Weights mask * exp(loc + exp(log_scale) * normal noise): frozen signs, log-normal magnitudes.
 
     `mask` holds +1 and -1 (an int8 buffer) and broadcasts to the tensor's shape; `loc` and `scale` are the mean and
     the standard deviation of log|theta|.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = sb.bayesianize(nn.Linear(3, 2), family=sb.LogNormal, scale=0.1)
+    >>> type(sb.variational_tensors(network)["weight"].posterior).__name__
+    'LogNormal'
     """
 
     exponential = True

@@ -13,11 +13,17 @@ from torch import Tensor
 from .family import Closure, ContinuousFamily, Family, LinearMap, apply_map
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/06_point_mass.ipynb #656ba4f7-0
+# %% ../../nbs/2_posterior/06_point_mass.ipynb #756a49e3-0
 class PointMass(Family):
     """All mass at `loc`: with it the ELBO is the log-density of data and weights, and training finds its maximum.
 
     `kl(prior)` is -log p(loc) in nats: the divergence less an infinite constant that does not depend on `loc`.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = sb.bayesianize(nn.Linear(3, 2), family=sb.PointMass)
+    >>> sb.variational_tensors(network)["bias"].posterior.variance
+    tensor([0., 0.])
     """
 
     symmetric = True

@@ -19,7 +19,7 @@ from .family import Family
 from .independent import Laplace, MeanFieldGaussian
 from .log_normal import LogNormal
 
-# %% ../../nbs/2_posterior/08_priors.ipynb #422c2645-0
+# %% ../../nbs/2_posterior/08_priors.ipynb #5b24bb38-0
 Prior = Callable[[str, Family], Family]
 
 
@@ -57,6 +57,12 @@ def isotropic(deviation: float = 1.0) -> Prior:
 
     For log-normal posteriors `deviation` is the prior median of the weight's magnitude. Raises `Refusal` for a
     deviation that is not positive and finite.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = sb.bayesianize(nn.Linear(3, 2), prior=sb.isotropic(0.5))
+    >>> sb.variational_tensors(network)["bias"].prior.variance
+    tensor([0.2500, 0.2500])
     """
     check_kind(deviation, (int, float), "The standard deviation of a prior", "isotropic(1.0)")
     require(0 < deviation < float("inf"), "a positive, finite standard deviation of the prior", f"{deviation}",
@@ -66,7 +72,14 @@ def isotropic(deviation: float = 1.0) -> Prior:
 
 
 def per_tensor(gain: float = 1.0, bias: float = 1.0) -> Prior:
-    """Zero-mean prior with standard deviation gain / sqrt(fan-in) for weights and `bias` for biases."""
+    """Zero-mean prior with standard deviation gain / sqrt(fan-in) for weights and `bias` for biases.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = sb.bayesianize(nn.Linear(4, 2), prior=sb.per_tensor())
+    >>> sb.variational_tensors(network)["weight"].prior.variance[0]
+    tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
 
     def build(name: str, posterior: Family) -> Family:
         fan_in = prod(posterior.shape[1:])
@@ -79,6 +92,12 @@ def random_means(seed: int, spread: float = 1.0, deviation: float = 1.0) -> Prio
     """Prior means drawn once from N(0, spread^2), so that the prior is not invariant (arXiv 2606.26273, figure 2a).
 
     The draw depends on `seed` and the tensor's name, not on the order of the layers.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = sb.bayesianize(nn.Linear(3, 2), prior=sb.random_means(0))
+    >>> bool((sb.variational_tensors(network)["bias"].prior.mean != 0).all())
+    True
     """
 
     def build(name: str, posterior: Family) -> Family:

@@ -257,7 +257,7 @@ def _estimate(
     rule = apply_draws if estimator == "split" else Local(len(padded), generator)
     return _unfold(bound.all(weights, rule)(bound.fold(padded, 1)), 1, len(padded))[:, : len(x)]
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #1ffa694f-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #0e129717-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
@@ -306,6 +306,14 @@ def predict(
     one copy of the inputs come on top. By default it is 12 MiB on the CPU, where pieces that stay in the caches are
     fastest, and 1 GiB elsewhere. Where rows depend on each other the batch is not cut, whatever the budget. Raises
     `Refusal` for both or neither of draws and weights, and for numbers below one.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = sb.bayesianize(nn.Linear(3, 2))
+    >>> logits = sb.predict(network, torch.rand(5, 3), draws=8)
+    >>> logits.shape, logits.softmax(-1).mean(0).shape
+    (torch.Size([8, 5, 2]), torch.Size([5, 2]))
     """
     check_network(network)
     check_inputs(x)

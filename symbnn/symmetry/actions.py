@@ -18,13 +18,18 @@ from ..errors import Refusal, check_count, check_kind, check_shape, check_tensor
 from .groups import Cyclic, Element, Group, Permutations, left_regular
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #4ea7a354-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #31a06bf6-0
 class Action:
     """A homomorphism of `group` into the signed permutations of tensors of shape `shape`.
 
     `rule(g)` gives the signed permutation of the flattened (row-major) tensor. `action(g)` is that map with `g`
     checked, `action.act(g, x)` applies it to the trailing axes of `x`. Raises `Refusal` for elements of other groups,
     and for rules whose maps have another size; whether products go to products is asked by `check_action`.
+
+    >>> import symbnn as sb
+    >>> turn = sb.field(sb.rotations(), (1, 8, 8))
+    >>> turn.group.order, turn.shape
+    (4, (1, 8, 8))
     """
 
     def __init__(self, group: Group, shape: Sequence[int], rule: Callable[[Element], SignedPermutation],
@@ -152,9 +157,16 @@ def check_action(action: Action, pairs: int = 64) -> None:
                       fix="the group of the rule's own order, such as Cyclic(3) for the shifts of three things, or "
                           "rule(g).inverse() in place of rule(g)")
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #bae27fd4-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #1bbe1d9c-0
 def natural_action(group: Permutations) -> Action:
-    """The symmetric group permuting its `n` coordinates: `g` moves coordinate `i` to place `g[i]`."""
+    """The symmetric group permuting its `n` coordinates: `g` moves coordinate `i` to place `g[i]`.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> from symbnn.symmetry.groups import Permutations
+    >>> sb.natural_action(Permutations(3)).act((1, 2, 0), torch.tensor([10.0, 20.0, 30.0]))
+    tensor([30., 10., 20.])
+    """
     check_kind(group, Permutations, "the group of a natural action", "Permutations(5)", {int: "Permutations(n)"})
     return Action(group, (group.n,), SignedPermutation.sending, "natural")
 

@@ -112,7 +112,7 @@ def _move_pixels(space: SpatialAction, size: Sequence[int], shifted: bool, g: El
         target = target * length + (pixel + space.shift(g)[axis] * shifted) % length
     return SignedPermutation.sending(target.flatten())
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #0a0aa115-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #81be253d-0
 _TURN, _FLIP = SignedPermutation([1, 0], [-1, 1]), SignedPermutation([0, 1], [1, -1])
 
 
@@ -144,17 +144,36 @@ def _last_axis(step: int, ndim: int, g: int) -> tuple[int, ...]:
 
 
 def rotations() -> SpatialAction:
-    """Quarter turns of an image, the group C4; element 1 is `torch.rot90(x, 1, (-2, -1))`, 90 degrees."""
+    """Quarter turns of an image, the group C4; element 1 is `torch.rot90(x, 1, (-2, -1))`, 90 degrees.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> turn = sb.field(sb.rotations(), (1, 2, 2))
+    >>> turn.act(1, torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    tensor([[[2., 4.],
+             [1., 3.]]])
+    """
     return SpatialAction(Cyclic(4), 2, partial(_cyclic_turn, 1), partial(_no_shift, 2), "quarter turns")
 
 
 def rotations_and_flips() -> SpatialAction:
-    """The group D4 of the square: element `(k, s)` flips left-right `s` times, then turns by `k` quarters."""
+    """The group D4 of the square: element `(k, s)` flips left-right `s` times, then turns by `k` quarters.
+
+    >>> import symbnn as sb
+    >>> sb.rotations_and_flips().group.order
+    8
+    """
     return SpatialAction(Dihedral(4), 2, _dihedral, partial(_no_shift, 2), "quarter turns and flips")
 
 
 def flips() -> SpatialAction:
-    """Left-right flips of an image, the group C2; element 1 is `torch.flip(x, (-1,))`."""
+    """Left-right flips of an image, the group C2; element 1 is `torch.flip(x, (-1,))`.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> sb.field(sb.flips(), (1, 1, 3)).act(1, torch.tensor([[[1.0, 2.0, 3.0]]]))
+    tensor([[[3., 2., 1.]]])
+    """
     return SpatialAction(Cyclic(2), 2, _flip, partial(_no_shift, 2), "left-right flips")
 
 
@@ -177,7 +196,13 @@ def shifts(n: int, step: int = 1, ndim: int = 2) -> SpatialAction:
 
 
 def translations(*size: int) -> SpatialAction:
-    """All circular shifts of a grid of this size: element `(a, b)` moves an image by `a` rows and `b` columns."""
+    """All circular shifts of a grid of this size: element `(a, b)` moves an image by `a` rows and `b` columns.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> sb.field(sb.translations(1, 3), (1, 1, 3)).act((0, 1), torch.tensor([[[1.0, 2.0, 3.0]]]))
+    tensor([[[3., 1., 2.]]])
+    """
     check_shape(size, "the size of the grid in pixels", "translations(28, 28)", least=1)
     still = partial(unmoved, SignedPermutation.identity(len(size)))
     return SpatialAction(Product(*map(Cyclic, size)), len(size), still, _by_itself, "translations")
@@ -186,7 +211,7 @@ def translations(*size: int) -> SpatialAction:
 def _by_itself(g: tuple[int, ...]) -> tuple[int, ...]:
     return g
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #2365618a-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #4641c752-0
 class FieldAction(Action):
     """A group acting on feature maps of shape `(C, *size)`: on the channels by one action, on the pixels by another."""
 
@@ -204,6 +229,13 @@ def field(space: SpatialAction, shape: Sequence[int], channels: Action | None = 
     """The action on feature maps of shape `(C, *size)`, with the channels left alone unless `channels` is given.
 
     Raises `Refusal` for a size that the group does not act on, and for channels of another group or number.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> turn = sb.field(sb.rotations(), (1, 2, 2))
+    >>> turn.act(1, torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    tensor([[[2., 4.],
+             [1., 3.]]])
     """
     check_kind(space, SpatialAction, "the action on pixels", "field(rotations(), (1, 28, 28))", {
         Action: "the action as it is, which acts on inputs already",

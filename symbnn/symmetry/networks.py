@@ -202,7 +202,7 @@ def _check_covered(network: nn.Module, ledger: Ledger, parameters: Mapping[str, 
             site.refuse(f"one tensor as '{first}' and '{name}'", "tied weights whose two uses move in different ways",
                         f"network.{name} = nn.Parameter(network.{first}.detach().clone()), a tensor for each layer")
 
-# %% ../../nbs/1_symmetry/09_networks.ipynb #eaf4278a-0
+# %% ../../nbs/1_symmetry/09_networks.ipynb #36484058-0
 def _of_a_pair(value: object, part: str) -> dict[type, str]:
     """What to say to a network with its action where one of them belongs."""
     return {type(value): f"pair.{part}"} if isinstance(getattr(value, "action", None), NetworkAction) else {}
@@ -238,6 +238,13 @@ def network_action(network: nn.Module, input: Action, *, hidden: Hidden = "trivi
 
     Raises `Refusal`, naming the layer, the reason and what would work, wherever the network does not commute with the
     group; nothing is approximated.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> plain = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    >>> action = sb.network_action(plain, sb.field(sb.rotations(), (1, 8, 8)))
+    >>> sorted(action.parameters)
+    ['0.bias', '0.weight', '3.bias', '3.weight']
     """
     check_network(network)
     check_kind(input, Action, "the action on inputs", "field(rotations(), (C, H, W)) for images (C, H, W)", {
@@ -293,12 +300,18 @@ def _check_channels(action: Action, group: Group, name: str, size: int) -> None:
                       fix=f"Action.trivial(action.group, ({size},)), or an action of that group on {size} channels")
     check_action(action)
 
-# %% ../../nbs/1_symmetry/09_networks.ipynb #bbc8fa0f-0
+# %% ../../nbs/1_symmetry/09_networks.ipynb #5ce66de4-0
 def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> NetworkAction:
     """The group that permutes the hidden units of a network, which leaves its function as it is.
 
     `input_shape` is `(C, H, W)`, `(C, L)` or `(n,)`. The group is a product of symmetric groups, one for every channel
     class that is neither input nor output, in the order of the layers. Raises `Refusal` where there is none.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> network = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    >>> sb.unit_permutations(network, (2,)).group.order
+    24
     """
     check_network(network)
     shape_fix = "unit_permutations(network, (1, 28, 28)) for images, unit_permutations(network, (n,)) for n numbers"

@@ -137,7 +137,7 @@ def check_continued(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
             "the folder of another run, or settings that were changed since",
             "the values in the checkpoint, or another folder")
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #03f468d8-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #b77ec40f-0
 def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the network's `state_dict`. Raises `Refusal` unless names, shapes and dtypes all agree.
 
@@ -232,6 +232,18 @@ def save_network(
 
     Without the architecture that it was built from it is read back by `load_tensors`, not by `load_network`. `notes`
     are JSON values. Raises `Refusal` for others, and when the disk does not take the files.
+
+    >>> import tempfile
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> from symbnn.training.architectures import Architecture, build
+    >>> its = Architecture("mlp", (1, 8, 8), classes=10, channels=(16,))
+    >>> network = sb.bayesianize(build(its))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sb.save_network(folder, network, its)
+    ...     same = sb.load_network(folder)
+    >>> type(same).__name__
+    'Sequential'
     """
     check_kind(folder, (str, Path), "the folder of a checkpoint", "save_network(folder, network, architecture)")
     check_network(network)
@@ -251,6 +263,17 @@ def load_network(checkpoint: Checkpoint | Path | str) -> nn.Module:
 
     Raises `Refusal` for damaged checkpoints, and for networks that no `Architecture` describes: build those yourself
     and use `load_tensors(network, read_checkpoint(folder).part("network"))`.
+
+    >>> import tempfile
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> from symbnn.training.architectures import PRESETS, build
+    >>> network = sb.bayesianize(build(PRESETS["digits"]))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sb.save_network(folder, network, PRESETS["digits"])
+    ...     again = sb.load_network(folder)
+    >>> sb.variational_tensors(again).keys() == sb.variational_tensors(network).keys()
+    True
     """
     check_kind(checkpoint, (Checkpoint, str, Path), "the checkpoint", 'load_network("runs/my_run")', {
         Mapping: "network.load_state_dict(state), on a network of its kind", nn.Module: "the network as it is"})

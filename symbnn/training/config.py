@@ -23,7 +23,7 @@ from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Estimator
 from ..symmetry.actions import Action
 
-# %% ../../nbs/7_training/03_config.ipynb #2873d332-0
+# %% ../../nbs/7_training/03_config.ipynb #38626c20-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -42,7 +42,12 @@ _COUNTS = {  # the least of each
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train; raises `Refusal` for values that cannot be meant. `asdict` gives JSON values, `from_dict` reads."""
+    """How to train; raises `Refusal` for values that cannot be meant. `asdict` gives JSON values, `from_dict` reads.
+
+    >>> import symbnn as sb
+    >>> sb.TrainingConfig(epochs=40, estimator="local").draws
+    8
+    """
 
     epochs: int = 20  # passes over the training set, augmented where `augmentation` says so
     batch_size: int = 128  # rows of a step

@@ -217,7 +217,7 @@ class _Run:
         self.epoch, self.step, self.seconds = progress["epoch"], progress["step"], progress["seconds"]
         self.history, self.stopped = history, progress.get("status") == "stopped"
 
-# %% ../../nbs/7_training/06_loop.ipynb #872b17a4-0
+# %% ../../nbs/7_training/06_loop.ipynb #a5d8b718-0
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
@@ -339,6 +339,14 @@ def train(
     "interrupted". A run that `until` has ended stays so when it is resumed with it. Raises `Refusal` before any work
     for settings or data that cannot be meant, and later when the ELBO is no longer finite or the disk is full; the last
     checkpoint is kept then.
+
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> digits = sb.load("digits", train_size=256)
+    >>> network = sb.bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    >>> result = sb.train(network, digits.train, epochs=3, learning_rate=0.01, augmentation="none")
+    >>> result.status, len(result.history), result.history[2].elbo > result.history[0].elbo
+    ('complete', 3, True)
     """
     config, folder = configured(config, settings, _ARGUMENTS), None if folder is None else Path(folder)
     if isinstance(network, Symmetric):

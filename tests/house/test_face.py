@@ -1,5 +1,6 @@
 """The face: `import symbnn as sb`."""
 import ast
+import doctest
 import inspect
 import re
 import subprocess
@@ -22,6 +23,13 @@ def test_every_name_is_there_and_has_a_docstring(name):
     value = getattr(symbnn, name)
     assert inspect.getdoc(value), f"sb.{name} has no docstring"
     assert value.__module__ == symbnn._MODULE_OF[name], f"sb.{name} is defined in {value.__module__}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_has_an_example_that_runs(name, capsys):
+    [found] = doctest.DocTestFinder(recurse=False).find(getattr(symbnn, name), name, globs={})
+    assert found.examples, f"sb.{name} has no example"
+    assert doctest.DocTestRunner().run(found).failed == 0, capsys.readouterr().out
 
 
 def test_about_forty_names_all_of_them_in_the_docstring_and_in_tab_completion():
