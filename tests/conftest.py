@@ -7,15 +7,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
-import jaxtyping
 import pytest
 import torch
 
-# Before the package is imported: see tests/shapes.py.
-if os.environ.get("SYMBNN_SHAPES", "1") == "1":
-    jaxtyping.install_import_hook("symbnn", "shapes.checked")
-
+import shapes
 from book import ALLOWED_WARNINGS
+
+# Before the package is imported.
+if os.environ.get("SYMBNN_SHAPES", "1") == "1":
+    shapes.install()
 
 torch.set_num_threads(1)
 
@@ -30,6 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """The exceptions to "warnings are errors", shared with the notebooks."""
     for message, category in ALLOWED_WARNINGS:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}")
+
+
+@pytest.fixture(autouse=True)
+def _shapes_are_judged() -> None:
+    """The first calls of every function in every test, see tests/shapes.py."""
+    shapes.begin_test()
 
 
 @pytest.fixture
