@@ -9,8 +9,11 @@ def main() -> int:
 
         print(listing())
         return 0
-    from symbnn.cli import main as command
-
+    try:
+        from symbnn.cli import main as command
+    except ValueError as refusal:  # a `Refusal`, which says what to install
+        print(f"symbnn: {refusal}", file=sys.stderr)
+        return 2
     return command()
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Output', 'Switch', 'COMMANDS', 'Train', 'Evaluate', 'ComparedTraining', 'Compare', 'Reproduce', 'main']
 
-# %% ../nbs/9_command_line/01_cli.ipynb #e20c6cd5-0
+# %% ../nbs/9_command_line/01_cli.ipynb #275a6301-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
@@ -23,6 +23,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 import torch
+
+from .errors import optional
+
+for _package in ("tyro", "yaml", "rich"):
+    optional(_package, "cli")  # a refusal that says what to install
+
 import tyro
 import yaml
 from rich.console import Console

@@ -5,25 +5,30 @@
 # %% auto #0
 __all__ = ['picture', 'most_varying', 'orbit_picture']
 
-# %% ../../nbs/8_studies/08_figures.ipynb #509fd4e5-0
+# %% ../../nbs/8_studies/08_figures.ipynb #429ddd0a-0
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
+
+from ..errors import optional
 
 from .evaluations import Evaluation
 from .grids import Panel, Study, words
 from .tables import metric
 from .tasks import Task, chosen_images
 
-# %% ../../nbs/8_studies/08_figures.ipynb #06a683ea-0
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# %% ../../nbs/8_studies/08_figures.ipynb #a3a2445e-0
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _scale(axes: Axes, values: Sequence[float]) -> None:
+def _scale(axes: "Axes", values: Sequence[float]) -> None:
     """A logarithmic axis; linear around zero where there are values that have no logarithm."""
     smallest = min((value for value in values if value > 0), default=1.0)
     if all(value > 0 for value in values):
@@ -32,7 +37,7 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
         axes.set_yscale("symlog", linthresh=max(smallest, 1e-6))
 
 
-def _draw(axes: Axes, panel: Panel, rows: Sequence[dict], x: str, series: tuple[str, ...]) -> None:
+def _draw(axes: "Axes", panel: Panel, rows: Sequence[dict], x: str, series: tuple[str, ...]) -> None:
     column = panel.metric if panel.show == "mean" else f"{panel.metric}_sd"
     rows = [row for row in rows if row.get(column) is not None]
     axes.set(xlabel=x.removesuffix(".name").rpartition(".")[2].replace("_", " "),
@@ -63,10 +68,10 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[dict], x: str, series: tuple[
     axes.grid(alpha=0.3)
 
 
-def picture(study: Study, rows: Sequence[dict]) -> Figure:
+def picture(study: Study, rows: Sequence[dict]) -> "Figure":
     """The study's figure from the rows of `table`, or from some of them."""
     rows = [row for row in rows if all(row[name] == value for name, value in study.only)]
-    figure = Figure(figsize=(5.2 * len(study.panels), 3.8), layout="constrained")
+    figure = optional("matplotlib.figure", "plots").Figure(figsize=(5.2 * len(study.panels), 3.8), layout="constrained")
     every = figure.subplots(1, len(study.panels), squeeze=False)[0]
     for axes, panel in zip(every, study.panels):
         _draw(axes, panel, rows, study.x, study.series)
@@ -78,17 +83,17 @@ def picture(study: Study, rows: Sequence[dict]) -> Figure:
     figure.suptitle(study.title, fontsize=10)
     return figure
 
-# %% ../../nbs/8_studies/08_figures.ipynb #02034a54-0
+# %% ../../nbs/8_studies/08_figures.ipynb #add95aa0-0
 def most_varying(predictions: Float[Tensor, "N G C"]) -> int:
     """The image whose predictions differ most from their mean over the orbit, in squared distance."""
     return int((predictions - predictions.mean(1, keepdim=True)).square().sum((1, 2)).argmax())
 
 
-def orbit_picture(task: Task, its: Evaluation, found: Mapping[str, Float[Tensor, "N G C"]]) -> Figure:
+def orbit_picture(task: Task, its: Evaluation, found: Mapping[str, Float[Tensor, "N G C"]]) -> "Figure":
     """The predictions of each network under its name, for one image over (at most four elements of) its orbit."""
     chosen, split = most_varying(next(iter(found.values()))), chosen_images(task, its.split, its.images)
     elements, label = task.action.group.elements()[:4], task.data.classes[int(split.labels[chosen])]
-    figure = Figure(figsize=(8, 1.4 + 0.9 * len(found)), layout="constrained")
+    figure = optional("matplotlib.figure", "plots").Figure(figsize=(8, 1.4 + 0.9 * len(found)), layout="constrained")
     figure.suptitle(f"One image of class {label!r} over its orbit: predicted probability of each class", fontsize=10)
     axes = figure.subplots(1 + len(found), len(elements), squeeze=False, height_ratios=(1.3, *[1] * len(found)))
     for place, g in enumerate(elements):

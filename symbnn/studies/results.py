@@ -6,7 +6,7 @@
 __all__ = ['JUDGED', 'SHOWN', 'save', 'read_results', 'provenance', 'Difference', 'paired', 'Verdict', 'verdict', 'verdicts',
            'budgets']
 
-# %% ../../nbs/8_studies/09_results.ipynb #294901d5-0
+# %% ../../nbs/8_studies/09_results.ipynb #3e52402b-0
 import csv
 import json
 import math
@@ -14,9 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import Refusal, require
 from ..files import write_file
@@ -24,9 +22,12 @@ from .figures import picture
 from .grids import Study
 from .tables import COSTS, METRICS, Spread, as_csv, costs, run_rows, table
 
-# %% ../../nbs/8_studies/09_results.ipynb #b074552d-0
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# %% ../../nbs/8_studies/09_results.ipynb #d3788778-0
 def save(study: Study, records: Sequence[dict], folder: Path | str, command: str = "",
-         pictures: Mapping[str, Figure] | None = None) -> list[Path]:
+         pictures: Mapping[str, "Figure"] | None = None) -> list[Path]:
     """Write table.csv, runs.csv, study.json and figure.png, and further pictures under their names; each whole or,
     with a `Refusal`, not at all."""
     rows = table(study, records)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'BACKENDS', 'code_version', 'stored', 'predictions', 'forget_checkpoints', 'check', 'execute', 'headline']
 
-# %% ../../nbs/8_studies/06_store.ipynb #09cff751-0
+# %% ../../nbs/8_studies/06_store.ipynb #0b2a87e6-0
 import ast
 import hashlib
 import json
@@ -18,15 +18,14 @@ from importlib import import_module
 from importlib.util import find_spec, resolve_name
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import joblib
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import Refusal, check_choice, check_count, require
+from ..errors import Refusal, check_choice, check_count, optional, require
 from ..files import check_folder, write_file
 from .grids import Study, describe
 from .methods import start_folder
@@ -117,7 +116,7 @@ def forget_checkpoints(work: Path, name: str) -> None:
     for folder in (work / name, start_folder(work / name)):
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../../nbs/8_studies/06_store.ipynb #a2a3de9e-0
+# %% ../../nbs/8_studies/06_store.ipynb #eff53a0d-0
 BACKENDS = ("loky", "dask", "ray")  # processes here, Dask workers, Ray workers; threads would share tracing state
 
 
@@ -126,6 +125,7 @@ def _backend(name: str, jobs: int, address: str | None) -> Iterator[None]:
     """Where the runs are done. Raises `Refusal` when the backend's package is missing."""
     with ExitStack() as stack:
         _connect(name, jobs, address, stack)
+        joblib = optional("joblib", "studies")
         stack.enter_context(joblib.parallel_config(backend=name, n_jobs=-1 if address else jobs))
         yield
 
@@ -195,10 +195,11 @@ def execute(
     place, bars = None if address else work, progress and jobs == 1
     starts = [first for run in left.values() if (first := run.first())] if place else []
     before = {run.name(root): run for run in starts}
+    delayed = optional("joblib", "studies").delayed
     with _backend(backend, jobs, address):
-        for name in _unordered(joblib.delayed(_begin)(name, run, root, place, bars) for name, run in before.items()):
+        for name in _unordered(delayed(_begin)(name, run, root, place, bars) for name, run in before.items()):
             report(f"{name.rpartition('-')[0]}: the network that others begin with")
-        tasks = (joblib.delayed(_named)(name, describe(study, run), run.job(root, place, bars))
+        tasks = (delayed(_named)(name, describe(study, run), run.job(root, place, bars))
                  for name, run in left.items())
         for name, finished in _unordered(tasks):
             found[name], done = _keep(work, name, left[name], finished), done + 1
@@ -213,7 +214,7 @@ def execute(
 def _unordered(tasks: Iterable) -> Iterator[Any]:
     """What the tasks return, each as soon as it is done."""
     options: dict[str, Any] = {"return_as": "generator_unordered", "batch_size": 1}
-    return cast(Iterator[Any], joblib.Parallel(**options)(tasks))
+    return optional("joblib", "studies").Parallel(**options)(tasks)
 
 
 def _begin(name: str, run: NetworkRun, root: Path | None, work: Path, progress: bool) -> str:

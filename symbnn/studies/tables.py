@@ -6,20 +6,21 @@
 __all__ = ['METRICS', 'COSTS', 'Metric', 'metric', 'Spread', 'spread', 'run_rows', 'table', 'averages', 'costs', 'as_csv', 'cell',
            'as_markdown', 'shown']
 
-# %% ../../nbs/8_studies/07_tables.ipynb #77d94e05-0
+# %% ../../nbs/8_studies/07_tables.ipynb #c457d966-0
 import csv
 import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
+from ..errors import optional
 from .grids import Study
 from .tasks import plain
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # %% ../../nbs/8_studies/07_tables.ipynb #579d24b0-0
 class Metric(NamedTuple):
@@ -171,7 +172,7 @@ def costs(study: Study, records: Sequence[dict]) -> list[dict]:
         })
     return found
 
-# %% ../../nbs/8_studies/07_tables.ipynb #529b79c8-0
+# %% ../../nbs/8_studies/07_tables.ipynb #754971ec-0
 def as_csv(rows: Sequence[dict]) -> str:
     """Comma-separated values; None is empty."""
     text = StringIO()
@@ -198,12 +199,13 @@ def as_markdown(rows: Sequence[dict], headings: Mapping[str, str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shown(study: Study, rows: Sequence[dict], settings: Sequence[str] = (), metrics: Sequence[str] = ()) -> Table:
+def shown(study: Study, rows: Sequence[dict], settings: Sequence[str] = (), metrics: Sequence[str] = ()) -> "Table":
     """Rows of `table`, for a terminal: these settings (none: all that vary) and metrics (none: those of the figure)."""
     settings = settings or [name for name in (*study.columns, "draws", "runs") if name in rows[0]]
     asked = metrics or dict.fromkeys(("accuracy", *(panel.metric for panel in study.panels)))
     metrics = [name for name in asked if name in rows[0]]
-    drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=study.title,
+    drawn = optional("rich.table", "studies").Table(
+        box=optional("rich.box", "studies").SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=study.title,
                   caption="mean ± standard deviation over seeds" if len(study.seeds) > 1 else "one seed")
     for name in settings:
         drawn.add_column(name.removesuffix(".name").rpartition(".")[2].replace("_", " "), no_wrap=True)
