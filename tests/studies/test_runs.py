@@ -143,6 +143,7 @@ def test_an_interruption_is_raised(monkeypatch):
         perform(BASE)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("change", [{}, {"method.name": "block_diagonal", "method.trigger": 150}],
                          ids=["one call", "two calls"])
 def test_a_killed_process_loses_an_epoch_at_most(change, tmp_path):

@@ -217,6 +217,7 @@ def test_all_methods_run_in_a_comparison(tmp_path):
     assert abs(defects["tied"]) < 1e-12 and defects["orbit_mixture"] == 0
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("backend", ["loky", "dask"])
 def test_parallel_runs_have_the_numbers_of_sequential_ones(finished, tmp_path, backend):
     study, records, _ = finished
@@ -364,6 +365,7 @@ def stopped(folder, how, options, there):
     pytest.skip("every process had finished before it could be stopped: this machine is too busy for the test")
 
 
+@pytest.mark.processes
 def test_a_stopped_process_goes_on_to_the_same_table(finished, tmp_path):
     study, records, _ = finished
     (tmp_path / "tiny.json").write_text(json.dumps(study.values()))
