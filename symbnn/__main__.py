@@ -9,9 +9,11 @@ def main() -> int:
 
         print(listing())
         return 0
+    from symbnn.errors import Refusal
+
     try:
         from symbnn.cli import main as command
-    except ValueError as refusal:  # a `Refusal`, which says what to install
+    except Refusal as refusal:  # says what to install
         print(f"symbnn: {refusal}", file=sys.stderr)
         return 2
     return command()

@@ -98,13 +98,13 @@ def test_version(shell):
     assert found.exit_code == 0 and found.stdout.startswith(f"symbnn {__version__} (torch ")
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_help_explains_every_option_and_gives_examples(shell, command):
     found, whole = shell(command, "--help"), shell(command, "--help-all")
     assert found.exit_code == whole.exit_code == 0 and found.stderr == whole.stderr == ""
     assert shell(command, "-h") == found and f"symbnn {command}" in found.stdout.partition("Examples:")[2]
     options = re.split(r"\n[│ ]+(?=--?[a-z])", whole.stdout.partition("Examples:")[0])[1:]
-    assert len(options) >= len(fields(cli.COMMANDS[command]))
+    assert len(options) >= len(fields(commands.COMMANDS[command]))
     for option in options:
         words = re.sub(r"[│╭╮╰╯─]|\(default:.*|-{1,2}[a-z-]+|\{.*?\}|\b[A-Z]+\b|\[.*\]", " ", option).split()
         assert len(words) > 1, f"{option!r} is not explained"
@@ -112,8 +112,8 @@ def test_help_explains_every_option_and_gives_examples(shell, command):
 
 def test_help_names_the_commands_and_fits_a_screen(shell, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert all(command in shell("--help").stdout for command in cli.COMMANDS) and shell() == shell("--help")
-    assert all(shell(command, "--help").stdout.count("\n") <= 50 for command in cli.COMMANDS)
+    assert all(command in shell("--help").stdout for command in commands.COMMANDS) and shell() == shell("--help")
+    assert all(shell(command, "--help").stdout.count("\n") <= 50 for command in commands.COMMANDS)
     whole = shell("train", "--help-all").stdout
     for its in (*fields(Setup), *fields(TrainingConfig)):
         option = f"--{its.name.replace('_', '-')}"
@@ -125,7 +125,7 @@ def test_defaults_are_those_of_the_library(shell, monkeypatch):
     monkeypatch.setattr(Comparison, "study", lambda comparison, root: seen.append(comparison) or sys.exit(0))
     assert shell("compare").exit_code == 0
     assert seen == [Comparison()]
-    monkeypatch.setattr(cli, "fit", lambda network, task, config, **others: seen.append((task.setup, config)) or
+    monkeypatch.setattr(commands, "fit", lambda network, task, config, **others: seen.append((task.setup, config)) or
                         sys.exit(0))
     assert shell("train", "-o", "out").exit_code == 0
     assert seen[1:] == [(Setup(), TrainingConfig())]
@@ -136,11 +136,11 @@ def test_defaults_are_those_of_the_library(shell, monkeypatch):
 
 def test_settings_come_from_a_file_and_what_is_typed_wins(shell, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "fit", lambda network, task, config, **others: seen.append((task.setup, config)) or
+    monkeypatch.setattr(commands, "fit", lambda network, task, config, **others: seen.append((task.setup, config)) or
                         sys.exit(0))
     (tmp_path / "mine.yaml").write_text(
-        "channels: [2, 4]\nstandardized: true\nresume: false\nlearning_rate: 1e-2\nclip_norm: null\nepochs: 3\n"
-        "kl-weight: 0.5\nestimator: whole\n".replace("resume: false\n", ""))
+        "channels: [2, 4]\nstandardized: true\nlearning_rate: 1e-2\nclip_norm: null\nepochs: 3\n"
+        "kl-weight: 0.5\nestimator: whole\n")
     assert shell("train", "--config", "mine.yaml", "-o", "out", "--epochs", "4").exit_code == 0
     assert shell("train", "-o", "out", "--epochs=4", "--config=mine.yaml").exit_code == 0
     setup = Setup(channels=(2, 4), standardized=True)
@@ -539,7 +539,7 @@ def test_a_study_that_is_shown_can_be_edited(shell, tmp_path):
 
 
 def test_the_list_is_shown_without_a_measurement(shell, monkeypatch):
-    monkeypatch.setattr(cli, "step_speed", lambda: pytest.fail("measured"))
+    monkeypatch.setattr(commands, "step_speed", lambda: pytest.fail("measured"))
     found = shell("reproduce", "--list")
     assert found.exit_code == 0 and found.stdout == f"{listing()}\n"
 
@@ -552,8 +552,8 @@ def test_costs_are_shown_on_demand(shell, monkeypatch):
         return Cost(1, 12e12, 15120.0)
 
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(cli, "step_speed", lambda: "measured")
-    monkeypatch.setattr(cli, "estimate", estimate)
+    monkeypatch.setattr(commands, "step_speed", lambda: "measured")
+    monkeypatch.setattr(commands, "estimate", estimate)
     found = shell("reproduce", "--costs")
     assert found.exit_code == 0 and all(name in found.stdout for name in STUDIES)
     there = sum(isinstance(study.base, NetworkRun) and study.base.training.estimator != "whole"

@@ -72,7 +72,20 @@ def apply_map(map: LinearMap, value: Tensor) -> Tensor:
     """The map applied along the last axis."""
     return map(value) if isinstance(map, SignedPermutation) else value @ map.to(value.device, value.dtype).T
 
-# %% ../../nbs/2_posterior/01_family.ipynb #bab18ac3-0
+# %% ../../nbs/2_posterior/01_family.ipynb #f29d6091-0
+_SIGNATURES = {  # of what each family defines for itself
+    "initial": "@classmethod def initial(cls, mean, scale, trainable=True)", "mean": "@property def mean(self)",
+    "variance": "@property def variance(self)", "transport": "def transport(self, noise)",
+    "distribution": "def distribution(self)", "_pushed": "def _pushed(self, map), beside _closure,",
+}
+
+
+def _undefined(cls: type, name: str) -> Refusal:
+    return Refusal(f"a family that defines `{name}`", got=f"the class {cls.__name__}, which does not",
+                   cause="a class of your own that was not finished, or not meant for this",
+                   fix=f"{_SIGNATURES[name]} in {cls.__name__}, or family=MeanFieldGaussian")
+
+
 class Family(nn.Module):
     """A distribution over one tensor of weights, of shape `shape`, together with its parameters.
 
@@ -96,10 +109,7 @@ class Family(nn.Module):
     @classmethod
     def initial(cls, mean: Tensor, scale: float | Tensor, trainable: bool = True) -> "Family":
         """A member centred at `mean` with weights of this `scale`: where `with_posteriors` starts."""
-        raise Refusal("a family with a classmethod `initial`", got=f"the class {cls.__name__}, which has none",
-                      cause="a class of your own that was not meant as a posterior to start from",
-                      fix=f"def initial(cls, mean, scale, trainable=True) in {cls.__name__}, or "
-                      "family=MeanFieldGaussian")
+        raise _undefined(cls, "initial")
 
     def _hold(self, name: str, value: Tensor) -> None:
         """Keep a copy of `value` as a parameter, or as a buffer where this member is frozen."""
@@ -129,12 +139,12 @@ class Family(nn.Module):
     @property
     def mean(self) -> Float[Tensor, "*shape"]:
         """Expectation of the weights."""
-        raise NotImplementedError
+        raise _undefined(type(self), "mean")
 
     @property
     def variance(self) -> Float[Tensor, "*shape"]:
         """Variance of each weight."""
-        raise NotImplementedError
+        raise _undefined(type(self), "variance")
 
     def freeze(self: Member) -> Member:
         """A copy of this member whose parameters are buffers."""
@@ -176,7 +186,7 @@ class Family(nn.Module):
 
     def transport(self, noise: Float[Tensor, "draws *shape"]) -> Float[Tensor, "draws *shape"]:
         """The weights that noise becomes, differentiable in the parameters."""
-        raise NotImplementedError
+        raise _undefined(type(self), "transport")
 
     def rsample(self, draws: int, generator: torch.Generator | None = None) -> Float[Tensor, "draws *shape"]:
         """Reparameterised draws, `transport(noise(draws, generator))`."""
@@ -246,7 +256,7 @@ class Family(nn.Module):
         return Closure(False, f"{type(self).__name__} does not say which maps keep it (by a method `_closure`)")
 
     def _pushed(self, map: LinearMap) -> "Family":
-        raise NotImplementedError
+        raise _undefined(type(self), "_pushed")
 
     def is_invariant_under(self, action: Action) -> bool:
         """Whether *this* member is its own push-forward under the group, up to rounding of its parameters.
@@ -325,7 +335,7 @@ class ContinuousFamily(Family):
 
     def distribution(self) -> Distribution:
         """This law as a `torch.distributions` object with `event_shape == shape`."""
-        raise NotImplementedError
+        raise _undefined(type(self), "distribution")
 
     def log_prob(self, theta: Float[Tensor, "..."]) -> Float[Tensor, "*batch"]:
         """Log-density in nats of weights `(*batch, *shape)`, computed in float32 at least."""
@@ -370,7 +380,7 @@ class ContinuousFamily(Family):
             return cross_entropy - self.entropy()
         try:
             return kl_divergence(self.distribution(), prior.distribution())
-        except NotImplementedError:
+        except NotImplementedError:  # what torch raises for a pair that nobody registered
             raise self._no_kl(prior, "no closed form is known for this pair") from None
 
 # %% ../../nbs/2_posterior/01_family.ipynb #8419f83f-0

@@ -211,7 +211,7 @@ def translations(*size: int) -> SpatialAction:
 def _by_itself(g: tuple[int, ...]) -> tuple[int, ...]:
     return g
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #4641c752-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #3f067551-0
 class FieldAction(Action):
     """A group acting on feature maps of shape `(C, *size)`: on the channels by one action, on the pixels by another."""
 
@@ -230,12 +230,10 @@ def field(space: SpatialAction, shape: Sequence[int], channels: Action | None = 
 
     Raises `Refusal` for a size that the group does not act on, and for channels of another group or number.
 
-    >>> import torch
     >>> import symbnn as sb
-    >>> turn = sb.field(sb.rotations(), (1, 2, 2))
-    >>> turn.act(1, torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
-    tensor([[[2., 4.],
-             [1., 3.]]])
+    >>> flips = sb.field(sb.flips(), (3, 28, 28))
+    >>> flips.shape, flips.group.order
+    ((3, 28, 28), 2)
     """
     check_kind(space, SpatialAction, "the action on pixels", "field(rotations(), (1, 28, 28))", {
         Action: "the action as it is, which acts on inputs already",

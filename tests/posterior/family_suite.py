@@ -8,6 +8,7 @@ minimum, all elements of a group one by one.
 import copy
 import io
 import math
+from abc import ABC, abstractmethod
 
 import pytest
 import torch
@@ -43,15 +44,15 @@ def moments(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.mean(0), values.std(0) / math.sqrt(len(values))
 
 
-class FamilySuite:
+class FamilySuite(ABC):
     """Derive, define `member`, and name in `refused` what the family does not have."""
 
     refused: dict[str, str] = {}  # operation -> what its refusal says
     in_halves = (torch.float16, torch.bfloat16)
 
+    @abstractmethod
     def member(self, shape: tuple[int, ...], seed: int = 0, trainable: bool = True) -> Family:
         """A member over `shape` in float64; on three weights it is closed under `EXCHANGES`."""
-        raise NotImplementedError
 
     def initial(self, mean: torch.Tensor, scale: float = 0.3) -> Family:
         return type(self.member((3,))).initial(mean, scale)

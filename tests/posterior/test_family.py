@@ -168,7 +168,11 @@ class Halfway(ContinuousFamily):
 
 def test_what_a_family_has_not_said_is_not_taken_for_granted():
     q = Halfway((3,), True)
-    assert "start from" in str(refused(lambda: Halfway.initial(torch.zeros(3), 0.1)))
+    assert "def initial(cls, mean, scale" in str(refused(lambda: Halfway.initial(torch.zeros(3), 0.1)))
+    for name, asked in {"variance": lambda: q.variance, "transport": lambda: q.rsample(2),
+                        "distribution": lambda: q.entropy(), "_pushed": lambda: q._pushed(torch.eye(3))}.items():
+        told = str(refused(asked))
+        assert f"defines `{name}`" in told and f"def {name}(self" in told and "Halfway" in told
     closure = q.is_closed_under(torch.eye(3))
     assert not closure and "does not say which maps keep it" in closure.reason
     assert "does not say" in str(refused(lambda: q.push_forward(torch.eye(3))))
