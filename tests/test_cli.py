@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from symbnn import __version__, cli
+from symbnn import __version__, cli, commands
 from symbnn import files as whole_files
 from symbnn.data.sources import PARTS
 from symbnn.errors import Refusal
