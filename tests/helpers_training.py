@@ -9,9 +9,10 @@ from helpers import seeded
 from symbnn.data.splits import Split
 from symbnn.posterior.independent import MeanFieldGaussian
 from symbnn.posterior.layers import with_posteriors
+from symbnn.records import write_record
 from symbnn.symmetry.fields import field, rotations
 from symbnn.training.architectures import Architecture, build
-from symbnn.training.checkpoints import read_checkpoint, write_checkpoint
+from symbnn.training.checkpoints import DESCRIPTION, read_checkpoint, write_checkpoint
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import train
 
@@ -63,9 +64,10 @@ def normed(track=True):
 
 
 def edited_checkpoint(folder, edit):
-    """Write the checkpoint in `folder` again after `edit(description, tensors)`, with a valid hash."""
+    """Write the checkpoint in `folder` again after `edit(description, tensors)`, with valid hashes."""
     checkpoint = read_checkpoint(folder)
     description, tensors = json.loads(json.dumps(checkpoint.description)), dict(checkpoint.tensors)
     edit(description, tensors)
-    del description["tensors"]
-    write_checkpoint(folder, tensors, description)
+    write_checkpoint(folder, tensors, {name: its for name, its in checkpoint.description.items() if name != "tensors"})
+    description["tensors"] = read_checkpoint(folder).description["tensors"]
+    write_record(folder / DESCRIPTION, description)

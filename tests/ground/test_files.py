@@ -2,6 +2,10 @@
 import errno
 import os
 import resource
+import signal
+import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from unittest.mock import patch
@@ -10,7 +14,8 @@ import pytest
 
 from helpers_ground import fill_disk, refusal_of
 from symbnn import files
-from symbnn.files import check_folder, folder_refusal, write_file
+from symbnn.errors import Refusal
+from symbnn.files import LOCK, OWNER, check_folder, check_output, folder_refusal, sole_writer, write_file
 
 
 def names(folder):
@@ -115,7 +120,7 @@ def test_readers_see_the_old_file_or_the_new_one(tmp_path):
 
 def test_folders_are_checked_before_work(tmp_path, monkeypatch):
     check_folder(tmp_path / "new" / "inside", 1000)
-    assert (tmp_path / "new" / "inside").is_dir() and not names(tmp_path / "new" / "inside")
+    assert not names(tmp_path)  # nothing is left, also of the folders that were made for the trial
     (tmp_path / "file").write_text("")
     assert "can be written" in refusal_of(lambda: check_folder(tmp_path / "file", 0)).expected
     usage = type("usage", (), {"free": 100 * 2**20})
@@ -137,3 +142,118 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path, monkeypatch):
     write_file(tmp_path / "first", b"1")
     assert "No space left" in refusal_of(lambda: write_file(tmp_path / "last", b"2")).got
     assert names(tmp_path) == ["first"]
+
+
+def test_links_are_followed_and_stay(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for target in (tmp_path / "elsewhere" / "target", tmp_path / "not yet" / "there"):
+        link = tmp_path / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        write_file(link, b"one")
+        write_file(link, b"two")
+        assert link.is_symlink() and target.read_bytes() == b"two"
+
+
+def test_pipes_and_devices_take_what_comes_and_stay(tmp_path):
+    pipe, seen = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: seen.append(pipe.read_bytes()))
+    reader.start()
+    write_file(pipe, b"x" * 200_000)  # more than a pipe holds
+    reader.join()
+    assert seen == [b"x" * 200_000] and stat.S_ISFIFO(pipe.stat().st_mode)
+    write_file(Path("/dev/null"), b"gone")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_device_that_is_full_is_refused_and_stays():
+    assert refusal_of(lambda: write_file(Path("/dev/full"), b"1")).cause == "a full disk"
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+
+def test_a_refusal_leaves_no_folder(tmp_path):
+    with patch("os.fsync", side_effect=OSError(errno.ENOSPC, "full")):
+        refusal_of(lambda: write_file(tmp_path / "a" / "b" / "file", b"1"))
+    assert not names(tmp_path)
+
+
+def test_outputs_are_tried_before_work(tmp_path):
+    (tmp_path / "mine").write_text("data")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    check_output(tmp_path / "new" / "table.csv", [tmp_path / "mine"])
+    check_output(tmp_path / "mine")
+    check_output(Path("/dev/null"))
+    assert names(tmp_path) == ["link", "mine"] and (tmp_path / "mine").read_text() == "data"
+    for path in (tmp_path / "mine", tmp_path / "link", tmp_path / "." / "mine"):
+        assert "needs itself" in refusal_of(lambda path=path: check_output(path, [tmp_path / "mine"])).got
+    assert "folder that has the name" in refusal_of(lambda: check_output(tmp_path)).cause
+    assert "folder" in refusal_of(lambda: check_output(tmp_path / "mine" / "table.csv")).expected
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with sole_writer(folder):
+        assert names(folder) == [LOCK, OWNER]
+        refusal = refusal_of(lambda: sole_writer(folder).__enter__())
+        assert f"process {os.getpid()}" in refusal.got and "since 2" in refusal.got
+        (folder / OWNER).write_text("{}")  # as before the note was written
+        assert "just begun" in refusal_of(lambda: sole_writer(folder).__enter__()).got
+        with sole_writer(tmp_path / "other"):
+            pass
+        (folder / "result").write_text("1")
+    assert names(tmp_path) == ["new", "new/run", "new/run/result"]
+    with sole_writer(folder):  # and again
+        pass
+
+
+def test_a_writer_that_fails_lets_go_and_leaves_no_folder(tmp_path):
+    with pytest.raises(RuntimeError), sole_writer(tmp_path / "a" / "b"):
+        raise RuntimeError
+    assert not names(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "file that has the name" in refusal_of(lambda: sole_writer(tmp_path / "file").__enter__()).cause
+
+
+def test_writers_wait_for_nobody_and_exclude_each_other(tmp_path):
+    """Of many that try at once one at a time is in, although each removes the lock's file when it leaves."""
+    inside, most, entered = [], [], []
+
+    def work():
+        for _ in range(100):
+            try:
+                with sole_writer(tmp_path / "run"):
+                    inside.append(1)
+                    most.append(len(inside))
+                    entered.append(1)
+                    inside.pop()
+            except Refusal as refusal:
+                assert "nobody else" in refusal.expected
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1} and len(entered) >= 50 and not names(tmp_path)
+
+
+def test_a_killed_writer_holds_nothing_and_its_temporary_files_go(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from symbnn import files
+os.replace = lambda source, target: os.kill(os.getpid(), signal.SIGKILL) if Path(target).name == "data" else os.rename(
+    source, target)
+with files.sole_writer(Path(sys.argv[1])):
+    files.write_file(Path(sys.argv[1]) / "data", b"1")
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")])
+    assert killed.returncode == -signal.SIGKILL
+    left = names(tmp_path / "run")
+    assert LOCK in left and OWNER in left and any(name.endswith(".part") for name in left)
+    (tmp_path / "run" / ".mine.part.txt").write_text("a user's own")
+    with sole_writer(tmp_path / "run"):
+        assert names(tmp_path / "run") == [LOCK, ".mine.part.txt", OWNER]
+    assert names(tmp_path / "run") == [".mine.part.txt"]

@@ -15,6 +15,7 @@ from symbnn.errors import Refusal
 from symbnn.posterior.families import FAMILIES
 from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.priors import fixed_means, isotropic, per_tensor, random_means
+from symbnn.records import SEAL, write_record
 from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.networks import network_action
 from symbnn.training import checkpoints
@@ -142,10 +143,26 @@ def test_another_network_is_refused():
         load_tensors(made(), fewer)
 
 
+EDITS = {  # with a valid seal
+    "a later version": ({"version": 2}, "version 2"),
+    "no tensor entry": ({"tensors": "absent"}, "nothing at tensors"),
+    "tensor entry of another type": ({"tensors": "file"}, "'file' at tensors"),
+    "another architecture": ({"architecture": TINY.expanded(2).as_dict()}, "for"),
+    "no architecture": ({"architecture": None}, "architecture None"),
+    "unknown architecture field": ({"architecture": TINY.as_dict() | {"depth": 3}}, "at depth"),
+    "architecture of another type": ({"architecture": ["cnn"]}, "at architecture"),
+    "size as a text": ({"architecture": TINY.as_dict() | {"classes": "3"}}, "'3' at classes"),
+    "unknown family": ({"family": "cauchy"}, "family cauchy"),
+    "family of another type": ({"family": ["gaussian"]}, "at family"),
+    "impossible size": ({"architecture": TINY.as_dict() | {"classes": 2**60}}, ""),
+    "an entry that nobody reads": ({"familly": "point"}, "at familly"),
+}
+
+
 def spoil(folder: Path, how: str) -> None:
     description, file = folder / DESCRIPTION, next(folder.glob("*.safetensors"))
     text, data = description.read_text(), file.read_bytes()
-    edited = json.loads(text)
+    edited = {key: value for key, value in json.loads(text).items() if key != SEAL}
     if how == "no folder":
         description.unlink()
         file.unlink()
@@ -168,34 +185,17 @@ def spoil(folder: Path, how: str) -> None:
         description.write_text(json.dumps({"weights": 3}))
     elif how == "a list":
         description.write_text("[]")
-    elif how == "a later version":
-        description.write_text(json.dumps(edited | {"version": 2}))
-    elif how == "no tensor entry":
-        description.write_text(json.dumps({key: edited[key] for key in edited if key != "tensors"}))
-    elif how == "tensor entry of another type":
-        description.write_text(json.dumps(edited | {"tensors": "file"}))
-    elif how == "another architecture":
-        description.write_text(json.dumps(edited | {"architecture": TINY.expanded(2).as_dict()}))
-    elif how == "no architecture":
-        description.write_text(json.dumps(edited | {"architecture": None}))
-    elif how == "unknown architecture field":
-        description.write_text(json.dumps(edited | {"architecture": TINY.as_dict() | {"depth": 3}}))
-    elif how == "architecture of another type":
-        description.write_text(json.dumps(edited | {"architecture": ["cnn"]}))
-    elif how == "unknown family":
-        description.write_text(json.dumps(edited | {"family": "cauchy"}))
-    elif how == "family of another type":
-        description.write_text(json.dumps(edited | {"family": ["gaussian"]}))
-    elif how == "impossible size":
-        description.write_text(json.dumps(edited | {"architecture": TINY.as_dict() | {"classes": 2**60}}))
+    elif how == "a number that was edited":
+        description.write_text(text.replace("1, 4, 4", "1, 4, 8").replace('"family": "gaussian"', '"family": "point"'))
+    else:
+        change, _ = EDITS[how]
+        write_record(description, {key: value for key, value in {**edited, **change}.items() if value != "absent"})
 
 
 @pytest.mark.parametrize(
     "how",
     ["no folder", "no description", "no tensors", "truncated tensors", "empty tensors", "flipped bit",
-     "truncated description", "not text", "another format", "a list", "a later version", "no tensor entry",
-     "tensor entry of another type", "another architecture", "no architecture", "unknown architecture field",
-     "architecture of another type", "unknown family", "family of another type", "impossible size"],
+     "truncated description", "not text", "another format", "a list", "a number that was edited", *EDITS],
 )
 def test_damaged_checkpoints_are_refused_in_a_paragraph(tmp_path, how):
     folder = tmp_path / "run"
@@ -203,7 +203,7 @@ def test_damaged_checkpoints_are_refused_in_a_paragraph(tmp_path, how):
     spoil(folder, how)
     with pytest.raises(Refusal) as caught:
         load_network(folder)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and EDITS.get(how, ("", ""))[1] in caught.value.got
 
 
 def test_a_valid_hash_of_no_safetensors_is_refused(tmp_path, monkeypatch):
@@ -246,8 +246,12 @@ def test_notes_that_json_does_not_hold_are_refused_before_anything_is_written(tm
 def test_an_old_file_that_cannot_be_removed_goes_with_the_next(tmp_path, monkeypatch):
     save_network(tmp_path, made(seed=0), TINY)
 
+    real = Path.unlink
+
     def busy(self, missing_ok=False):
-        raise PermissionError(errno.EACCES, "in use")
+        if self.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "in use")
+        real(self, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", busy)
     save_network(tmp_path, made(seed=1), TINY)
@@ -268,7 +272,6 @@ def test_an_expansion_keeps_its_arrangement(tmp_path):
     back = load_network(tmp_path)
     assert arrangement_of(back) == "block_diagonal"
     expanded_action(back, action)
-    description = json.loads((tmp_path / DESCRIPTION).read_text())
-    (tmp_path / DESCRIPTION).write_text(json.dumps({**description, "arrangement": "diagonal"}))
+    write_record(tmp_path / DESCRIPTION, {**read_checkpoint(tmp_path).description, "arrangement": "diagonal"})
     with pytest.raises(Refusal, match="as the arrangement in"):
         load_network(tmp_path)

@@ -1,5 +1,4 @@
 """The symmetrised objective in the training loop: its value, its gradient, another group, resuming, refusals."""
-import json
 import math
 from dataclasses import replace
 
@@ -7,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers_training import edited_checkpoint
 from symbnn.data.splits import Split
 from symbnn.errors import Refusal
 from symbnn.hidden_units.mutual_information import InformationEstimator, mutual_information
@@ -94,10 +94,7 @@ def test_a_run_is_not_continued_under_another_symmetry(tmp_path):
         return trained(config, folder=tmp_path / folder, resume=True, **options)
 
     def forget(folder):
-        path = tmp_path / folder / "checkpoint.json"
-        description = json.loads(path.read_text())
-        del description["symmetry"]
-        path.write_text(json.dumps(description))
+        edited_checkpoint(tmp_path / folder, lambda description, tensors: description.pop("symmetry"))
 
     start = replace(SETTINGS, information_method="enumeration")
     trained(start, folder=tmp_path / "turns", symmetry=turns)
