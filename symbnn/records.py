@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from .errors import Refusal, require, shortened
 from .files import write_file
 
-# %% ../nbs/0_ground/05_records.ipynb #597d6f9c-0
+# %% ../nbs/0_ground/05_records.ipynb #545e2acd-0
 Record = TypeVar("Record")
 SEAL = "sha256"  # of all the rest
 LARGEST = 2**28  # bytes of a record; the largest that the library writes has some thousands
@@ -52,8 +52,8 @@ def _check_json(text: str | bytes, name: str, fix: str) -> None:
         read = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
         json.dumps(read, allow_nan=False)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        cause = "a file that was cut off, edited or damaged, or is of another kind"
-        raise Refusal(f"JSON as {name}", got=shortened(str(error).split(chr(10))[0], 200), cause=cause, fix=fix) from error
+        raise Refusal(f"JSON as {name}", got=shortened(str(error).split("\n")[0], 200),
+                      cause="a file that was cut off, edited or damaged, or is of another kind", fix=fix) from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -115,7 +115,8 @@ def test_values_that_json_does_not_have_are_refused_before_writing(tmp_path, val
     assert "JSON" in refusal_of(lambda: parse_value({"a": value}, dict, "row", "again")).expected
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | FINITE | st.text(),
                     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
 
 
