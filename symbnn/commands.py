@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Output', 'Switch', 'COMMANDS', 'progress_line', 'Train', 'Evaluate', 'ComparedTraining', 'Compare', 'Reproduce']
 
-# %% ../nbs/9_command_line/01_commands.ipynb #42aa5161-0
+# %% ../nbs/9_command_line/01_commands.ipynb #b8d4d57f-0
 import json
 import sys
 from dataclasses import dataclass, fields, replace
@@ -26,7 +26,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
 from . import __version__
 from .errors import Refusal, require
-from .files import write_file
+from .files import check_output, write_file
 from .hidden_units.mutual_information import InformationMethod
 from .layerwise.precisions import PathReport, equivariance_table
 from .studies.catalogue import STUDIES, estimate, find_study, step_speed
@@ -37,9 +37,9 @@ from .studies.results import SHOWN, budgets, save, verdicts
 from .studies.runs import NetworkRun, task_of
 from .studies.store import execute, predictions
 from .studies.tables import METRICS, Metric, shown, table
-from .studies.tasks import Setup, Task, evaluate_task, fit, path_reports, prepare, read_notes
+from .studies.tasks import Setup, Task, check_data, evaluate_task, fit, path_reports, prepare, read_notes
 from .studies.titles import listing
-from .training.checkpoints import load_network, read_checkpoint
+from .training.checkpoints import DESCRIPTION, Checkpoint, load_network, read_checkpoint
 from .training.checks import choose_device
 from .training.config import Objective, TrainingConfig
 
@@ -60,7 +60,7 @@ def progress_line(line: str) -> None:
     """What a person at a terminal reads, and a file of results does not."""
     print(line, file=sys.stderr, flush=True)
 
-# %% ../nbs/9_command_line/01_commands.ipynb #f81f69cc-0
+# %% ../nbs/9_command_line/01_commands.ipynb #aa499541-0
 @dataclass(frozen=True)
 class Train:
     """Train a Bayesian network on images under a symmetry, and keep it as a checkpoint.
@@ -97,7 +97,7 @@ class Train:
         method = Baseline() if self.precisions == "fixed" else LearnedPrecisions(
             rule=self.precisions, first=self.learned_from, every=self.learned_every)
         choose_device(config)
-        task = prepare(setup, root, torch.float64 if config.dtype == "float64" else torch.float32)
+        task = prepare(setup, root, config.numbers)
         network = task.network(config.seed, dtype=task.data.train.inputs.dtype)
         last = fit(network, task, config, method=method, folder=self.output, resume=self.resume,
                    notes={"command": typed}, threads=self.threads, progress=True).history[-1]
@@ -120,7 +120,7 @@ def _show_paths(rows: list[PathReport]) -> None:
     if rows:
         Console().print(Markdown(equivariance_table(rows)))
 
-# %% ../nbs/9_command_line/01_commands.ipynb #bb59d3d0-0
+# %% ../nbs/9_command_line/01_commands.ipynb #b7818765-0
 @dataclass(frozen=True)
 class Evaluate:
     """Measure a checkpoint: accuracy, calibration, and how equivariant its predictions are."""
@@ -133,6 +133,7 @@ class Evaluate:
     # draws are common to all transformed images, "shared" within each transformation, or "fresh" for every batch
     mode: str = "common"
     seed: int = 0  # of the draws
+    other_data: Switch = False  # measure on the images that are found, although they are not those of the run
     csv: Path | None = None  # also write the table to this file
     json: Path | None = None  # also write all metrics to this file
 
@@ -145,8 +146,9 @@ class Evaluate:
     def run(self, typed: str) -> None:
         """Measure, print, and write what is asked for."""
         stored = read_checkpoint(self.checkpoint)
+        self._check_outputs(stored)
         (setup, method), network = read_notes(stored), load_network(stored)
-        task = prepare(setup, self.data_folder)
+        task = self._task(stored, setup)
         settings: dict[str, Any] = {name: getattr(self, name) for name in ("split", "images", "draws", "mode", "seed")}
         metrics, _ = evaluate_task(network, task, method=method, progress=True, **settings)
         paths = _paths(network, task, method)
@@ -159,6 +161,21 @@ class Evaluate:
             found = {"metrics": metrics} | ({"paths": [row._asdict() for row in paths]} if paths else {})
             made_by = {"command": typed, "symbnn": __version__, "torch": torch.__version__}
             write_file(self.json, json.dumps(made_by | settings | found, indent=1).encode())
+
+    def _task(self, stored: Checkpoint, setup: Setup) -> Task:
+        """The images, which are those of the run unless others are asked for."""
+        config = TrainingConfig.from_dict(stored.description.get("config", {}))
+        task = prepare(setup, self.data_folder, config.numbers)
+        if not self.other_data:
+            check_data(stored, task)
+        return task
+
+    def _check_outputs(self, stored: Checkpoint) -> None:
+        """Refuse outputs that cannot be written, and those that would take the place of something else."""
+        inputs = [stored.folder / DESCRIPTION, stored.folder / stored.description["tensors"]["file"]]
+        for path in filter(None, (self.csv, self.json)):
+            check_output(path, inputs)
+            inputs.append(path)
 
 
 def _rows(metrics: dict[str, float]) -> list[tuple[str, Metric, float, float | None]]:

@@ -597,7 +597,7 @@ def test_options_of_studies_that_train_are_refused(shell, tmp_path, toy, option)
 
 
 @pytest.mark.parametrize("arguments, reason", [
-    ([], "the name of a study"), (["magic"], "one of prior.* as the study"), (["nowhere.json"], "JSON file"),
+    ([], "the name of a study"), (["magic"], "one of prior.* as the study"), (["nowhere.json"], "nowhere.json"),
     (["methods", "--jobs", "0"], "jobs"), (["methods", "--seeds", "0", "0"], "named once"),
     (["prior", "--data-folder", "nowhere"], "IDX"), (["tiny.json", "--device", "abacus"], "device"),
 ])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..binding import OF_EVERY_MODULE, modules_outside, plain_network
 from .trials import ROWS_TRIED, Plan, find_plan
 
-# %% ../../nbs/2_posterior/13_plans.ipynb #17fca6a0-0
+# %% ../../nbs/2_posterior/13_plans.ipynb #5fab8167-0
 _KEPT = 64  # plans for one network
 _LOG = logging.getLogger("symbnn")
 _PLANS: WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = WeakKeyDictionary()
@@ -71,9 +71,11 @@ def execution_plan(network: nn.Module, x: Float[Tensor, "B ..."], evaluating: bo
     """
     inner, signature = plain_network(network), _signature(network, x, evaluating)
     known = _PLANS.setdefault(inner, {})
-    if signature not in known:
-        _remember(network, signature, find_plan(inner, x, evaluating, signature[-1]))
-    return known[signature]
+    plan = known.get(signature)
+    if plan is None:  # kept in hand, since another thread may have it forgotten
+        plan = find_plan(inner, x, evaluating, signature[-1])
+        _remember(network, signature, plan)
+    return plan
 
 
 def _signature(network: nn.Module, x: Tensor, evaluating: bool) -> tuple:

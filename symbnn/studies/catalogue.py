@@ -6,19 +6,20 @@
 __all__ = ['SOURCE', 'LAYERWISE', 'EIGHT', 'LIFTED', 'PERMUTED', 'SMALL', 'FULL', 'STUDIES', 'Cost', 'step_speed', 'estimate',
            'find_study']
 
-# %% ../../nbs/8_studies/12_catalogue.ipynb #8da55eea-0
+# %% ../../nbs/8_studies/12_catalogue.ipynb #9da1ff9c-0
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import Refusal, require
+from ..errors import require
 from ..layerwise.relaxed_networks import CHANNELS as WIDTHS, STRIDES
 from .evaluations import Evaluation
-from .grids import Panel, Study
+from ..records import read_record
+from .grids import Panel, Study, StudyValues
 from .methods import Baseline, run_method
-from .runs import NetworkRun, cost, task_of
+from .runs import SHOW, NetworkRun, cost, task_of
 from .simulations import SIMULATIONS
 from .tasks import Setup, epoch_cost, passes, prepare, using_threads
 from .titles import TITLES
@@ -67,7 +68,7 @@ def estimate(study: Study, speed: tuple[float, float], root: Path | None = None)
     seeds = len(study.seeds)
     return Cost(len(study.runs()), seeds * work, seeds * seconds)
 
-# %% ../../nbs/8_studies/12_catalogue.ipynb #9393c089-0
+# %% ../../nbs/8_studies/12_catalogue.ipynb #f5f457d2-0
 def _studies(base: NetworkRun, triggers: tuple[int, ...], sizes: dict[int, int], equal: int, tied_rate: float,
              swept: dict, adamw: dict) -> dict[str, Study]:
     """The studies around one base.
@@ -252,8 +253,4 @@ def find_study(name: str) -> Study:
         require(name in STUDIES, f"one of {', '.join(STUDIES)}, or a JSON file, as the study", repr(name),
                 "a misspelt name", "symbnn reproduce --list")
         return STUDIES[name]
-    try:
-        return Study.from_json(Path(name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refusal("a JSON file of a study", got=f"{Path(name).name}: {error.strerror}",
-                      cause="another name or folder", fix="symbnn reproduce --show NAME > my.json") from error
+    return Study.from_values(read_record(Path(name), StudyValues, SHOW))

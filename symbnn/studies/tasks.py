@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SYMMETRIES', 'PRIORS', 'WORK', 'plain', 'Setup', 'Task', 'prepare', 'check_training', 'passes', 'epoch_cost',
-           'using_threads', 'noted', 'read_notes', 'fit', 'evaluate_task', 'chosen_images', 'path_reports']
+           'using_threads', 'noted', 'read_notes', 'check_data', 'fit', 'evaluate_task', 'chosen_images',
+           'path_reports']
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #98355a18-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #64b26be0-0
 import json
 import sys
 import zlib
@@ -25,7 +26,7 @@ from ..data.sources import DATASETS, load, load_npz
 from ..data.splits import Dataset, Split
 from ..equivariance.metrics import summarize
 from ..equivariance.predictions import Equivariance, Mode, orbit_predictions
-from ..errors import Refusal, check_choice, check_count, check_positive, require
+from ..errors import check_choice, check_count, check_positive, require
 from ..layerwise.evidence import LaplaceApproximation, laplace
 from ..layerwise.relaxed_networks import pathways
 from ..layerwise.precisions import PathReport, learned_equivariance
@@ -33,6 +34,7 @@ from ..posterior.families import FAMILIES
 from ..posterior.layers import variational_tensors, with_posteriors
 from ..posterior.point_mass import PointMass
 from ..posterior.priors import Prior, isotropic, per_tensor, random_means
+from ..records import parse_value
 from ..symmetry.actions import Action
 from ..symmetry.fields import FieldAction, SpatialAction, field, flips, half_turns, rotations
 from ..symmetry.fields import rotations_and_flips, shifts
@@ -40,12 +42,13 @@ from ..symmetry.groups import Cyclic
 from ..symmetry.networks import network_action
 from ..symmetry.orbits import Orbits
 from ..training.architectures import Architecture, build, multiply_adds
-from ..training.checkpoints import Checkpoint, check_continued, read_checkpoint
-from .methods import Baseline, LearnedPrecisions, Method, make_method
+from ..training.checkpoints import Checkpoint
+from .methods import Baseline, LearnedPrecisions, Method, check_noted, method_of
 from ..data.transforms import VARIANTS, Variant, standardize, vary
 from ..training.checks import check_task, choose_device
 from ..training.config import TrainingConfig
 from ..training.loop import TrainingResult, gain_estimator, train
+from ..training.resume import fingerprint
 
 # %% ../../nbs/8_studies/02_tasks.ipynb #4ec48d60-0
 SYMMETRIES: dict[str, Callable[[tuple[int, ...]], SpatialAction]] = {
@@ -191,7 +194,7 @@ def epoch_cost(task: Task, order: int, config: TrainingConfig) -> int:
     each = multiply_adds(task.network(0, order), task.data.shape)
     return 3 * passes(config) * copies * len(task.data.train) * each
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #e9c31d07-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #39c4aa4a-0
 WORK = 10**8  # multiply-adds in a step's forward pass that are worth a thread
 
 
@@ -213,18 +216,28 @@ def _threads_for(network: nn.Module, task: Task, batch_size: int) -> int:
 
 def noted(task: Task, method: Method) -> dict:
     """What a checkpoint notes of a run: what was learned, and by which method."""
-    return plain({"setup": asdict(task.setup), "method": asdict(method), "symbnn": __version__})
+    return plain({"setup": asdict(task.setup), "method": asdict(method), "data_crc32": task.checksum(),
+                  "symbnn": __version__})
 
 
 def read_notes(checkpoint: Checkpoint) -> tuple[Setup, Method]:
     """The setup and the method of the run that left a checkpoint. Raises `Refusal` for one that does not say."""
-    notes = checkpoint.description.get("notes", {})
-    try:
-        return Setup(**notes["setup"]), make_method(**notes.get("method", asdict(Baseline())))
-    except (TypeError, KeyError) as error:
-        raise Refusal("a checkpoint that says what it was trained on", got=f"notes without a setup in "
-                      f"{checkpoint.folder}", cause="a network that was saved from Python",
-                      fix="train it with symbnn, or in Python: load_network, orbit_predictions, summarize") from error
+    notes, where = checkpoint.description.get("notes", {}), f"the notes in {checkpoint.folder}"
+    require("setup" in notes, "a checkpoint that says what it was trained on",
+            f"notes without a setup in {checkpoint.folder}", "a network that was saved from Python",
+            "train it with symbnn, or in Python: load_network, orbit_predictions, summarize")
+    fix = "a checkpoint that symbnn wrote, or a run trained again"
+    return (parse_value(notes["setup"], Setup, f"the setup in {where}", fix),
+            method_of(notes.get("method", asdict(Baseline())), f"the method in {where}", fix))
+
+
+def check_data(checkpoint: Checkpoint, task: Task) -> None:
+    """Raise `Refusal` unless the images are those that the run which left a checkpoint had."""
+    noted, used = checkpoint.description.get("notes", {}).get("data_crc32"), checkpoint.description.get("data")
+    same = noted == task.checksum() if noted is not None else used == fingerprint(task.data.train)
+    require(same, f"the images that {checkpoint.folder} was trained with, by their checksum",
+            f"other images as {task.setup.dataset}", "a file that was changed or replaced since, or another folder",
+            "--data-folder with the images of the run, or --other-data to measure it on these")
 
 
 def fit(
@@ -248,7 +261,7 @@ def fit(
             f"the method {method}", "a method that builds, changes or averages networks", "run_method")
     method.check(lambda order: network, task.action, config)
     if resume and folder is not None:
-        _check_noted(read_checkpoint(folder), task, method)
+        check_noted(Path(folder), noted(task, method))
     with using_threads(threads or _threads_for(network, task, config.batch_size)):
         result = train(
             network, task.data.train, config, action=task.action, validation=task.data.validation, folder=folder,
@@ -259,13 +272,7 @@ def fit(
         raise KeyboardInterrupt
     return result
 
-
-def _check_noted(checkpoint: Checkpoint, task: Task, method: Method) -> None:
-    """Refuse to go on with a run whose setup or method was another."""
-    setup, its = read_notes(checkpoint)
-    check_continued(plain(setup) | plain(its), plain(task.setup) | plain(method))
-
-# %% ../../nbs/8_studies/02_tasks.ipynb #152dfbee-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #9cac9e7c-0
 def evaluate_task(
     network: nn.Module,
     task: Task,
@@ -295,6 +302,8 @@ def chosen_images(task: Task, split: str, images: int | None) -> Split:
     """The first so many images of a split. Raises `Refusal` for a split or images that are not there."""
     check_choice(split, ("test", "validation"), "split")
     whole: Split = getattr(task.data, split)
+    if images is not None:
+        check_count(images, "The number of images", f"images={len(whole)}, or None for all")
     require(images is None or images <= len(whole), f"at most {len(whole)} images, those of the {split} split",
             f"{images} of {len(whole)}", "the size of another data set", f"images={len(whole)} or fewer")
     return Split(whole.inputs[:images], whole.labels[:images])

@@ -23,7 +23,7 @@ from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Estimator
 from ..symmetry.actions import Action
 
-# %% ../../nbs/7_training/03_config.ipynb #38626c20-0
+# %% ../../nbs/7_training/03_config.ipynb #011152a5-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -98,6 +98,11 @@ class TrainingConfig:
                 f"a batch of at least as many rows as draws, since estimator={self.estimator!r} gives each draw rows "
                 "of its own", f"draws={self.draws} and batch_size={self.batch_size}", "a small batch size",
                 f"draws={self.batch_size}, or fewer")
+
+    @property
+    def numbers(self) -> torch.dtype:
+        """The dtype of weights and data."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "TrainingConfig":

@@ -215,7 +215,7 @@ class _Run:
         self.epoch, self.step, self.seconds = progress["epoch"], progress["step"], progress["seconds"]
         self.history, self.stopped = history, progress.get("status") == "stopped"
 
-# %% ../../nbs/7_training/06_loop.ipynb #3273d8fa-0
+# %% ../../nbs/7_training/06_loop.ipynb #20f03aa5-0
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
@@ -249,7 +249,6 @@ def _prepare(
     check_arguments(network, data, config, action, validation, folder, resume, architecture, symmetry)
     check_kind(after, (TrainingResult, type(None)), "the run before", "after=train(network, data, config, until=...)")
     device = choose_device(config)
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32
     if config.augmentation == "none":
         action = None
     elif action is not None:
@@ -257,9 +256,9 @@ def _prepare(
     symmetry = symmetry if config.objective == "symmetrised" else None
     description = describe_run(network, config, data, architecture=architecture, action=action, symmetry=symmetry,
                                notes=notes)
-    data = _moved(data, device, dtype)
-    validation = None if validation is None else _moved(validation, device, dtype)
-    run = _Run(network.to(device, dtype), data, config, action, description, symmetry)
+    data = _moved(data, device, config.numbers)
+    validation = None if validation is None else _moved(validation, device, config.numbers)
+    run = _Run(network.to(device, config.numbers), data, config, action, description, symmetry)
     check_task(network, data, validation, config, run.batches().smallest)
     require(config.batch_size <= run.num_data, "a batch no larger than the training set",
             f"batch_size={config.batch_size} for {run.num_data} examples", "a small data set",

@@ -41,7 +41,7 @@ def test_the_list_needs_no_torch():
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("magic", "one of prior.* as the study"), ("nowhere.json", "a JSON file of a study"),
+    ("magic", "one of prior.* as the study"), ("nowhere.json", "the file nowhere.json"),
 ])
 def test_unknown_studies_are_refused(name, reason):
     with pytest.raises(Refusal, match=reason):
@@ -50,7 +50,7 @@ def test_unknown_studies_are_refused(name, reason):
 
 def test_a_file_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "mine.json").write_text("title: mine")
-    with pytest.raises(Refusal, match="a study as JSON, as symbnn reproduce --show"):
+    with pytest.raises(Refusal, match="what symbnn reproduce --show"):
         find_study(str(tmp_path / "mine.json"))
 
 

@@ -69,14 +69,21 @@ def test_provenance_is_what_the_runs_took(finished, tmp_path):
         "(cpu), 1.4 to 1.4 training seconds per training image")
 
 
-@pytest.mark.parametrize("damage", [lambda folder: (folder / "study.json").unlink(),
-                                    lambda folder: (folder / "table.csv").unlink(),
-                                    lambda folder: (folder / "study.json").write_text("{}")])
-def test_folders_without_results_are_refused(damage, finished, tmp_path):
+@pytest.mark.parametrize("damage, said", [
+    (lambda folder: (folder / "study.json").unlink(), "study.json"),
+    (lambda folder: (folder / "table.csv").unlink(), "table.csv"),
+    (lambda folder: (folder / "table.csv").write_text("accuracy\n1.0\n"), "with other content"),
+    (lambda folder: (folder / "table.csv").write_bytes(b"\xff\xfe"), "UnicodeDecodeError"),
+    (lambda folder: (folder / "study.json").write_text("{}"), "nothing at command"),
+    (lambda folder: (folder / "study.json").write_text((folder / "study.json").read_text().replace("8", "9", 1)),
+     "seal"),
+])
+def test_folders_without_results_are_refused(damage, said, finished, tmp_path):
     save(*finished[:2], tmp_path)
     damage(tmp_path)
-    with pytest.raises(Refusal, match=r"with study\.json and its tables"):
+    with pytest.raises(Refusal, match="symbnn reproduce NAME") as caught:
         read_results(tmp_path)
+    assert said in caught.value.got
 
 
 COMMITTED = sorted((ROOT / "results").glob("*/study.json"))

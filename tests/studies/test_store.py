@@ -15,6 +15,8 @@ import torch
 
 from helpers_studies import BASE, TINY, without_seconds
 from symbnn.errors import Refusal
+from symbnn.files import sole_writer
+from symbnn.records import SEAL, write_record
 from symbnn.studies import runs, store
 from symbnn.studies.grids import DEMO, Comparison, Panel, Study
 from symbnn.studies.methods import METHODS
@@ -54,10 +56,7 @@ def test_a_changed_study_does_not_mix(finished, tmp_path):
 
 @pytest.mark.parametrize("edit", [
     lambda text: "", lambda text: "{}", lambda text: text[:-20], lambda text: text.replace('"seed": 0', '"seed": 5'),
-    lambda text: text.replace('"epochs": 2', '"epochs": 3'),
-    lambda text: re.sub('"data_crc32": ', '"data_crc32": 1', text),
-    lambda text: text.replace('"rows": [', '"rows": [], "r": ['),
-    lambda text: text.replace('"rows": [', '"rows": [{}], "r": ['),
+    lambda text: re.sub('"accuracy": 0', '"accuracy": 1', text), lambda text: text.replace('"rows"', '"row"'),
 ])
 def test_damaged_or_edited_records_are_refused(finished, tmp_path, edit, untrained):
     study, _, work = finished
@@ -66,6 +65,51 @@ def test_damaged_or_edited_records_are_refused(finished, tmp_path, edit, untrain
                                           else path.read_text())
     with pytest.raises(Refusal, match="remove"):
         execute(study, tmp_path)
+
+
+def sealed_again(path, target, edit):
+    """Write a record elsewhere after `edit(record)`, with a valid seal."""
+    record = {name: its for name, its in json.loads(path.read_text()).items() if name != SEAL}
+    edit(record)
+    write_record(target, record)
+
+
+@pytest.mark.parametrize("edit, said", [
+    (lambda record: record["run"]["training"].update(seed=5), "a record of another run: training seed 5 for 0"),
+    (lambda record: record["run"]["method"].update(name="wide"), "method name 'wide' for 'baseline'"),
+    (lambda record: record["run"]["setup"].update(dataset=5), "5 at dataset"),
+    (lambda record: record.update(data_crc32=1), "a record of another data: 1 for"),
+    (lambda record: record.update(rows=[]), "[] at rows"), (lambda record: record.update(rows=[{}]), "{} at rows.0"),
+    (lambda record: record["rows"][0].update(accuracy=[1]), "at rows.0.accuracy"),
+    (lambda record: record.update(evaluation_seconds=-1), "-1 at evaluation_seconds"),
+    (lambda record: record.pop("device"), "nothing at device"), (lambda record: record.update(note="x"), "at note"),
+    (lambda record: record.update(run=3), "3 at run"), (lambda record: record.pop("code"), "nothing at code"),
+])
+def test_records_of_something_else_are_refused(finished, tmp_path, edit, said, untrained):
+    study, records, work = finished
+    name = f"{records[0]['name']}.json"
+    sealed_again(work / name, tmp_path / name, edit)
+    with pytest.raises(Refusal, match="remove") as caught:
+        execute(study, tmp_path)
+    assert said in caught.value.got and not caught.value.got.count("\n")
+
+
+def test_a_record_under_another_name_is_refused(finished, tmp_path, untrained):
+    """A seed would count twice, or a method under another one's name."""
+    study, records, work = finished
+    for copied, place in ((records[1], "training seed 1 for 0"), (records[4], "for")):
+        shutil.copy(work / f"{copied['name']}.json", tmp_path / f"{records[0]['name']}.json")
+        with pytest.raises(Refusal, match="copied or renamed") as caught:
+            execute(study, tmp_path)
+        assert place in caught.value.got
+
+
+def test_two_studies_do_not_work_in_one_folder_at_once(finished, tmp_path, untrained):
+    study, _, work = finished
+    with sole_writer(tmp_path), pytest.raises(Refusal, match="nobody else"):
+        execute(study, tmp_path)
+    with sole_writer(work):  # everything is there: nothing is written
+        execute(study, work)
 
 
 def test_other_images_under_one_name_are_another_run(tmp_path, monkeypatch):
@@ -79,9 +123,8 @@ def test_a_record_with_a_new_setting_at_its_default_is_found(finished, tmp_path,
     """As an earlier version wrote it, whose code was the same."""
     study, records, work = finished
     for path in files(work):
-        record = json.loads(path.read_text())
-        del record["run"]["setup"]["start"], record["run"]["before"]
-        (tmp_path / path.name).write_text(json.dumps(record))
+        sealed_again(path, tmp_path / path.name, lambda record: (record["run"]["setup"].pop("start"),
+                                                                 record["run"].pop("before")))
     assert execute(study, tmp_path)[0]["rows"] == records[0]["rows"]
 
 
@@ -92,8 +135,8 @@ def test_stale_records_are_said_and_done_again(finished, tmp_path):
     study, records, work = finished
     lines = []
     for number, path in enumerate(sorted(files(work))):
-        text = path.read_text()
-        (tmp_path / path.name).write_text(text.replace(records[0]["code"], "other") if number < 3 else text)
+        code = "other" if number < 3 else records[0]["code"]
+        sealed_again(path, tmp_path / path.name, lambda record, code=code: record.update(code=code))
     found = execute(study, tmp_path, report=lines.append)
     assert without_seconds(found) == without_seconds(records) and {record["code"] for record in found} == {
         code_version("symbnn.studies.runs")}
@@ -310,15 +353,32 @@ def test_another_function_has_calls_of_its_own(simulated, tmp_path, monkeypatch)
     assert len(CALLS) == 16 and {record["run"]["function"] for record in found} == {"other"}
 
 
-@pytest.mark.parametrize("damage", ("{", "{}", "other settings", "no results"))
-def test_files_of_calls_that_hold_something_else_are_refused(simulated, tmp_path, damage):
+@pytest.mark.parametrize("edit, said", [
+    (lambda record: record["run"].update(seed=5), "seed 5 for"), (lambda record: record.update(rows=[{}]), "at rows.0"),
+    (lambda record: record["run"].update(settings=[]), "at settings"),
+    (lambda record: record["run"].update(function="two"), "function 'two'"),
+])
+def test_files_of_calls_that_hold_something_else_are_refused(simulated, tmp_path, edit, said):
     execute(simulated, tmp_path)
     path = sorted(files(tmp_path))[0]
-    record = json.loads(path.read_text())
-    edited = {"other settings": {**record, "run": {**record["run"], "seed": 5}}, "no results": {**record, "rows": [{}]}}
-    path.write_text(json.dumps(edited[damage]) if damage in edited else damage)
-    with pytest.raises(Refusal, match="record of a finished run"):
+    sealed_again(path, path, edit)
+    with pytest.raises(Refusal, match="remove") as caught:
         execute(simulated, tmp_path)
+    assert said in caught.value.got
+
+
+@pytest.mark.parametrize("base, said", [
+    (FunctionRun("two_weights", (("method", "mean_field"), ("slope", "steep"), ("noise", 1.0))), "'steep' at slope"),
+    (FunctionRun("two_weights", (("method", "symetrised"), ("slope", 0.1), ("noise", 1.0))), "'symetrised' at method"),
+    (FunctionRun("two_weights", (("method", "mean_field"), ("slope", 0.1))), "nothing at noise"),
+    (FunctionRun("two_weights", (("method", "mean_field"), ("slope", 0.1), ("noise", 1.0), ("nois", 1.0))), "at nois"),
+])
+def test_calls_that_a_function_does_not_take_are_refused_before_work(base, said):
+    import symbnn.studies.simulations  # noqa: F401
+
+    with pytest.raises(Refusal, match="settings of two_weights") as caught:
+        check([base], None)
+    assert said in caught.value.got
 
 
 def test_calls_in_processes_give_the_same_rows(tmp_path):
