@@ -32,13 +32,26 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Suppress
 from . import __version__
 from .errors import Refusal, require
 
-# %% ../nbs/9_command_line/02_cli.ipynb #929cf96c-0
+# %% ../nbs/9_command_line/02_cli.ipynb #f4ec611c-0
+class _Once(yaml.SafeLoader):
+    """YAML in which each name stands once; else the last would win without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _settings(path: Path) -> list[str]:
     """The settings of a YAML file as they would be typed. Raises `Refusal` for anything but names with values."""
     example = "a YAML file with a line such as   epochs: 20   or   channels: [32, 64]"
     try:
-        read = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        require(path.is_file() or not path.exists(), "a YAML file after --config", f"{path}, which is no file",
+                "a folder, or nothing after --config", example)
+        read = yaml.load(path.read_text(encoding="utf-8"), _Once)  # a SafeLoader, which makes no objects
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise Refusal("a YAML file after --config", got=f"{path}: {' '.join(str(error).split())}",
                       cause="another folder" if isinstance(error, OSError) else "a slip of the pen",
                       fix=example) from error
@@ -96,7 +109,7 @@ def _parsed(typed: list[str], short: bool = False) -> Any:
     sys.stderr.write(err.getvalue())
     raise ended
 
-# %% ../nbs/9_command_line/02_cli.ipynb #5d624f5f-0
+# %% ../nbs/9_command_line/02_cli.ipynb #e52da729-0
 def _help(typed: list[str], whole: bool) -> None:
     """Print the help of a command, or of all."""
     try:
@@ -122,6 +135,15 @@ def _as_noted(typed: Sequence[str]) -> str:
     return " ".join(("symbnn", *(re.sub(r"(^|=)[/~].*/", r"\1", part) for part in typed)))
 
 
+def _check_typed(typed: Sequence[str]) -> None:
+    """Refuse an empty text, which as a folder would be the one where the command runs."""
+    empty = next((number for number, part in enumerate(typed) if part == "" or part.endswith("=")), None)
+    if empty is not None:
+        named = typed[empty] or (typed[empty - 1] if empty else "")
+        raise Refusal("a value for each option", got=f"nothing after {named.rstrip('=')}" if named else "an empty text",
+                      cause="a variable of the shell that is not set", fix='echo "$NAME", and a value for it')
+
+
 def _asked(typed: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """What is asked before any command, and the rest."""
     parser = argparse.ArgumentParser(prog="symbnn", add_help=False, allow_abbrev=False)
@@ -137,6 +159,7 @@ def main(typed: Sequence[str] | None = None) -> int:
     typed = sys.argv[1:] if typed is None else typed
     again = "Nothing was written."
     try:
+        _check_typed(typed)
         asked, rest = _asked(typed)
         if asked.help or asked.help_all or not rest:
             _help(rest, asked.help_all)

@@ -120,7 +120,7 @@ def _show_paths(rows: list[PathReport]) -> None:
     if rows:
         Console().print(Markdown(equivariance_table(rows)))
 
-# %% ../nbs/9_command_line/01_commands.ipynb #b7818765-0
+# %% ../nbs/9_command_line/01_commands.ipynb #c53170bb-0
 @dataclass(frozen=True)
 class Evaluate:
     """Measure a checkpoint: accuracy, calibration, and how equivariant its predictions are."""
@@ -172,7 +172,9 @@ class Evaluate:
 
     def _check_outputs(self, stored: Checkpoint) -> None:
         """Refuse outputs that cannot be written, and those that would take the place of something else."""
-        inputs = [stored.folder / DESCRIPTION, stored.folder / stored.description["tensors"]["file"]]
+        inputs = [*stored.folder.glob("tensors-*"), stored.folder / DESCRIPTION]
+        if self.data_folder is not None and self.data_folder.is_dir():
+            inputs += filter(Path.is_file, self.data_folder.iterdir())
         for path in filter(None, (self.csv, self.json)):
             check_output(path, inputs)
             inputs.append(path)

@@ -596,6 +596,80 @@ def test_options_of_studies_that_train_are_refused(shell, tmp_path, toy, option)
     assert not toy and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [
+    (*TRAIN, "-o", ""), (*TRAIN, "--output="), (*TRAIN, "-o="), ("evaluate", ""), ("compare", "--output", ""),
+    ("reproduce", "timing", "--work", ""), ("train", "--config", "", "-o", "out"),
+])
+def test_an_empty_text_is_no_folder(shell, tmp_path, arguments):
+    refused(shell(*arguments), "a value for each option")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_in_a_file_of_settings_stand_once(shell, tmp_path):
+    (tmp_path / "mine.yaml").write_text("epochs: 1\nchannels: [2]\nepochs: 2\n")
+    refused(shell("train", "-o", "out", "--config", "mine.yaml"), "'epochs' stands twice")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    refused(shell("train", "-o", "out", "--config", "pipe.yaml"), "which is no file")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A trained network, and its images."""
+    folder, generator = tmp_path_factory.mktemp("small"), np.random.default_rng(0)
+    images = generator.random((60, 8, 8)).astype(np.float32)
+    save_images(folder / "mine.npz", images)
+    assert cli.main([*TRAIN[:3], "4", "--epochs", "1", "--batch-size", "20", "--dataset", str(folder / "mine.npz"),
+                     "--validation-size", "10", "-o", str(folder / "run")]) == 0
+    return folder
+
+
+def save_images(path, images):
+    labels = np.arange(len(images)) % 3
+    np.savez(path, train_images=images, train_labels=labels, test_images=images[:30], test_labels=labels[:30])
+
+
+def measured(small, *others):
+    return ["evaluate", str(small / "run"), "--data-folder", str(small), "--draws", "4", *others]
+
+
+def test_evaluation_knows_its_images(shell, small, tmp_path):
+    assert shell(*measured(small)).exit_code == 0
+    for place, change in (("train", lambda its: its + 0), ("other", lambda its: its[::-1])):
+        (tmp_path / place).mkdir()
+        save_images(tmp_path / place / "mine.npz", change(np.load(small / "mine.npz")["train_images"]))
+    assert shell("evaluate", small / "run", "--data-folder", "train", "--draws", "4").exit_code == 0
+    found = shell("evaluate", small / "run", "--data-folder", "other", "--draws", "4")
+    refused(found, "by their checksum")
+    assert "--other-data" in found.stderr
+    assert shell("evaluate", small / "run", "--data-folder", "other", "--draws", "4", "--other-data").exit_code == 0
+
+
+@pytest.mark.parametrize("others, reason", [
+    (["--images", "-1"], "number of images"), (["--images", "0"], "number of images"),
+    (["--images", "31"], "at most 30"),
+    (["--csv", "{run}/checkpoint.json"], "needs itself"), (["--json", "{run}/../run/checkpoint.json"], "needs itself"),
+    (["--csv", "a", "--json", "a"], "needs itself"), (["--csv", "{run}"], "folder that has the name of the file"),
+    (["--csv", "{run}/checkpoint.json/a"], "file that has the name"), (["--csv", "{images}"], "needs itself"),
+])
+def test_what_evaluation_must_not_do_is_refused_first(shell, small, tmp_path, others, reason, monkeypatch):
+    monkeypatch.setattr("symbnn.studies.tasks.orbit_predictions", None)
+    before = {path.name: path.read_bytes() for path in (small / "run").iterdir()}
+    names = {"run": small / "run", "images": small / "mine.npz"}
+    refused(shell(*measured(small, *(part.format(**names) for part in others))), reason)
+    assert {path.name: path.read_bytes() for path in (small / "run").iterdir()} == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_writes_to_what_is_there(shell, small, tmp_path):
+    (tmp_path / "link.csv").symlink_to("behind.csv")
+    assert shell(*measured(small, "--csv", "link.csv", "--json", "/dev/null")).exit_code == 0
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "behind.csv").read_text().startswith("metric,")
+    if Path("/dev/full").exists():
+        full = shell(*measured(small, "--csv", "/dev/full"))
+        assert full.exit_code == 2 and "a full disk" in full.stderr and "accuracy" in full.stdout
+        assert not Path("/dev/full").is_file()
+
+
 @pytest.mark.parametrize("arguments, reason", [
     ([], "the name of a study"), (["magic"], "one of prior.* as the study"), (["nowhere.json"], "nowhere.json"),
     (["methods", "--jobs", "0"], "jobs"), (["methods", "--seeds", "0", "0"], "named once"),
