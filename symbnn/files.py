@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from .errors import Refusal, require
 
-# %% ../nbs/0_ground/03_files.ipynb #2d978348-0
+# %% ../nbs/0_ground/03_files.ipynb #98341108-0
 _REASONS = {  # number of an OSError -> likely cause, and fix for a folder
     errno.ENOSPC: ("a full disk", "free some space, or choose a folder on another disk than {folder}"),
     errno.EDQUOT: ("a quota that is used up", "free some space, or choose a folder on another disk than {folder}"),
@@ -30,6 +30,8 @@ _REASONS = {  # number of an OSError -> likely cause, and fix for a folder
     errno.EROFS: ("a disk that is mounted to be read only", "choose a folder on another disk than {folder}"),
     errno.EEXIST: ("a file that has the name of the folder", "choose another folder, or move the file {folder} away"),
     errno.ENOTDIR: ("a file that has the name of the folder", "choose another folder, or move the file {folder} away"),
+    errno.ELOOP: ("a link that leads to itself", "another name than {folder}, or remove the link"),
+    errno.ENAMETOOLONG: ("a name that is longer than the disk allows", "a shorter name"),
     errno.EISDIR: ("a folder that has the name of the file", "choose another folder than {folder}, or move it away"),
 }
 
@@ -68,12 +70,20 @@ def write_file(path: Path, data: bytes) -> None:
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             return _write_through(path, data)
-        path = Path(os.path.realpath(path))
+        path = _target(path)
         made = _made(path.parent)
         _write_whole(path, data)
     except OSError as error:
         _remove_empty(made)
         raise folder_refusal(path.parent, error) from error
+
+
+def _target(path: Path) -> Path:
+    """What a link points to, there or not; another path itself."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
 
 
 def _write_through(path: Path, data: bytes) -> None:
@@ -159,7 +169,7 @@ def _busy(folder: Path) -> Refusal:
                    cause="the same command started twice, or a run that is still going",
                    fix="another folder; or wait until that process has ended, or end it")
 
-# %% ../nbs/0_ground/03_files.ipynb #0e0ded31-0
+# %% ../nbs/0_ground/03_files.ipynb #16bb83cd-0
 MARGIN = 2**24  # bytes that stay free beside what a run writes
 
 
@@ -190,7 +200,10 @@ def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
 
     Raises `Refusal` if it cannot, where a folder has its name, and for one of the inputs, whatever name it has there.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = _target(path)
+    except OSError as error:
+        raise folder_refusal(path, error) from error
     for given in inputs:
         require(target != Path(os.path.realpath(given)), "a file of its own to write into",
                 f"{path}, which the command needs itself", "a slip in the name", "another name, such as results.csv")

@@ -23,7 +23,7 @@ from .runs import SHOW, NetworkRun, Run, run_from_json, task_of
 from .tasks import Setup, Task, epoch_cost, plain
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/05_grids.ipynb #1f3b8750-0
+# %% ../../nbs/8_studies/05_grids.ipynb #082a2499-0
 @dataclass(frozen=True)
 class Panel:
     """One picture of a study's figure."""
@@ -45,7 +45,7 @@ class StudyValues(TypedDict):
     x: NotRequired[str]
     series: NotRequired[list[str]]
     panels: NotRequired[list[Panel]]
-    only: NotRequired[list[list[Any]]]
+    only: NotRequired[list[tuple[str, Any]]]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .tables import COSTS, METRICS, Spread, as_csv, costs, run_rows, table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/8_studies/09_results.ipynb #89ce2192-0
+# %% ../../nbs/8_studies/09_results.ipynb #92397dda-0
 def save(study: Study, records: Sequence[dict], folder: Path | str, command: str = "",
          pictures: Mapping[str, "Figure"] | None = None) -> list[Path]:
     """Write table.csv, runs.csv, study.json and figure.png, and further pictures under their names; each whole or,
@@ -96,15 +96,17 @@ def read_results(folder: Path | str, file: str = "table.csv") -> tuple[Study, li
     path, again = Path(folder) / file, "symbnn reproduce NAME"
     try:
         data = path.read_bytes()
-        read = csv.DictReader(StringIO(data.decode(), newline=""))
-        rows = [{name: _value(text) for name, text in row.items()} for row in read]
-    except (OSError, ValueError, AttributeError, csv.Error) as error:
+        written = made.get("files", {}).get(file)
+        require(written in (None, _digest(data)), f"the {file} that was written with the study.json beside it",
+                f"{path} with other content", "a file that was copied from another study, or edited", again)
+        rows = list(csv.DictReader(StringIO(data.decode(), newline=""), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise Refusal(f"a table of results as {path}", got=f"{type(error).__name__}: {error}",
                       cause="a study that was not run, or an edited file", fix=again) from error
-    written = made.get("files", {}).get(file)
-    require(written in (None, _digest(data)), f"the {file} that was written with the study.json beside it",
-            f"{path} with other content", "a file that was copied from another study, or edited", again)
-    return study, rows
+    ragged = any(name is None or text is None for row in rows for name, text in row.items())
+    require(bool(rows) and not ragged, f"a table of results as {path}", "no rows, or rows of different lengths",
+            "an edited or damaged file", again)
+    return study, [{name: _value(text) for name, text in row.items()} for row in rows]
 
 
 def provenance(folder: Path | str) -> str:

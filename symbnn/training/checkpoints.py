@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'DESCRIPTION', 'Status', 'Count', 'TensorFile', 'Fingerprint', 'Progress', 'Epoch', 'Description',
-           'write_checkpoint', 'Checkpoint', 'read_checkpoint', 'has_checkpoint', 'check_continued', 'load_tensors',
-           'family_name', 'describe_network', 'network_tensors', 'optimizer_tensors', 'load_optimizer', 'save_network',
-           'load_network']
+           'write_checkpoint', 'remove_others', 'Checkpoint', 'read_checkpoint', 'has_checkpoint', 'check_continued',
+           'load_tensors', 'family_name', 'describe_network', 'network_tensors', 'optimizer_tensors', 'load_optimizer',
+           'save_network', 'load_network']
 
 # %% ../../nbs/7_training/02_checkpoints.ipynb #04cc5838-0
 import hashlib
@@ -93,7 +93,7 @@ class Description(TypedDict):
     progress: NotRequired[Progress]
     history: NotRequired[list[Epoch]]
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #b8cef142-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #f51a259d-0
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Write tensors and description (JSON values) as the checkpoint in `folder`, replacing the previous one.
 
@@ -103,12 +103,17 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], description: M
     data = safetensors.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     file = folder / f"tensors-{digest[:16]}.safetensors"
-    entry = {"file": file.name, "bytes": len(data), "sha256": digest}
+    entry: TensorFile = {"file": file.name, "bytes": len(data), "sha256": digest}
     whole = {"format": FORMAT, "version": VERSION, **json_values(description), "tensors": entry}
     parse_value(whole, Description, "the description of a checkpoint", "what does not belong there under notes")
     write_file(file, data)
     write_record(folder / DESCRIPTION, whole)
-    for old in set(folder.glob("tensors-*.safetensors")) - {file}:
+    remove_others(folder, entry)
+
+
+def remove_others(folder: Path, entry: TensorFile) -> None:
+    """Remove tensor files of earlier checkpoints, and of writers that were killed; for the `sole_writer`."""
+    for old in set(folder.glob("tensors-*.safetensors")) - {folder / entry["file"]}:
         with suppress(OSError):  # what cannot be removed now goes with the next checkpoint
             old.unlink()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'Until', 'CHECK_EVERY', 'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
-# %% ../../nbs/7_training/06_loop.ipynb #f17c9f0f-0
+# %% ../../nbs/7_training/06_loop.ipynb #8ca4068b-0
 import inspect
 import math
 import signal
@@ -43,13 +43,13 @@ from ..symmetry.actions import Action, check_action
 from ..symmetry.networks import NetworkAction, unit_permutations
 from .architectures import Architecture
 from .checkpoints import Status, load_optimizer, load_tensors, network_tensors, optimizer_tensors
-from .checkpoints import read_checkpoint, write_checkpoint
+from .checkpoints import read_checkpoint, remove_others, write_checkpoint
 from .checks import check_arguments, check_run_folder, check_task, choose_device, training_modes
 from .config import TrainingConfig, TrainingSettings, configured, kl_annealing_factor
 from .config import learning_rate_factor, make_optimizer
 from .resume import EpochRecord, check_same_run, describe_run, read_progress
 
-# %% ../../nbs/7_training/06_loop.ipynb #ce4253f8-0
+# %% ../../nbs/7_training/06_loop.ipynb #f57fa20e-0
 @dataclass
 class TrainingResult:
     """The network that was passed in, trained, and how far: "complete", "stopped" by `until`, or "interrupted"."""
@@ -214,6 +214,7 @@ class _Run:
         self.sums.copy_(sums)
         self.epoch, self.step, self.seconds = progress["epoch"], progress["step"], progress["seconds"]
         self.history, self.stopped = history, progress.get("status") == "stopped"
+        remove_others(folder, checkpoint.description["tensors"])
 
 # %% ../../nbs/7_training/06_loop.ipynb #20f03aa5-0
 @contextmanager
