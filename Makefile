@@ -7,7 +7,7 @@ WORKERS ?= auto
 # Idle threads give their core away: on a busy machine this is several times faster.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help ready demo test check types lowest lab docs quarto bench book clean
+.PHONY: help ready demo test check types lowest lab docs quarto bench attack book clean
 
 help:
 	@echo "make demo    train a small Bayesian network on digits, with and without orbit expansion; results in output/demo"
@@ -18,6 +18,7 @@ help:
 	@echo "make book    run every chapter, export the package, write README.md"
 	@echo "make docs    the book as a web site in _docs (needs Quarto)"
 	@echo "make bench   the benchmarks"
+	@echo "make attack  what can break files, records, processes and threads: ten thousand tries a kind (two hours)"
 	@echo "make clean   remove what can be made again, except .venv and output"
 
 ready:
@@ -60,6 +61,9 @@ docs: quarto ready
 	cd _proc && quarto render --no-cache
 	rm -rf _docs && mv _proc/_docs _docs
 	@echo "The site is in _docs: open _docs/index.html"
+
+attack: ready
+	$(BIN)/python tools/attack.py $(ATTACK)
 
 bench: ready
 	$(BIN)/python benchmarks/run.py

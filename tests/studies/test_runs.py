@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,22 @@ def test_a_killed_process_loses_an_epoch_at_most(change, tmp_path):
     assert learned.summary == straight.summary
     for one, other in zip(learned.network.parameters(), straight.network.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("change, place", [
+    ({"method.projected": True}, "projected False in the checkpoint, True now"),
+    ({"method.name": "row_rolled"}, "name 'regular' in the checkpoint, 'row_rolled' now"),
+    ({"setup.start": "invariant"}, "start 'random' in the checkpoint, 'invariant' now"),
+])
+def test_a_checkpoint_under_another_run_s_name_is_not_gone_on_with(change, place, tmp_path):
+    """Copied or renamed folders; each of these runs would give the network of another one."""
+    run = BASE.changed({"method.name": "regular"})
+    other = run.changed(change)
+    learn(run, None, tmp_path)
+    shutil.copytree(tmp_path / run.name(None), tmp_path / other.name(None))
+    with pytest.raises(Refusal) as caught:
+        learn(other, None, tmp_path)
+    assert place in caught.value.got
 
 
 # Functions
