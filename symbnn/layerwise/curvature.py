@@ -99,7 +99,7 @@ def network_at_means(network: nn.Module, inputs: Shaped[Tensor, "N ..."], likeli
             "layers that choose and normalise for each input, such as nn.LayerNorm or Subsample")
     return plain
 
-# %% ../../nbs/5_layerwise/03_curvature.ipynb #d3ddabce-0
+# %% ../../nbs/5_layerwise/03_curvature.ipynb #686c4cb0-0
 def _log_det_of_one_plus(matrix: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
     """log det(I + matrix) of a positive semi-definite matrix, which is overwritten."""
     matrix.diagonal().add_(1)
@@ -203,7 +203,7 @@ def full_curvature(
     Raises `Refusal` where neither side fits, and as `network_at_means` does.
     """
     check_count(batch_size, "The batch size", "batch_size=32")
-    check_count(memory_limit, "The memory limit in bytes", "memory_limit=2**30")
+    check_count(memory_limit, "The memory limit in bytes", "memory_limit=2**30", most=math.inf)
     plain = network_at_means(network, inputs, likelihood)
     sizes = {name: plain.get_parameter(name).numel() for name in variational_tensors(network)}
     each = plain(inputs[:1]).shape[1] - isinstance(likelihood, Categorical)  # rows of a datum

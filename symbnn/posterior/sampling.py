@@ -6,7 +6,8 @@
 __all__ = ['Weights', 'Estimator', 'sample_weights', 'mean_weights', 'check_inputs', 'apply_weights', 'forward', 'try_step',
            'predict']
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #e7c997e9-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #00ca5462-0
+import math
 from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
@@ -257,7 +258,7 @@ def _estimate(
     rule = apply_draws if estimator == "split" else Local(len(padded), generator)
     return _unfold(bound.all(weights, rule)(bound.fold(padded, 1)), 1, len(padded))[:, : len(x)]
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #0e129717-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #bf8ce1bd-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
@@ -319,7 +320,7 @@ def predict(
     check_inputs(x)
     check_kind(generator, (torch.Generator, type(None)), "The generator", "generator=torch.Generator().manual_seed(0)")
     memory = _BUDGET.get(x.device.type, 2**30) if memory is None else memory
-    check_count(memory, "The memory of a prediction in bytes", "memory=2**30, or none for the default")
+    check_count(memory, "The memory of a prediction in bytes", "memory=2**30, or none for the default", most=math.inf)
     require((draws is None) != (weights is None), "either a number of draws or weights, and not both",
             "both" if weights is not None else "neither", "a call that leaves open which weights are meant",
             "predict(network, x, draws=32), or predict(network, x, weights=mean_weights(network))")
