@@ -6,7 +6,7 @@
 __all__ = ['Weights', 'Estimator', 'sample_weights', 'mean_weights', 'check_inputs', 'apply_weights', 'forward', 'try_step',
            'predict']
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #00ca5462-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #09d8751e-0
 import math
 from collections.abc import Callable, Iterator
 from typing import Literal, get_args
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..binding import copy_tree, eager, own_buffers, plain_network, seeded_world
 from ..errors import Refusal, check_choice, check_count, check_kind, require
+from ..memory import check_memory
 from .folding import Rule, apply_draws, bind_together, fold, one_tensor, uses_batch_statistics
 from .layers import variational_tensors
 from .plans import execution_plan, run_draw_by_draw
@@ -24,17 +25,20 @@ from .row_noise import Flipout, Local
 from .trials import Plan, has_hooks, watch_hooks, without_hooks
 from ..symmetry.networks import check_network
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #f9ee058a-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #5c6fdc78-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
 def sample_weights(network: nn.Module, draws: int, generator: torch.Generator | None = None) -> Weights:
     """`draws` joint samples of all weights, {name: (draws, *shape)}; differentiable in the posterior's parameters.
 
-    Raises `Refusal` for a plain network, and for fewer than one sample.
+    Raises `Refusal` for a plain network, for fewer than one sample, and for more than memory holds.
     """
     tensors = variational_tensors(network)
     check_count(draws, "The number of samples", "draws=32")
+    weights = sum(tensor.posterior.numel for tensor in tensors.values())
+    check_memory(4 * draws * weights, f"samples of {weights:,} weights", "draws meant for a smaller network",
+                 "draws=8, or predict(network, x, draws=...), which draws them in blocks")
     return {name: tensor.posterior.rsample(draws, generator) for name, tensor in tensors.items()}
 
 

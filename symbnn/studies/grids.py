@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['DEMO', 'Panel', 'Study', 'words', 'describe', 'Comparison']
 
-# %% ../../nbs/8_studies/05_grids.ipynb #67326e01-0
+# %% ../../nbs/8_studies/05_grids.ipynb #35c2f648-0
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from ..errors import Refusal, check_count, check_positive, require
+from ..errors import Refusal, check_count, check_positive, check_seed, require
 from .evaluations import Evaluation
 from .methods import Method, read_method
 from .runs import NetworkRun, Run, run_from_json, task_of
 from .tasks import Setup, Task, epoch_cost, plain
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/05_grids.ipynb #797b3d70-0
+# %% ../../nbs/8_studies/05_grids.ipynb #9e9f56f6-0
 @dataclass(frozen=True)
 class Panel:
     """One picture of a study's figure."""
@@ -45,7 +45,9 @@ class Study:
     only: tuple[tuple[str, object], ...] = ()  # settings with the values that the figure keeps to
 
     def __post_init__(self):
-        require(bool(self.grids and self.seeds) and min(self.seeds) >= 0 and len(set(self.seeds)) == len(self.seeds),
+        for seed in self.seeds:
+            check_seed(seed, "Each seed of a study")
+        require(bool(self.grids and self.seeds) and len(set(self.seeds)) == len(self.seeds),
                 "a study with a grid, and with seeds that are not negative and named once",
                 f"{len(self.grids)} grids, seeds {self.seeds}", "an empty list or a repetition", "seeds 0, 1, 2")
         rows = [json.dumps(run.settings(), sort_keys=True) for run in self.points()]

@@ -6,7 +6,7 @@
 __all__ = ['SYMMETRIES', 'PRIORS', 'WORK', 'plain', 'Setup', 'Task', 'prepare', 'check_training', 'passes', 'epoch_cost',
            'using_threads', 'noted', 'read_notes', 'fit', 'evaluate_task', 'chosen_images', 'path_reports']
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #98355a18-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #25ec7411-0
 import json
 import sys
 import zlib
@@ -25,7 +25,7 @@ from ..data.sources import DATASETS, load, load_npz
 from ..data.splits import Dataset, Split
 from ..equivariance.metrics import summarize
 from ..equivariance.predictions import Equivariance, Mode, orbit_predictions
-from ..errors import Refusal, check_choice, check_count, check_positive, require
+from ..errors import Refusal, check_choice, check_count, check_positive, check_seed, require
 from ..layerwise.evidence import LaplaceApproximation, laplace
 from ..layerwise.relaxed_networks import pathways
 from ..layerwise.precisions import PathReport, learned_equivariance
@@ -191,7 +191,7 @@ def epoch_cost(task: Task, order: int, config: TrainingConfig) -> int:
     each = multiply_adds(task.network(0, order), task.data.shape)
     return 3 * passes(config) * copies * len(task.data.train) * each
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #e9c31d07-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #4b61ff79-0
 WORK = 10**8  # multiply-adds in a step's forward pass that are worth a thread
 
 
@@ -242,7 +242,7 @@ def fit(
     `Method.check` do, and for resuming a run of another setup or method.
     """
     if threads is not None:
-        check_count(threads, "The number of threads", "threads=2")
+        check_count(threads, "The number of threads", "threads=2", most=1024)
     method = method or Baseline()
     require(isinstance(method, (Baseline, LearnedPrecisions)), "a method that leaves the network what it is",
             f"the method {method}", "a method that builds, changes or averages networks", "run_method")
@@ -265,7 +265,7 @@ def _check_noted(checkpoint: Checkpoint, task: Task, method: Method) -> None:
     setup, its = read_notes(checkpoint)
     check_continued(plain(setup) | plain(its), plain(task.setup) | plain(method))
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #152dfbee-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #83063f5d-0
 def evaluate_task(
     network: nn.Module,
     task: Task,
@@ -282,6 +282,7 @@ def evaluate_task(
 
     Raises `Refusal` for a split, a number of images or a network that does not fit the task.
     """
+    check_seed(seed)
     chosen = chosen_images(task, split, images)
     parameter = next(network.parameters())
     predictions = (method or Baseline()).predictions(orbit_predictions(
@@ -295,6 +296,8 @@ def chosen_images(task: Task, split: str, images: int | None) -> Split:
     """The first so many images of a split. Raises `Refusal` for a split or images that are not there."""
     check_choice(split, ("test", "validation"), "split")
     whole: Split = getattr(task.data, split)
+    if images is not None:
+        check_count(images, "The number of images", f"images={len(whole)}, or None for all")
     require(images is None or images <= len(whole), f"at most {len(whole)} images, those of the {split} split",
             f"{images} of {len(whole)}", "the size of another data set", f"images={len(whole)} or fewer")
     return Split(whole.inputs[:images], whole.labels[:images])

@@ -256,7 +256,7 @@ def test_an_archive_that_unpacks_into_more_than_it_says_is_refused(read):
 
 
 def test_sizes_are_added_up_before_anything_is_read(read, monkeypatch, in_bounds):
-    monkeypatch.setattr(memory, "machine_memory", lambda: 256 * MEBIBYTE)
+    monkeypatch.setattr(memory, "ROOM", 128 * MEBIBYTE)
     with pytest.raises(Refusal, match=r"the arrays of mine.npz of at most 134,217,728 bytes.*one of 209,7.*\[::10\]"):
         read(bomb(40 * MEBIBYTE, header(shape=f"({40 * MEBIBYTE // 16}, 4, 4)")))
     assert len(read(zipped(members())).train) == 36
@@ -314,7 +314,7 @@ def test_gzip_is_unpacked_no_further_than_its_header_promises(read_bytes):
 
 
 def test_idx_files_beyond_memory_are_refused_before_they_are_read(read_bytes, monkeypatch, in_bounds):
-    monkeypatch.setattr(memory, "machine_memory", lambda: 2**20)
+    monkeypatch.setattr(memory, "ROOM", 2**19)
     with pytest.raises(Refusal, match="an IDX file as some-images of at most 524,288 bytes"):
         read_bytes(gzip.compress(idx((2**20,), bytes(2**20))))
 

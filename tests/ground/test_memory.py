@@ -22,7 +22,7 @@ def test_a_container_has_a_limit_of_its_own(limit, found, tmp_path, monkeypatch)
 
 
 def test_half_of_the_memory_is_the_limit(monkeypatch):
-    monkeypatch.setattr(memory, "machine_memory", lambda: 2000)
+    monkeypatch.setattr(memory, "ROOM", 1000)
     assert check_memory(1000, "a network", "layers too wide", "channels=(8,)") is None
     refusal = refusal_of(lambda: check_memory(1001, "a network", "layers too wide", "channels=(8,)"))
     assert refusal.expected == "a network of at most 1,000 bytes, half of this machine's memory"
