@@ -19,7 +19,7 @@ from .family import Family
 from .independent import Laplace, MeanFieldGaussian
 from .log_normal import LogNormal
 
-# %% ../../nbs/2_posterior/08_priors.ipynb #393b7d5c-0
+# %% ../../nbs/2_posterior/08_priors.ipynb #1592ebbd-0
 Prior = Callable[[str, Family], Family]
 
 
@@ -119,6 +119,7 @@ def fixed_means(means: Mapping[str, Tensor], deviation: float = 1.0) -> Prior:
 
     The builder raises `Refusal` for a tensor without a mean of its shape.
     """
+    _check_deviations(deviation=deviation)
 
     def build(name: str, posterior: Family) -> Family:
         shape = tuple(posterior.shape)

@@ -6,8 +6,7 @@
 __all__ = ['Weights', 'Estimator', 'sample_weights', 'mean_weights', 'check_inputs', 'apply_weights', 'forward', 'try_step',
            'predict']
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #09d8751e-0
-import math
+# %% ../../nbs/2_posterior/15_sampling.ipynb #d5dbcebc-0
 from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
@@ -16,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..binding import copy_tree, eager, own_buffers, plain_network, seeded_world
-from ..errors import Refusal, check_choice, check_count, check_kind, require
+from ..errors import Refusal, SIZE_LIMIT, check_choice, check_count, check_kind, require
 from ..memory import check_memory
 from .folding import Rule, apply_draws, bind_together, fold, one_tensor, uses_batch_statistics
 from .layers import variational_tensors
@@ -262,7 +261,7 @@ def _estimate(
     rule = apply_draws if estimator == "split" else Local(len(padded), generator)
     return _unfold(bound.all(weights, rule)(bound.fold(padded, 1)), 1, len(padded))[:, : len(x)]
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #bf8ce1bd-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #03672488-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
@@ -324,7 +323,7 @@ def predict(
     check_inputs(x)
     check_kind(generator, (torch.Generator, type(None)), "The generator", "generator=torch.Generator().manual_seed(0)")
     memory = _BUDGET.get(x.device.type, 2**30) if memory is None else memory
-    check_count(memory, "The memory of a prediction in bytes", "memory=2**30, or none for the default", most=math.inf)
+    check_count(memory, "The memory of a prediction in bytes", "memory=2**30, or none for the default", most=SIZE_LIMIT)
     require((draws is None) != (weights is None), "either a number of draws or weights, and not both",
             "both" if weights is not None else "neither", "a call that leaves open which weights are meant",
             "predict(network, x, draws=32), or predict(network, x, weights=mean_weights(network))")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Architecture', 'build', 'multiply_adds', 'weight_count']
 
-# %% ../../nbs/7_training/01_architectures.ipynb #34f682a6-0
+# %% ../../nbs/7_training/01_architectures.ipynb #5165b8b9-0
 import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import COUNT_LIMIT, Refusal, require, shortened
 from ..layerwise.relaxed_networks import path_kinds, relaxed_network
-from ..memory import check_memory
+from ..memory import check_weights
 from ..posterior.layers import is_variational, posterior_mean_network
 
 # %% ../../nbs/7_training/01_architectures.ipynb #fed04b3d-0
@@ -122,7 +122,7 @@ PRESETS: dict[str, Architecture] = {
     "mlp": Architecture("mlp", (1, 8, 8), 10, (32,)),
 }
 
-# %% ../../nbs/7_training/01_architectures.ipynb #1c4e675b-0
+# %% ../../nbs/7_training/01_architectures.ipynb #ceb0d9a6-0
 def _layer(
     kind: type[nn.Linear] | type[nn.Conv2d], *sizes: int, gain: float, generator: torch.Generator | None, **options
 ) -> nn.Module:
@@ -142,12 +142,7 @@ def build(
 
     Raises `Refusal` for one that this machine's memory does not hold.
     """
-    try:
-        counted = _built(architecture, None, dtype, "meta")  # shapes alone
-        size = sum(parameter.nbytes for parameter in counted.parameters())
-    except (RuntimeError, OverflowError, TypeError):  # more weights than 64 bits count
-        size = 2**64
-    check_memory(size, "a network", "layers too wide, or images too large", "channels=(8, 16), or smaller images")
+    check_weights(lambda: _built(architecture, None, dtype, "meta"), "channels=(8, 16), or smaller images")
     return _built(architecture, generator, dtype, "cpu")
 
 
