@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IDX_TYPES', 'AXES', 'PARTS', 'SOURCES', 'DATASETS', 'read_idx', 'Source', 'load', 'load_npz']
 
-# %% ../../nbs/6_data/02_sources.ipynb #af019fee-0
+# %% ../../nbs/6_data/02_sources.ipynb #1e743c64-0
+import errno
 import gzip
 import hashlib
 import math
@@ -27,7 +28,7 @@ from .splits import Dataset, OddData, Split, split_training
 from ..errors import Refusal, optional, require, shortened
 from ..memory import check_memory
 
-# %% ../../nbs/6_data/02_sources.ipynb #5b37e706-0
+# %% ../../nbs/6_data/02_sources.ipynb #a6d418a6-0
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 AXES = 32  # what every version of NumPy has
 _LONGEST = 4 + 4 * 255  # bytes of a header
@@ -53,8 +54,15 @@ def _header(content: bytes | bytearray, path: Path) -> tuple[np.dtype, tuple[int
     return dtype, shape, start
 
 
+def _check_regular(path: Path) -> None:
+    """Raise OSError for folders, and for devices, which may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no file, but a folder or a device")
+
+
 def _bytes(path: Path) -> bytearray:
     """The bytes of a file, decompressed when they begin as gzip does: as many as its header promises, or one more."""
+    _check_regular(path)
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     with gzip.open(path) if packed else path.open("rb") as file:
@@ -278,7 +286,7 @@ def load(
     train, validation = split_training(training, validation_size=validation_size, train_size=train_size, seed=seed)
     return Dataset(name, train, validation, test, classes)
 
-# %% ../../nbs/6_data/02_sources.ipynb #9f823533-0
+# %% ../../nbs/6_data/02_sources.ipynb #b1c8c8f8-0
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _NPY_HEADER = 2**14  # bytes; longer ones NumPy does not read
 _NPY_VERSIONS = {
@@ -309,6 +317,7 @@ _SAVE = f"numpy.savez(path, {', '.join(f'{name}=...' for name in _ARRAYS)})"
 def _read_arrays(path: Path, dtype: torch.dtype) -> dict[str, np.ndarray]:
     """The four arrays of a file. Raises `Refusal` before it reads numbers of other kinds, or more than memory holds."""
     try:
+        _check_regular(path)
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of NumPy, on headers that old versions wrote
             members = {name: _member(archive, path, name) for name in _ARRAYS}

@@ -19,7 +19,7 @@ from .family import Family
 from .independent import Laplace, MeanFieldGaussian
 from .log_normal import LogNormal
 
-# %% ../../nbs/2_posterior/08_priors.ipynb #1592ebbd-0
+# %% ../../nbs/2_posterior/08_priors.ipynb #3491de7b-0
 Prior = Callable[[str, Family], Family]
 
 
@@ -104,7 +104,8 @@ def random_means(seed: int, spread: float = 1.0, deviation: float = 1.0) -> Prio
     True
     """
     check_seed(seed)
-    _check_deviations(spread=spread, deviation=deviation)
+    _check_deviations(deviation=deviation)
+    check_positive(spread, "the spread of prior means", "spread=1.0, or 0.0 for means of zero", or_zero=True)
 
     def build(name: str, posterior: Family) -> Family:
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))

@@ -319,6 +319,13 @@ def test_idx_files_beyond_memory_are_refused_before_they_are_read(read_bytes, mo
         read_bytes(gzip.compress(idx((2**20,), bytes(2**20))))
 
 
+@pytest.mark.parametrize("reader", [load_npz, read_idx])
+def test_what_is_no_file_is_refused(reader, tmp_path):
+    for path in (tmp_path, "/dev/zero", "/dev/null", tmp_path / "absent", "no\0byte", tmp_path / ("a" * 5000)):
+        with pytest.raises(Refusal, match=r"IDX file|npz file"):
+            reader(path)
+
+
 # Whatever else happens to a file
 
 
