@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/9_command_line/02_cli.ipynb #64f40bce-0
+# %% ../nbs/9_command_line/02_cli.ipynb #a41a454b-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
@@ -14,10 +14,11 @@ import argparse
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import field, fields, is_dataclass, make_dataclass
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -30,6 +31,7 @@ import yaml
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Suppress
 
 from . import __version__
+from .data.splits import OddData
 from .errors import Refusal, require
 
 # %% ../nbs/9_command_line/02_cli.ipynb #f4ec611c-0
@@ -109,7 +111,7 @@ def _parsed(typed: list[str], short: bool = False) -> Any:
     sys.stderr.write(err.getvalue())
     raise ended
 
-# %% ../nbs/9_command_line/02_cli.ipynb #e52da729-0
+# %% ../nbs/9_command_line/02_cli.ipynb #e27ed5ee-0
 def _help(typed: list[str], whole: bool) -> None:
     """Print the help of a command, or of all."""
     try:
@@ -154,10 +156,35 @@ def _asked(typed: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(typed)
 
 
+def _any_encoding() -> None:
+    """What a terminal has no sign for, as ASCII has none for a superscript, is printed as "?" and stops nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Inside, what is odd about data is a line on standard error, once."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message, category, *place, **more) -> None:
+            if issubclass(category, OddData):
+                progress_line(f"symbnn: note: {message}")
+            else:
+                others(message, category, *place, **more)
+
+        warnings.simplefilter("default", OddData)
+        warnings.showwarning = show
+        yield
+
+
 def main(typed: Sequence[str] | None = None) -> int:
     """The console script `symbnn`. Gives the exit status: 2 for what is refused, 130 after Ctrl-C."""
     typed = sys.argv[1:] if typed is None else typed
     again = "Nothing was written."
+    _any_encoding()
     try:
         _check_typed(typed)
         asked, rest = _asked(typed)
@@ -168,7 +195,8 @@ def main(typed: Sequence[str] | None = None) -> int:
         settings = [] if asked.config is None else _settings(asked.config)
         command = _parsed([*rest[:at], *settings, *rest[at:]])
         again = command.again
-        command.run(_as_noted(typed))
+        with _notes():
+            command.run(_as_noted(typed))
     except Refusal as refusal:
         progress_line(f"symbnn: {' '.join(str(refusal).split())}")
         return 2

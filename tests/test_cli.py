@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
@@ -343,11 +344,25 @@ MISTAKES = {
     "device": (["--device", "abacus"], "device"),
     "threads": (["--threads", "-1"], "number of threads"),
     "jobs": (["--jobs", "0"], "number of jobs"),
+    "threads of a million": (["--threads", "1000000"], "from 1 to 1024 as the number of threads"),
+    "jobs of a million": (["--jobs", "1000000"], "from 1 to 1024 as the number of jobs"),
+    "seed of 64 bits": (["--seed", str(2**64)], "below 2..63 as seed"),
+    "channels without end": (["--channels", str(10**30)], "positive whole numbers up to 2147483647"),
+    "channels beyond memory": (["--architecture", "mlp", "--group", "none", "--channels", str(2**30), str(2**30)],
+                               "a network of at most"),
+    "pixels beyond memory": (["--size", "1000000"], "images of digits of at most"),
+    "pixels without end": (["--size", str(10**30)], "size of the images"),
+    "epochs without end": (["--epochs", str(10**30)], "as epochs"),
+    "infinite rate": (["--learning-rate", "1e400"], "as learning_rate"),
+    "no number": (["--learning-rate", "nan"], "as learning_rate"),
+    "infinite scale": (["--prior-scale", "1e400"], "as the prior's scale"),
+    "scale beyond float32": (["--initial-scale", "1e300"], "as the initial scale"),
     "missing own images": (["--dataset", "nowhere.npz"], "nowhere.npz"),
 }
 
 
-ALONE = {"threads": "train", "jobs": "compare"}  # options of one command
+ALONE = {"threads": "train", "jobs": "compare", "threads of a million": "train", "jobs of a million": "compare",
+         "seed of 64 bits": "train"}  # options of one command
 
 
 @pytest.mark.parametrize("command, mistake", [(command, mistake) for mistake in MISTAKES
@@ -380,13 +395,17 @@ def test_impossible_combinations_are_refused_before_training(shell, tmp_path, ca
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+NOISE = np.random.default_rng(0).random((80, 8, 8))
 IMAGES = {
     "NaN": ({"train_images": np.full((80, 8, 8), np.nan)}, "NaN"),
     "wrong shape": ({"train_images": np.zeros((80, 64))}, "shape"),
-    "odd size": ({"train_images": np.zeros((80, 7, 7)), "test_images": np.zeros((6, 7, 7))}, "7 x 7"),
-    "not square": ({"train_images": np.zeros((80, 8, 4)), "test_images": np.zeros((6, 8, 4))}, "square|8, 4|8 x 4"),
+    "odd size": ({"train_images": NOISE[..., :7, :7], "test_images": NOISE[:6, :7, :7]}, "7 x 7"),
+    "not square": ({"train_images": NOISE[..., :4], "test_images": NOISE[:6, :, :4]}, "square|8, 4|8 x 4"),
     "label out of range": ({"test_labels": np.full(6, 7)}, "label 7"),
     "negative label": ({"train_labels": np.full(80, -1)}, "label -1"),
+    "no label": ({"train_labels": np.where(np.arange(80) % 9, np.arange(80) % 3, 255)}, "the label 255 among 4"),
+    "one label": ({"train_labels": np.zeros(80, int), "test_labels": np.zeros(6, int)}, "80 times the label 0"),
+    "billions of classes": ({"train_labels": np.where(np.arange(80), 1, 10**9)}, "the label 1000000000"),
 }
 
 
@@ -396,6 +415,27 @@ def test_images_that_cannot_be_used_are_refused(shell, tmp_path, case):
     save_arrays(tmp_path / "mine.npz", **changes)
     refused(shell(*TRAIN, "--dataset", "mine.npz", "-o", "out"), reason)
     assert not (tmp_path / "out").exists()
+
+
+def test_odd_images_are_noted_once(shell, tmp_path):
+    changes = {"train_images": np.full((80, 8, 8), 7, np.uint8), "train_labels": np.arange(80) % 3 * 2}
+    save_arrays(tmp_path / "mine.npz", **changes)
+    found = shell(*TRAIN, "--dataset", "mine.npz", "-o", "out")
+    assert found.exit_code == 0, found.output
+    notes = [line for line in found.stderr.splitlines() if "note" in line]
+    assert [line.split(":")[:2] for line in notes] == [["symbnn", " note"]] * 2, found.stderr
+    assert "2 of the 5 classes of mine.npz" in notes[0] and "all 64 training inputs are equal" in notes[1]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_of_any_encoding_gets_its_table_and_the_file_is_written(trained, tmp_path, monkeypatch, encoding):
+    streams = [TextIOWrapper(BytesIO(), encoding, write_through=True) for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), streams):
+        monkeypatch.setattr(sys, name, stream)
+    assert cli.main(["evaluate", "run", "--draws", "4", "--csv", "metrics.csv"]) == 0
+    monkeypatch.undo()
+    shown = streams[0].buffer.getvalue().decode(encoding)
+    assert "accuracy" in shown and "accuracy" in (tmp_path / "metrics.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("options, reason", [

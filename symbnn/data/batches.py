@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Augmentation', 'AUGMENTATIONS', 'TABLE_LIMIT', 'epoch_generator', 'Batches', 'batches']
 
-# %% ../../nbs/6_data/03_batches.ipynb #d10928e7-0
+# %% ../../nbs/6_data/03_batches.ipynb #1f35040e-0
 import hashlib
 import math
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .splits import Split
-from ..errors import Refusal, check_choice, check_count, check_kind, require
+from ..errors import Refusal, check_choice, check_count, check_kind, check_seed, require
 from ..symmetry.actions import Action
 from ..symmetry.fields import SpatialAction
 from ..symmetry.groups import ENUMERABLE
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/6_data/03_batches.ipynb #92392794-0
+# %% ../../nbs/6_data/03_batches.ipynb #a9c4a913-0
 Augmentation = Literal["full", "random", "none"]
 AUGMENTATIONS: tuple[Augmentation, ...] = get_args(Augmentation)
 TABLE_LIMIT = 2**25  # entries of the table of maps (300 MB); beyond it they are made batch by batch
@@ -36,6 +36,7 @@ def epoch_generator(seed: int, epoch: int, stream: str = "data") -> torch.Genera
     A run that resumes at epoch e therefore sees the batches that an uninterrupted one sees. Give what else is random
     in an epoch (such as samples of weights) a stream of its own.
     """
+    check_seed(seed)
     digest = hashlib.sha256(f"{seed}/{epoch}/{stream}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # the CPU generator uses 32 bits
 

@@ -6,7 +6,7 @@
 __all__ = ['TURN', 'TRANSLATION', 'SHIFT', 'Variant', 'VARIANTS', 'turn', 'translate', 'resize', 'in_quadrants', 'vary',
            'standardize']
 
-# %% ../../nbs/6_data/04_transforms.ipynb #eab79ee5-0
+# %% ../../nbs/6_data/04_transforms.ipynb #7703f0b9-0
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .batches import epoch_generator
 from .splits import Dataset, Split
 from ..errors import check_choice, check_count, require
+from ..memory import check_memory
 
 # %% ../../nbs/6_data/04_transforms.ipynb #94d963fc-0
 def turn(images: Float[Tensor, "N C H W"], degrees: Float[Tensor, "N"]) -> Float[Tensor, "N C H W"]:
@@ -69,7 +70,7 @@ def in_quadrants(
     canvas[torch.arange(count), which // 2, :, which % 2] = images.permute(0, 2, 3, 1)
     return canvas.permute(0, 5, 1, 2, 3, 4).reshape(count, channels, 2 * height, 2 * width), which
 
-# %% ../../nbs/6_data/04_transforms.ipynb #c55ab19e-0
+# %% ../../nbs/6_data/04_transforms.ipynb #fa330f95-0
 TURN, TRANSLATION, SHIFT = 180.0, 7, 2  # degrees, and pixels of images of 28x28, up to which images are moved
 
 
@@ -125,6 +126,10 @@ def vary(data: Dataset, variant: Variant = "plain", size: int | None = None, see
     require(len(data.shape) == 3, "images of shape (C, H, W)", f"inputs of shape {data.shape}",
             "series or vectors, or a missing channel axis",
             'variant="plain" with size=None, or Split(inputs[:, None], labels) for images without channels')
+    if size is not None:
+        count = sum(map(len, data.splits().values())) * data.shape[0]
+        check_memory(count * size**2 * data.train.inputs.itemsize, f"images of {data.name}",
+                     f"a size of {size} pixels, meant for fewer images", "size=32, or fewer images")
     require(variant != "quadrant" or len(data.classes) <= 10,
             "at most ten classes for the variant quadrant, whose label is the class + 10 x quadrant",
             f"{len(data.classes)} classes of {data.name}", "a data set of more classes", 'variant="digit"')

@@ -13,7 +13,7 @@ from .predictions import Mode
 from ..errors import check_choice, check_count, require
 from ..estimates import Interval
 
-# %% ../../nbs/3_equivariance/07_confidence.ipynb #711cf977-0
+# %% ../../nbs/3_equivariance/07_confidence.ipynb #fe32acf5-0
 _SQUARED_CHANGES = {"common": 8.0, "shared": 4.0, "fresh": 4.0}  # sum of c^2, times T / gamma, for the root
 
 
@@ -22,7 +22,8 @@ def _check_share(confidence: float, order: int) -> float:
     require(0 < confidence < 1, "a confidence between 0 and 1, the ends excluded", f"confidence={confidence}",
             "a percentage" if confidence > 1 else "an interval that is asked never, or always, to miss",
             f"confidence={confidence / 100}" if 1 < confidence < 100 else "confidence=0.95")
-    check_count(order, "The order of the group", "order=action.group.order, of a group with a turn", least=2)
+    check_count(order, "The order of the group", "order=action.group.order, of a group with a turn", least=2,
+                most=math.inf)
     return (order - 1) / order
 
 

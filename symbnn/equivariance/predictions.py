@@ -6,7 +6,7 @@
 __all__ = ['Probabilities', 'Mode', 'Single', 'Predictor', 'OrbitPredictions', 'check_probabilities', 'check_labels',
            'Equivariance', 'check_predictions', 'orbit_predictions']
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #b1d9a61a-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #d3ec3350-0
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from ..binding import bind
 from ..errors import Kinds, Refusal, check_choice, check_count, check_kind, check_tensor, optional, require
+from ..errors import SIZE_LIMIT
 from ..posterior.layers import is_variational
 from ..posterior.sampling import predict, sample_weights
 from ..symmetry.actions import Action
@@ -148,7 +149,7 @@ class Equivariance:
         """The group that acts on both."""
         return self.input.group
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #29125746-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #9940ef81-0
 Single = nn.Module | Callable[[Tensor], Tensor]  # from inputs (B, ...) to logits (B, C)
 Predictor = Single | Sequence[Single]  # a network or a function; several of them are an ensemble
 
@@ -222,6 +223,7 @@ def orbit_predictions(
     _check_action(action)
     draws = _check_draws(predictor, draws, mode)
     check_count(batch_size, "The batch size", "batch_size=256")
+    check_count(memory, "The memory of the result in bytes", "memory=2**31", most=SIZE_LIMIT)
     check_kind(generator, (torch.Generator, NoneType), "The source of randomness", "torch.Generator().manual_seed(0)")
     device = _check_inputs(predictor, inputs, action)
     elements = action.group.elements()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prior_gradient_gap', 'prior_cost', 'conjugate_prior_gap']
 
-# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #0b50f892-0
+# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #a326a08d-0
 import copy
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .bounds import closed_members
 from .conditions import moved_tensors
-from ..errors import check_count, require
+from ..errors import SIZE_LIMIT, check_count, require
 from ..symmetry.networks import NetworkAction
 
-# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #3181b900-0
+# %% ../../nbs/3_equivariance/06_prior_costs.ipynb #0ea9d164-0
 def prior_gradient_gap(network: nn.Module, action: NetworkAction) -> Float[Tensor, "G"]:
     """How much a prior differs from its moved copies, as a posterior sees it, for each group element.
 
@@ -48,7 +48,8 @@ def prior_cost(gradient_gap: Float[Tensor, "*n"], concavity: float, num_data: in
     datum*, `num_data` the number of data of the augmented set (after arXiv 2606.26273; theorem "The cost of a prior" of
     the chapter What a prior costs). Raises `Refusal` unless the modulus is positive and there are data.
     """
-    check_count(num_data, "The number of data", "num_data=len(labels) * action.group.order, under full augmentation")
+    check_count(num_data, "The number of data", "num_data=len(labels) * action.group.order, under full augmentation",
+                most=SIZE_LIMIT)
     require(0 < concavity < float("inf"), "a modulus of strong concavity above 0", f"concavity={concavity}",
             "a direction in which the data have no curvature, as every deep network has",
             "prior_gradient_gap(network, action) / num_data, the numerator alone")

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['symmetrized_elbo']
 
-# %% ../../nbs/4_hidden_units/07_symmetrized_elbo.ipynb #a984e650-0
+# %% ../../nbs/4_hidden_units/07_symmetrized_elbo.ipynb #2c824139-0
 import torch
 
-from ..errors import check_count, check_kind
+from ..errors import SIZE_LIMIT, check_count, check_kind
 from .mutual_information import InformationEstimator
 from ..posterior.elbo import ELBO
 from ..posterior.sampling import Weights
 
-# %% ../../nbs/4_hidden_units/07_symmetrized_elbo.ipynb #edc96917-0
+# %% ../../nbs/4_hidden_units/07_symmetrized_elbo.ipynb #9e1c1e79-0
 def symmetrized_elbo(
     bound: ELBO, estimator: InformationEstimator, weights: Weights, num_data: int, kl_weight: float = 1.0,
     generator: torch.Generator | None = None,
@@ -26,7 +26,7 @@ def symmetrized_elbo(
     """
     check_kind(estimator, InformationEstimator, "The estimator of the mutual information",
                "InformationEstimator(network, action)")
-    check_count(num_data, "The number of data", "num_data=len(data)")
+    check_count(num_data, "The number of data", "num_data=len(data)", most=SIZE_LIMIT)
     estimator.check_priors()
     gain = estimator.values(weights, generator).mean() / num_data
     return ELBO(bound.expected_log_likelihood, bound.kl - gain, bound.elbo + kl_weight * gain)

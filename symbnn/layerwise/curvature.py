@@ -6,7 +6,7 @@
 __all__ = ['LogPrecisions', 'Curvature', 'check_finite', 'check_data', 'network_at_means', 'FullCurvature', 'KernelCurvature',
            'full_curvature']
 
-# %% ../../nbs/5_layerwise/03_curvature.ipynb #d4c434b9-0
+# %% ../../nbs/5_layerwise/03_curvature.ipynb #e39199f7-0
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from ..errors import Refusal, check_count, check_kind, check_tensor, require
+from ..errors import Refusal, SIZE_LIMIT, check_count, check_kind, check_tensor, require
 from ..estimates import rounding_tolerance
 from ..posterior.layers import posterior_mean_network, variational_tensors
 from ..posterior.likelihoods import Categorical, Gaussian, Likelihood
@@ -99,7 +99,7 @@ def network_at_means(network: nn.Module, inputs: Shaped[Tensor, "N ..."], likeli
             "layers that choose and normalise for each input, such as nn.LayerNorm or Subsample")
     return plain
 
-# %% ../../nbs/5_layerwise/03_curvature.ipynb #d3ddabce-0
+# %% ../../nbs/5_layerwise/03_curvature.ipynb #d1a6dcbc-0
 def _log_det_of_one_plus(matrix: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
     """log det(I + matrix) of a positive semi-definite matrix, which is overwritten."""
     matrix.diagonal().add_(1)
@@ -203,7 +203,7 @@ def full_curvature(
     Raises `Refusal` where neither side fits, and as `network_at_means` does.
     """
     check_count(batch_size, "The batch size", "batch_size=32")
-    check_count(memory_limit, "The memory limit in bytes", "memory_limit=2**30")
+    check_count(memory_limit, "The memory limit in bytes", "memory_limit=2**30", most=SIZE_LIMIT)
     plain = network_at_means(network, inputs, likelihood)
     sizes = {name: plain.get_parameter(name).numel() for name in variational_tensors(network)}
     each = plain(inputs[:1]).shape[1] - isinstance(likelihood, Categorical)  # rows of a datum

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Structure', 'log_precisions', 'set_log_precisions', 'LaplaceApproximation', 'log_likelihood', 'laplace']
 
-# %% ../../nbs/5_layerwise/05_evidence.ipynb #9bb24ec7-0
+# %% ../../nbs/5_layerwise/05_evidence.ipynb #bc15f1a1-0
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from ..errors import Refusal, check_choice, check_count, require
+from ..errors import Refusal, check_choice, check_count, check_seed, require
 from .curvature import Curvature, LogPrecisions, check_data, check_finite, full_curvature
 from .curvature import network_at_means
 from .kronecker import Sharing, kronecker_curvature
@@ -111,7 +111,7 @@ class LaplaceApproximation:
         slopes = torch.autograd.grad(self.curvature.log_det(free), list(free.values()))
         return {name: -float(slope) for name, slope in zip(free, slopes, strict=True)}
 
-# %% ../../nbs/5_layerwise/05_evidence.ipynb #95a8623c-0
+# %% ../../nbs/5_layerwise/05_evidence.ipynb #a212ec8f-0
 Structure = Literal["exact", "sampled", "full"]
 
 
@@ -156,7 +156,7 @@ def laplace(
     True
     """
     check_choice(curvature, get_args(Structure), "the curvature")
-    check_count(seed, "The seed", "seed=0", least=0)
+    check_seed(seed)
     fit = log_likelihood(network, inputs, targets, likelihood, batch_size)
     if curvature == "full":
         fitted = full_curvature(network, inputs, likelihood, batch_size, memory_limit)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sharing', 'factor_bytes', 'check_factors', 'KroneckerCurvature', 'kronecker_curvature']
 
-# %% ../../nbs/5_layerwise/04_kronecker.ipynb #c3913ba3-0
+# %% ../../nbs/5_layerwise/04_kronecker.ipynb #0e4c9664-0
 import importlib
 import math
 import warnings
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from ..errors import Refusal, check_count, require
+from ..errors import Refusal, SIZE_LIMIT, check_count, check_seed, require
 from ..estimates import rounding_tolerance
 from .curvature import LogPrecisions, check_finite, network_at_means
 from .paths import TiedPath
@@ -150,7 +150,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
             "needs no curvature")
     return needed
 
-# %% ../../nbs/5_layerwise/04_kronecker.ipynb #6d1b95bc-0
+# %% ../../nbs/5_layerwise/04_kronecker.ipynb #db844909-0
 @dataclass(frozen=True)
 class KroneckerCurvature:
     """Eigenvalues of Kronecker factors, float64: for each tensor the pairs (of A, of B) of its independent blocks."""
@@ -381,8 +381,8 @@ def kronecker_curvature(
     layers whose factors would be wrong, factors that do not fit, without Curvlinops, and as `network_at_means` does.
     """
     check_count(batch_size, "The batch size", "batch_size=128")
-    check_count(seed, "The seed", "seed=0", least=0)
-    check_count(memory_limit, "The memory limit in bytes", "memory_limit=2**32")
+    check_seed(seed)
+    check_count(memory_limit, "The memory limit in bytes", "memory_limit=2**32", most=SIZE_LIMIT)
     plain, names = network_at_means(network, inputs, likelihood), list(variational_tensors(network))
     check_factors(network, memory_limit)
     layers = {name: name.rpartition(".")[0] for name in names}

@@ -6,7 +6,7 @@
 __all__ = ['Layer', 'fill_uniformly', 'linear_layer', 'dense_path', 'convolution_path', 'matrix_of', 'TiedPath', 'FactoredPath',
            'anchors', 'anchor_basis', 'SparseConvolution']
 
-# %% ../../nbs/5_layerwise/01_paths.ipynb #ae62cf83-0
+# %% ../../nbs/5_layerwise/01_paths.ipynb #df007428-0
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from ..errors import check_count, check_kind, check_shape, require
+from ..errors import check_count, check_kind, check_seed, check_shape, require
 from ..symmetry.actions import Action
 from ..symmetry.orbits import Orbits
 
@@ -179,10 +179,11 @@ class FactoredPath(nn.Module):
         y = y if self.basis_out is None else y @ self.basis_out
         return y.unflatten(2, self.size_out)
 
-# %% ../../nbs/5_layerwise/01_paths.ipynb #9b06d6d0-0
+# %% ../../nbs/5_layerwise/01_paths.ipynb #298addaa-0
 def anchors(size: Sequence[int], count: int, seed: int = 0) -> Float[Tensor, "Z ndim"]:
     """Points drawn uniformly over the box of a centred grid of this size, in pixels (float64)."""
     check_count(count, "The number of anchors", "count=7")
+    check_seed(seed)
     half = (torch.tensor(size, dtype=torch.float64) - 1) / 2
     generator = torch.Generator().manual_seed(seed)
     return (2 * torch.rand(count, len(size), generator=generator, dtype=torch.float64) - 1) * half

@@ -6,7 +6,7 @@
 __all__ = ['LIFTINGS', 'EQUIVARIANT', 'FREE', 'CHANNELS', 'STRIDES', 'Relaxed', 'pathways', 'Subsample', 'Lift', 'PerCopy',
            'MaximumOfCopies', 'path_kinds', 'relaxed_layer', 'relaxed_network']
 
-# %% ../../nbs/5_layerwise/02_relaxed_networks.ipynb #f668fd64-0
+# %% ../../nbs/5_layerwise/02_relaxed_networks.ipynb #cd93789f-0
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import check_choice, check_count, check_kind, check_shape, require
+from ..memory import check_memory, check_weights
 from .paths import FactoredPath, SparseConvolution, anchor_basis, anchors, convolution_path, dense_path
 from .paths import linear_layer
 from ..posterior.layers import VariationalTensor
@@ -151,7 +152,7 @@ class MaximumOfCopies(nn.Module):
         """What a permutation of the copies does not change."""
         return x.unflatten(1, (self.copies, -1)).amax(1)
 
-# %% ../../nbs/5_layerwise/02_relaxed_networks.ipynb #91acffbc-0
+# %% ../../nbs/5_layerwise/02_relaxed_networks.ipynb #d7351be0-0
 LIFTINGS: dict[str, Callable[[], SpatialAction]] = {"C4-CONV": rotations, "D4-CONV": rotations_and_flips}
 EQUIVARIANT = ("CONV", "S-CONV", *LIFTINGS)
 FREE = ("FC", "F-FC", "S-FC")
@@ -178,6 +179,8 @@ def _lifting(kinds: Sequence[str]) -> SpatialAction | None:
 
 def _basis(size: Sequence[int], count: int, dtype: torch.dtype | None, device: torch.device | str
            ) -> Float[Tensor, "Z T"]:
+    check_memory(8 * math.prod(size) * count, "a basis of smooth filters", "images too large for dense layers",
+                 "smaller images, or a path that is a convolution")
     basis = anchor_basis(size, anchors(size, max(1, count)))
     return basis.to(dtype=dtype or torch.get_default_dtype(), device=device)
 
@@ -250,6 +253,10 @@ def relaxed_network(kind: str, input_shape: Sequence[int], classes: int, channel
     """
     lifting = _lifting(path_kinds(kind))
     _check_sizes(input_shape, classes, channels, strides)
+    if torch.device(device).type != "meta":
+        sizes = input_shape, classes, channels, strides
+        check_weights(lambda: relaxed_network(kind, *sizes, dtype=dtype, device="meta"),
+                      "channels=(8, 16), or smaller images")
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if lifting is not None:
         layers["lift"] = Lift(field(lifting, input_shape))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ELBO', 'elbo']
 
-# %% ../../nbs/2_posterior/17_elbo.ipynb #e2d727ba-0
+# %% ../../nbs/2_posterior/17_elbo.ipynb #3f270302-0
 from numbers import Real
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..errors import check_kind, check_tensor, require
+from ..errors import check_kind, check_positive, check_tensor, require
 from .layers import kl_per_datum
 from .likelihoods import Categorical, Likelihood
 from ..symmetry.networks import check_network
 
-# %% ../../nbs/2_posterior/17_elbo.ipynb #487c48f5-0
+# %% ../../nbs/2_posterior/17_elbo.ipynb #bc8aee96-0
 class ELBO(NamedTuple):
     """The evidence lower bound in nats per datum, and its parts: elbo = expected_log_likelihood - kl_weight * kl."""
 
@@ -57,6 +57,8 @@ def elbo(
                {DataLoader: "num_data=len(loader.dataset), times |G| under full augmentation"})
     check_kind(likelihood, Likelihood, "The likelihood", "likelihood=Categorical(), or likelihood=Gaussian(0.1)")
     check_kind(kl_weight, (Real, Tensor), "The weight of the divergence", "kl_weight=1.0, which is the ELBO")
+    if not isinstance(kl_weight, Tensor):
+        check_positive(kl_weight, "kl_weight", "kl_weight=1.0, which is the ELBO", or_zero=True)
     require(0 <= float(kl_weight) < float("inf"), "a finite kl_weight of at least 0", f"kl_weight={kl_weight}",
             "a sign, or a schedule of KL annealing that divided by zero", "kl_weight=1.0, which is the ELBO")
     require(outputs.ndim >= 2 and outputs.shape[1] == len(targets),

@@ -72,7 +72,7 @@ def apply_map(map: LinearMap, value: Tensor) -> Tensor:
     """The map applied along the last axis."""
     return map(value) if isinstance(map, SignedPermutation) else value @ map.to(value.device, value.dtype).T
 
-# %% ../../nbs/2_posterior/01_family.ipynb #f29d6091-0
+# %% ../../nbs/2_posterior/01_family.ipynb #d84d5d90-0
 _SIGNATURES = {  # of what each family defines for itself
     "initial": "@classmethod def initial(cls, mean, scale, trainable=True)", "mean": "@property def mean(self)",
     "variance": "@property def variance(self)", "transport": "def transport(self, noise)",
@@ -99,6 +99,7 @@ class Family(nn.Module):
 
     symmetric: ClassVar[bool] = False  # sign flips of coordinates of theta - mean keep its law: flipout is exact
     exponential: ClassVar[bool] = False  # an exponential family, with natural parameters
+    everywhere: ClassVar[bool] = True  # no point has density 0
     shape: tuple[int, ...]
     trainable: bool
 

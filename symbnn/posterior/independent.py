@@ -6,24 +6,27 @@
 __all__ = ['log_of_scale', 'LocationScaleFamily', 'IndependentFamily', 'natural_of_normals', 'normals_of_natural',
            'DiagonalGaussian', 'MeanFieldGaussian', 'Laplace']
 
-# %% ../../nbs/2_posterior/02_independent.ipynb #0146c63d-0
+# %% ../../nbs/2_posterior/02_independent.ipynb #dd0cab36-0
 import math
 from functools import partial
+from numbers import Real
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Laplace as TorchLaplace, Normal
 
-from ..errors import Refusal
+from ..errors import Refusal, check_positive
 from .family import Closure, ContinuousFamily, Family, LinearMap, monomial
 from ..symmetry.actions import Action
 from ..symmetry.groups import Element
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/2_posterior/02_independent.ipynb #4e6fee3e-0
+# %% ../../nbs/2_posterior/02_independent.ipynb #912805d5-0
 def log_of_scale(scale: float | Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The logarithm of a positive scale, as `like` in dtype and device, broadcast to `shape`."""
+    if isinstance(scale, Real):
+        check_positive(scale, "the scale", "scale=0.05, or log_scale.exp()")
     scale = torch.as_tensor(scale, dtype=like.dtype, device=like.device)
     fits = scale.ndim <= len(shape) and all(s in (1, n) for s, n in zip(scale.shape[::-1], tuple(shape)[::-1]))
     if not fits or not (scale.is_meta or bool((scale > 0).all())):

@@ -6,7 +6,7 @@
 __all__ = ['CONVERTED', 'DETERMINISTIC', 'VariationalTensor', 'with_posteriors', 'posterior_mean_network', 'is_variational',
            'variational_tensors', 'kl_sum', 'kl_per_datum']
 
-# %% ../../nbs/2_posterior/09_layers.ipynb #bc2fec53-0
+# %% ../../nbs/2_posterior/09_layers.ipynb #5b57de83-0
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..binding import Placeholder, copy_network, modules_outside, plain_network
-from ..errors import Refusal, check_kind, require
+from ..errors import Refusal, SIZE_LIMIT, check_kind, require, shortened
 from .family import Family
 from .independent import MeanFieldGaussian
 from .priors import Prior, isotropic
@@ -83,7 +83,7 @@ class VariationalTensor(Placeholder):
             "apply_weights(network, x, mean_weights(network)) for the posterior mean",
         )
 
-# %% ../../nbs/2_posterior/09_layers.ipynb #24ee25be-0
+# %% ../../nbs/2_posterior/09_layers.ipynb #d590dbbe-0
 CONVERTED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # exactly these types; a subclass may do something else with its weights
 DETERMINISTIC = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 
@@ -281,6 +281,7 @@ def kl_per_datum(network: nn.Module, num_data: int) -> Float[Tensor, ""]:
     Raises `Refusal` for less than one datum, and for a plain network.
     """
     check_kind(num_data, (int, float), "The number of data", "num_data=len(dataset)")
-    require(1 <= num_data < float("inf"), "a positive number of data", f"num_data={num_data}", "an empty data set",
+    require(1 <= num_data <= SIZE_LIMIT, "a positive number of data, counted in 64 bits",
+            f"num_data={shortened(num_data)}", "an empty data set, or digits too many",
             "num_data=len(dataset), times |G| under full augmentation")
     return kl_sum(network) / num_data

@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['NO_LABEL', 'Likelihood', 'Categorical', 'Gaussian']
 
-# %% ../../nbs/2_posterior/16_likelihoods.ipynb #8aa3c27a-0
+# %% ../../nbs/2_posterior/16_likelihoods.ipynb #3aad3137-0
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import inf, log, pi
 from numbers import Real
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..errors import Refusal, check_tensor
+from ..errors import Refusal, check_tensor, shortened
 from ..estimates import at_least_single
 from ..symmetry.actions import Action
 from ..symmetry.groups import Element
 
-# %% ../../nbs/2_posterior/16_likelihoods.ipynb #14936470-0
+# %% ../../nbs/2_posterior/16_likelihoods.ipynb #37067b94-0
 class Likelihood(ABC):
     """How outputs explain targets; log-probabilities in nats."""
 
@@ -110,11 +111,11 @@ def _check_noise(noise: object) -> None:
         known = not noise.is_complex() and not noise.is_meta and noise.numel() > 0
         positive = known and bool(torch.all((0 < noise) & (noise < inf)))
     else:
-        positive = isinstance(noise, Real) and 0 < float(noise) < inf
+        positive = isinstance(noise, Real) and 0 < cast(float, noise) <= torch.finfo(torch.float32).max
     if not positive:
         raise Refusal(
             "a positive standard deviation as the noise of a Gaussian likelihood: a number or a tensor",
-            got=f"noise={noise}",
+            got=f"noise={shortened(noise)}",
             cause="the logarithm of a deviation, a list or an array, or a learned noise whose step went past zero",
             fix="Gaussian(0.1), torch.as_tensor(noise), or Gaussian(log_noise.exp()), made anew in each step, for one "
             "that is learned",

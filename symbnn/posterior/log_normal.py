@@ -20,7 +20,7 @@ from .family import Closure, ContinuousFamily, Family, LinearMap, monomial
 from .independent import IndependentFamily, normals_of_natural, log_of_scale, natural_of_normals
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/03_log_normal.ipynb #f890b9b3-0
+# %% ../../nbs/2_posterior/03_log_normal.ipynb #f93fbc33-0
 class LogNormal(IndependentFamily):
     """Weights mask * exp(loc + exp(log_scale) * normal noise): frozen signs, log-normal magnitudes.
 
@@ -35,6 +35,7 @@ class LogNormal(IndependentFamily):
     """
 
     exponential = True
+    everywhere = False
     mask: Tensor
     floor: ClassVar[float] = 1e-3  # the smallest magnitude at which `initial` starts: such a weight is never 0
 

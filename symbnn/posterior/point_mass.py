@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['PointMass']
 
-# %% ../../nbs/2_posterior/06_point_mass.ipynb #060e4671-0
+# %% ../../nbs/2_posterior/06_point_mass.ipynb #8fc5fffa-0
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,11 +15,12 @@ from torch import Tensor
 from .family import Closure, ContinuousFamily, Family, LinearMap, apply_map
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/06_point_mass.ipynb #756a49e3-0
+# %% ../../nbs/2_posterior/06_point_mass.ipynb #a2541ba8-0
 class PointMass(Family):
     """All mass at `loc`: with it the ELBO is the log-density of data and weights, and training finds its maximum.
 
-    `kl(prior)` is -log p(loc) in nats: the divergence less an infinite constant that does not depend on `loc`.
+    `kl(prior)` is -log p(loc) in nats: the divergence less an infinite constant that does not depend on `loc`. Raises
+    `Refusal` at a point where the prior has no density, as a log-normal one at zero and at the other sign.
 
     >>> from torch import nn
     >>> import symbnn as sb
@@ -62,7 +65,11 @@ class PointMass(Family):
         return self.loc.expand(noise.shape)
 
     def _kl(self, prior: Family) -> Tensor:
-        return -prior.log_prob(self.loc)
+        density = prior.log_prob(self.loc)
+        if not (prior.everywhere or density.is_meta) and bool(density == -math.inf):
+            raise self._no_kl(prior, "the prior has no density at this point, as a log-normal one has none at zero and "
+                              "at the signs that its mask excludes: KL is infinite")
+        return -density
 
     def _cross_entropy(self, posterior: ContinuousFamily) -> Tensor | None:
         raise posterior._no_kl(self, "all mass of this prior lies at one point: KL is infinite")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prior', 'prior_rule', 'isotropic', 'per_tensor', 'random_means', 'fixed_means']
 
-# %% ../../nbs/2_posterior/08_priors.ipynb #c1daa7c4-0
+# %% ../../nbs/2_posterior/08_priors.ipynb #b28e09d4-0
 import zlib
 from collections.abc import Callable, Mapping
 from functools import singledispatch
@@ -14,12 +14,12 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
-from ..errors import Refusal, check_kind, require
+from ..errors import Refusal, check_positive, check_seed, require
 from .family import Family
 from .independent import Laplace, MeanFieldGaussian
 from .log_normal import LogNormal
 
-# %% ../../nbs/2_posterior/08_priors.ipynb #5b24bb38-0
+# %% ../../nbs/2_posterior/08_priors.ipynb #3491de7b-0
 Prior = Callable[[str, Family], Family]
 
 
@@ -52,6 +52,12 @@ def _built(posterior: Family, loc: Tensor, deviation: float) -> Family:
     return prior_rule(posterior, loc.to(posterior.mean), deviation)
 
 
+def _check_deviations(**deviations: float) -> None:
+    for name, value in deviations.items():
+        check_positive(value, f"the {name} of a prior", f"{name}=1.0, or layer.requires_grad_(False) before "
+                       "with_posteriors for weights that stay as they are")
+
+
 def isotropic(deviation: float = 1.0) -> Prior:
     """The same zero-mean prior for every weight, with the given standard deviation.
 
@@ -64,10 +70,7 @@ def isotropic(deviation: float = 1.0) -> Prior:
     >>> sb.variational_tensors(network)["bias"].prior.variance
     tensor([0.2500, 0.2500])
     """
-    check_kind(deviation, (int, float), "The standard deviation of a prior", "isotropic(1.0)")
-    require(0 < deviation < float("inf"), "a positive, finite standard deviation of the prior", f"{deviation}",
-            "the logarithm of a deviation, or weights that are meant to be fixed",
-            "isotropic(1.0), or layer.requires_grad_(False) before with_posteriors for weights that stay as they are")
+    _check_deviations(deviation=deviation)
     return lambda name, posterior: _built(posterior, torch.zeros(()), deviation)
 
 
@@ -80,6 +83,7 @@ def per_tensor(gain: float = 1.0, bias: float = 1.0) -> Prior:
     >>> sb.variational_tensors(network)["weight"].prior.variance[0]
     tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
+    _check_deviations(gain=gain, bias=bias)
 
     def build(name: str, posterior: Family) -> Family:
         fan_in = prod(posterior.shape[1:])
@@ -99,6 +103,9 @@ def random_means(seed: int, spread: float = 1.0, deviation: float = 1.0) -> Prio
     >>> bool((sb.variational_tensors(network)["bias"].prior.mean != 0).all())
     True
     """
+    check_seed(seed)
+    _check_deviations(deviation=deviation)
+    check_positive(spread, "the spread of prior means", "spread=1.0, or 0.0 for means of zero", or_zero=True)
 
     def build(name: str, posterior: Family) -> Family:
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
@@ -113,6 +120,7 @@ def fixed_means(means: Mapping[str, Tensor], deviation: float = 1.0) -> Prior:
 
     The builder raises `Refusal` for a tensor without a mean of its shape.
     """
+    _check_deviations(deviation=deviation)
 
     def build(name: str, posterior: Family) -> Family:
         shape = tuple(posterior.shape)

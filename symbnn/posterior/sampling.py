@@ -6,7 +6,7 @@
 __all__ = ['Weights', 'Estimator', 'sample_weights', 'mean_weights', 'check_inputs', 'apply_weights', 'forward', 'try_step',
            'predict']
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #e7c997e9-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #d5dbcebc-0
 from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..binding import copy_tree, eager, own_buffers, plain_network, seeded_world
-from ..errors import Refusal, check_choice, check_count, check_kind, require
+from ..errors import Refusal, SIZE_LIMIT, check_choice, check_count, check_kind, require
+from ..memory import check_memory
 from .folding import Rule, apply_draws, bind_together, fold, one_tensor, uses_batch_statistics
 from .layers import variational_tensors
 from .plans import execution_plan, run_draw_by_draw
@@ -23,17 +24,20 @@ from .row_noise import Flipout, Local
 from .trials import Plan, has_hooks, watch_hooks, without_hooks
 from ..symmetry.networks import check_network
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #f9ee058a-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #5c6fdc78-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
 def sample_weights(network: nn.Module, draws: int, generator: torch.Generator | None = None) -> Weights:
     """`draws` joint samples of all weights, {name: (draws, *shape)}; differentiable in the posterior's parameters.
 
-    Raises `Refusal` for a plain network, and for fewer than one sample.
+    Raises `Refusal` for a plain network, for fewer than one sample, and for more than memory holds.
     """
     tensors = variational_tensors(network)
     check_count(draws, "The number of samples", "draws=32")
+    weights = sum(tensor.posterior.numel for tensor in tensors.values())
+    check_memory(4 * draws * weights, f"samples of {weights:,} weights", "draws meant for a smaller network",
+                 "draws=8, or predict(network, x, draws=...), which draws them in blocks")
     return {name: tensor.posterior.rsample(draws, generator) for name, tensor in tensors.items()}
 
 
@@ -257,7 +261,7 @@ def _estimate(
     rule = apply_draws if estimator == "split" else Local(len(padded), generator)
     return _unfold(bound.all(weights, rule)(bound.fold(padded, 1)), 1, len(padded))[:, : len(x)]
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #0e129717-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #03672488-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
@@ -319,7 +323,7 @@ def predict(
     check_inputs(x)
     check_kind(generator, (torch.Generator, type(None)), "The generator", "generator=torch.Generator().manual_seed(0)")
     memory = _BUDGET.get(x.device.type, 2**30) if memory is None else memory
-    check_count(memory, "The memory of a prediction in bytes", "memory=2**30, or none for the default")
+    check_count(memory, "The memory of a prediction in bytes", "memory=2**30, or none for the default", most=SIZE_LIMIT)
     require((draws is None) != (weights is None), "either a number of draws or weights, and not both",
             "both" if weights is not None else "neither", "a call that leaves open which weights are meant",
             "predict(network, x, draws=32), or predict(network, x, weights=mean_weights(network))")

@@ -65,13 +65,13 @@ class Evaluation:
         if self.information:
             InformationEstimator(network, unit_permutations(network, task.data.shape))
 
-# %% ../../nbs/8_studies/03_evaluations.ipynb #d04c6032-0
+# %% ../../nbs/8_studies/03_evaluations.ipynb #b9b20c95-0
 def _sweep(network: nn.Module, task: Task, evaluation: Evaluation, seed: int) -> list[dict]:
     """The defect from the first T draws, for each T and repeat."""
     rows, parameter = [], next(network.parameters())
     chosen = chosen_images(task, evaluation.split, evaluation.images).inputs.to(parameter.dtype)
     for repeat in range(evaluation.repeats):
-        generator = torch.Generator(parameter.device).manual_seed(1_000_003 * (seed + 1) + repeat)
+        generator = torch.Generator(parameter.device).manual_seed((1_000_003 * (seed + 1) + repeat) % 2**63)
         found = orbit_predictions(network, chosen, task.equivariance, max(evaluation.sweep), evaluation.mode,
                                   generator=generator).probabilities
         for draws in evaluation.sweep:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO', 'Panel', 'StudyValues', 'Study', 'words', 'describe', 'Comparison']
 
-# %% ../../nbs/8_studies/05_grids.ipynb #9e5c662d-0
+# %% ../../nbs/8_studies/05_grids.ipynb #4fbc5aba-0
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
-from ..errors import check_count, check_positive, require
+from ..errors import check_count, check_positive, check_seed, require
 from ..records import parse
 from .evaluations import Evaluation
 from .methods import Method, read_method
@@ -23,7 +23,7 @@ from .runs import SHOW, NetworkRun, Run, run_from_json, task_of
 from .tasks import Setup, Task, epoch_cost, plain
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/05_grids.ipynb #082a2499-0
+# %% ../../nbs/8_studies/05_grids.ipynb #ab1941f4-0
 @dataclass(frozen=True)
 class Panel:
     """One picture of a study's figure."""
@@ -63,7 +63,9 @@ class Study:
     only: tuple[tuple[str, object], ...] = ()  # settings with the values that the figure keeps to
 
     def __post_init__(self):
-        require(bool(self.grids and self.seeds) and min(self.seeds) >= 0 and len(set(self.seeds)) == len(self.seeds),
+        for seed in self.seeds:
+            check_seed(seed, "Each seed of a study")
+        require(bool(self.grids and self.seeds) and len(set(self.seeds)) == len(self.seeds),
                 "a study with a grid, and with seeds that are not negative and named once",
                 f"{len(self.grids)} grids, seeds {self.seeds}", "an empty list or a repetition", "seeds 0, 1, 2")
         rows = [json.dumps(run.settings(), sort_keys=True) for run in self.points()]

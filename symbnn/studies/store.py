@@ -154,7 +154,7 @@ def forget_checkpoints(work: Path, name: str) -> None:
     for folder in (work / name, start_folder(work / name)):
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../../nbs/8_studies/06_store.ipynb #9798bcde-0
+# %% ../../nbs/8_studies/06_store.ipynb #7a6567bf-0
 BACKENDS = ("loky", "dask", "ray")  # processes here, Dask workers, Ray workers; threads would share tracing state
 
 
@@ -216,7 +216,7 @@ def execute(
     the records of all finished runs are there and complete, and the same call goes on.
     """
     check_choice(backend, BACKENDS, "backend")
-    check_count(jobs, "The number of jobs", "jobs=1")
+    check_count(jobs, "The number of jobs", "jobs=1", most=1024)
     runs, work, root = study.runs(), Path(work).absolute(), None if root is None else Path(root).absolute()
     names = check(runs, root)
     kept = {name: stored(work, name, run, run.data(root)) for name, run in zip(names, runs)}

@@ -7,7 +7,7 @@ __all__ = ['SYMMETRIES', 'PRIORS', 'WORK', 'plain', 'Setup', 'Task', 'prepare', 
            'using_threads', 'noted', 'read_notes', 'check_data', 'fit', 'evaluate_task', 'chosen_images',
            'path_reports']
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #64b26be0-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #b1fd3361-0
 import json
 import sys
 import zlib
@@ -26,7 +26,7 @@ from ..data.sources import DATASETS, load, load_npz
 from ..data.splits import Dataset, Split
 from ..equivariance.metrics import summarize
 from ..equivariance.predictions import Equivariance, Mode, orbit_predictions
-from ..errors import check_choice, check_count, check_positive, require
+from ..errors import check_choice, check_count, check_positive, check_seed, require
 from ..layerwise.evidence import LaplaceApproximation, laplace
 from ..layerwise.relaxed_networks import pathways
 from ..layerwise.precisions import PathReport, learned_equivariance
@@ -194,7 +194,7 @@ def epoch_cost(task: Task, order: int, config: TrainingConfig) -> int:
     each = multiply_adds(task.network(0, order), task.data.shape)
     return 3 * passes(config) * copies * len(task.data.train) * each
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #39c4aa4a-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #fb5d72aa-0
 WORK = 10**8  # multiply-adds in a step's forward pass that are worth a thread
 
 
@@ -255,7 +255,7 @@ def fit(
     `Method.check` do, and for resuming a run of another setup or method.
     """
     if threads is not None:
-        check_count(threads, "The number of threads", "threads=2")
+        check_count(threads, "The number of threads", "threads=2", most=1024)
     method = method or Baseline()
     require(isinstance(method, (Baseline, LearnedPrecisions)), "a method that leaves the network what it is",
             f"the method {method}", "a method that builds, changes or averages networks", "run_method")
@@ -272,7 +272,7 @@ def fit(
         raise KeyboardInterrupt
     return result
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #9cac9e7c-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #83063f5d-0
 def evaluate_task(
     network: nn.Module,
     task: Task,
@@ -289,6 +289,7 @@ def evaluate_task(
 
     Raises `Refusal` for a split, a number of images or a network that does not fit the task.
     """
+    check_seed(seed)
     chosen = chosen_images(task, split, images)
     parameter = next(network.parameters())
     predictions = (method or Baseline()).predictions(orbit_predictions(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Action', 'unmoved', 'tensor_product', 'check_action', 'natural_action', 'regular_channels', 'sign_change']
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #188667c2-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #1d76abea-0
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,10 +15,17 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import Refusal, check_count, check_kind, check_shape, check_tensor, require
+from ..memory import check_memory
 from .groups import Cyclic, Element, Group, Permutations, left_regular
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #31a06bf6-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #4dfd2131-0
+def _check_acted_on(shape: Sequence[int]) -> None:
+    check_shape(shape, "the shape that a group acts on", "a tuple such as (3,) or (1, 28, 28)")
+    check_memory(16 * math.prod(shape), "the map of a group element, an index and a sign for each coordinate,",
+                 "a size that is meant for something else", "a shape such as (1, 28, 28)")
+
+
 class Action:
     """A homomorphism of `group` into the signed permutations of tensors of shape `shape`.
 
@@ -35,7 +42,7 @@ class Action:
     def __init__(self, group: Group, shape: Sequence[int], rule: Callable[[Element], SignedPermutation],
                  name: str = "action") -> None:
         check_kind(group, Group, "the group of an action", "Cyclic(4), or the group of another action, action.group")
-        check_shape(shape, "the shape that a group acts on", "a tuple such as (3,) or (1, 28, 28)")
+        _check_acted_on(shape)
         self.group, self.shape, self.rule, self.name = group, tuple(shape), rule, name
         self.numel = math.prod(self.shape)  # number of coordinates
         self._keep = group.order * self.numel <= 2**22  # tables of all elements: at most 36 MiB
@@ -78,7 +85,7 @@ class Action:
     @staticmethod
     def trivial(group: Group, shape: Sequence[int]) -> "Action":
         """The action that moves nothing."""
-        check_shape(shape, "the shape that a group acts on", "a tuple such as (3,) or (1, 28, 28)")
+        _check_acted_on(shape)
         return Action(group, shape, partial(unmoved, SignedPermutation.identity(math.prod(shape))), "trivial")
 
     @staticmethod

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Architecture', 'build', 'multiply_adds', 'weight_count']
 
-# %% ../../nbs/7_training/01_architectures.ipynb #c7255e84-0
+# %% ../../nbs/7_training/01_architectures.ipynb #5165b8b9-0
 import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -16,11 +16,12 @@ from torch import nn
 from torch.nn.utils import skip_init
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import Refusal, require
+from ..errors import COUNT_LIMIT, Refusal, require, shortened
 from ..layerwise.relaxed_networks import path_kinds, relaxed_network
+from ..memory import check_weights
 from ..posterior.layers import is_variational, posterior_mean_network
 
-# %% ../../nbs/7_training/01_architectures.ipynb #dd99af31-0
+# %% ../../nbs/7_training/01_architectures.ipynb #fed04b3d-0
 @dataclass(frozen=True)
 class Architecture:
     """A network as a value, equal to itself after a round trip through JSON (`as_dict`, `Architecture(**d)`).
@@ -41,10 +42,11 @@ class Architecture:
         for name in ("input_shape", "channels", "strides"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         sizes = (*self.input_shape, self.classes, *self.channels, *self.strides)
-        require(bool(self.input_shape) and all(type(size) is int and size > 0 for size in sizes),
-                "positive whole numbers as input_shape, classes, channels and strides",
-                f"input_shape={self.input_shape}, classes={self.classes}, channels={self.channels}, "
-                f"strides={self.strides}", "a shape left empty, or a quotient, which is a float",
+        require(bool(self.input_shape) and all(type(size) is int and 0 < size <= COUNT_LIMIT for size in sizes),
+                f"positive whole numbers up to {COUNT_LIMIT} as input_shape, classes, channels and strides",
+                ", ".join(f"{name}={shortened(getattr(self, name))}"
+                          for name in ("input_shape", "classes", "channels", "strides")),
+                "a shape left empty, a quotient, which is a float, or digits too many",
                 'Architecture("cnn", (1, 28, 28), 10, (32, 64)), with numbers of your own')
         if self.is_relaxed:
             self._fill_strides()
@@ -120,7 +122,7 @@ PRESETS: dict[str, Architecture] = {
     "mlp": Architecture("mlp", (1, 8, 8), 10, (32,)),
 }
 
-# %% ../../nbs/7_training/01_architectures.ipynb #2974f41f-0
+# %% ../../nbs/7_training/01_architectures.ipynb #ceb0d9a6-0
 def _layer(
     kind: type[nn.Linear] | type[nn.Conv2d], *sizes: int, gain: float, generator: torch.Generator | None, **options
 ) -> nn.Module:
@@ -136,8 +138,18 @@ def _layer(
 def build(
     architecture: Architecture, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
 ) -> nn.Sequential:
-    """The plain torch network on the CPU: inputs (B, *input_shape), logits (B, classes)."""
-    options = {"generator": generator, "dtype": dtype}
+    """The plain torch network on the CPU: inputs (B, *input_shape), logits (B, classes).
+
+    Raises `Refusal` for one that this machine's memory does not hold.
+    """
+    check_weights(lambda: _built(architecture, None, dtype, "meta"), "channels=(8, 16), or smaller images")
+    return _built(architecture, generator, dtype, "cpu")
+
+
+def _built(
+    architecture: Architecture, generator: torch.Generator | None, dtype: torch.dtype, device: str
+) -> nn.Sequential:
+    options = {"generator": generator, "dtype": dtype, "device": device}
     if architecture.is_relaxed:
         return relaxed_network(architecture.name, architecture.input_shape, architecture.classes, architecture.channels,
                                architecture.strides, **options)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_device', 'check_split', 'training_modes', 'check_task', 'check_arguments', 'check_run_folder']
 
-# %% ../../nbs/7_training/04_checks.ipynb #2f404cd9-0
+# %% ../../nbs/7_training/04_checks.ipynb #722f9f79-0
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..data.splits import Split
+from ..data.splits import Split, warn_of_odd
 from ..errors import Refusal, check_kind, require
 from ..files import check_folder
 from ..posterior.layers import variational_tensors
@@ -96,14 +96,14 @@ def training_modes(network: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
 
-# %% ../../nbs/7_training/04_checks.ipynb #b8393f93-0
+# %% ../../nbs/7_training/04_checks.ipynb #01fcf6b4-0
 def check_task(
     network: nn.Module, data: Split, validation: Split | None, config: TrainingConfig, rows: int = 2
 ) -> None:
     """Raise `Refusal` for images that the network does not take, labels without an output, unfit estimators.
 
-    Passes `rows` images through the network with the configured estimator, in the modes of training; nothing of the
-    network changes.
+    Warns, by `OddData`, of data of which little can be learned, such as images that are all equal. Passes `rows` images
+    through the network with the configured estimator, in the modes of training; nothing of the network changes.
     """
     outputs = _tried(network, data, config, rows)
     require(outputs.ndim == 3 and outputs.shape[-1] > 1,
@@ -123,6 +123,7 @@ def check_task(
         require(top < classes, f"labels from 0 to {classes - 1}, one for each output of the network",
                 f"label {top} in {name}", "labels that count from one, or a network for fewer classes",
                 f"a last layer with {top + 1} outputs, or Split(inputs, labels - 1) where labels count from one")
+    warn_of_odd(data)
 
 
 def _tried(network: nn.Module, data: Split, config: TrainingConfig, rows: int) -> Tensor:

@@ -6,7 +6,7 @@
 __all__ = ['Optimizer', 'Schedule', 'Dtype', 'Select', 'Objective', 'RENAMED', 'TrainingConfig', 'TrainingSettings', 'renamed',
            'configured', 'learning_rate_factor', 'kl_annealing_factor', 'make_optimizer']
 
-# %% ../../nbs/7_training/03_config.ipynb #ba79f321-0
+# %% ../../nbs/7_training/03_config.ipynb #e3caee3d-0
 import difflib
 import math
 from collections.abc import Iterable, Mapping
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Augmentation
-from ..errors import check_choice, check_count, check_kind, require, shortened
+from ..errors import check_choice, check_count, check_kind, check_positive, check_seed, require, shortened
 from ..hidden_units.mutual_information import InformationMethod
 from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Estimator
 from ..symmetry.actions import Action
 
-# %% ../../nbs/7_training/03_config.ipynb #011152a5-0
+# %% ../../nbs/7_training/03_config.ipynb #0dda8203-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -81,12 +81,12 @@ class TrainingConfig:
         for name, least in _COUNTS.items():
             check_count(getattr(self, name), name, f"{name}={_default(name)}", least)
         for name in ("learning_rate", "scale_rate"):
-            _check_number(name, getattr(self, name), f"{name}={_default(name)}", above_zero=True)
+            check_positive(getattr(self, name), name, f"{name}={_default(name)}")
         if self.clip_norm is not None:
-            _check_number("clip_norm", self.clip_norm, "clip_norm=1.0, or None for no limit", above_zero=True)
+            check_positive(self.clip_norm, "clip_norm", "clip_norm=1.0, or None for no limit")
         for name in ("weight_decay", "kl_weight"):
-            _check_number(name, getattr(self, name), f"{name}={_default(name)}", above_zero=False)
-        check_count(self.seed, "seed", "seed=0", least=0)
+            check_positive(getattr(self, name), name, f"{name}={_default(name)}", or_zero=True)
+        check_seed(self.seed, "seed")
         check_kind(self.device, str, "device", 'device="auto", "cpu" or "cuda:0"',
                    {torch.device: f'device="{self.device}"'})
         check_count(self.kl_annealing, "kl_annealing, in epochs", f"kl_annealing={max(1, self.epochs // 4)}", least=0)
@@ -112,14 +112,6 @@ class TrainingConfig:
 
 def _default(name: str) -> object:
     return TrainingConfig.__dataclass_fields__[name].default
-
-
-def _check_number(name: str, value: Any, fix: str, above_zero: bool) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    require(number and (value > 0 or (value == 0 and not above_zero)),
-            f"a finite number {'above zero' if above_zero else 'of at least zero'} as {name}",
-            f"{name}={shortened(value)}",
-            "another sign" if number else "a text, a NaN or a tensor in place of a number", fix)
 
 # %% ../../nbs/7_training/03_config.ipynb #63e01676-0
 class TrainingSettings(TypedDict, total=False):

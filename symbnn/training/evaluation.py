@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAWS', 'Scores', 'evaluate']
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #58fdc110-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #7dfe8860-0
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from ..data.splits import Split
 from ..equivariance.metrics import summarize
 from ..equivariance.predictions import Equivariance, Mode, Predictor, orbit_predictions
 from ..equivariance.symmetric import Symmetric
-from ..errors import check_kind
+from ..errors import check_kind, check_seed
 from ..posterior.layers import is_variational
 from ..posterior.sampling import predict
 from ..symmetry.actions import Action
@@ -49,7 +49,7 @@ class Scores(Mapping[str, float]):
             parts.append(f"defect {self['defect_plugin']:.5f}")
         return ", ".join(parts)
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #5928fc17-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #ef75f608-0
 DRAWS = 64  # of the weights of a Bayesian network, where the caller says nothing
 
 
@@ -90,6 +90,7 @@ def evaluate(
     True
     """
     check_split(data, "The data to evaluate on")
+    check_seed(seed)
     if isinstance(predictor, Symmetric):
         check_kind(action, type(None), "The action beside a pair, which has its own", "evaluate(pair, data)")
         predictor, action = predictor.network, predictor.action

@@ -2,6 +2,7 @@
 import copy
 import pickle
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from symbnn.errors import (
     check_count,
     check_kind,
     check_positive,
+    check_seed,
     check_shape,
     check_tensor,
     optional,
@@ -115,6 +117,40 @@ def test_what_is_no_positive_number_is_refused(value, got, cause):
     refusal = refusal_of(lambda: check_positive(value, "The scale", "scale=0.1"))
     assert refusal.expected == "a positive number as the scale" and refusal.fix == "scale=0.1"
     assert refusal.got == got and cause in refusal.cause
+
+
+@pytest.mark.parametrize("value", [2**31, np.uint64(2**63), 10**30, pytest.param(10**5000, id="endless")])
+def test_counts_have_an_upper_end(value):
+    refusal = refusal_of(lambda: check_count(value, "The n", "n=2"))
+    assert refusal.expected == "a whole number from 1 to 2147483647 as the n" and refusal.fix == "n=2"
+    assert check_count(value, "n", "n=2", most=float("inf")) is None
+    assert check_count(2**31 - 1, "n", "n=2") is None
+
+
+@pytest.mark.parametrize("value", [1e300, 10**40, 10**400, pytest.param(10**5000, id="endless")])
+def test_numbers_that_float32_does_not_hold_are_refused(value):
+    for or_zero, sign in ((False, "a positive number"), (True, "a number of at least zero")):
+        refusal = refusal_of(partial(check_positive, value, "n", "n=2", or_zero))
+        assert refusal.expected.startswith(sign) and refusal.fix == "n=2"
+
+
+@pytest.mark.parametrize("value", [-1, -1e-9, float("nan"), float("inf"), None, True])
+def test_zero_is_taken_where_it_may_be(value):
+    assert check_positive(0, "n", "n=2", or_zero=True) is None
+    refusal = refusal_of(lambda: check_positive(value, "n", "n=2", or_zero=True))
+    assert refusal.expected == "a number of at least zero as n"
+
+
+@pytest.mark.parametrize("value", [0, 2**63 - 1, np.int64(3)])
+def test_seeds_that_pass_are_taken_by_generators(value):
+    assert check_seed(value) is None
+    assert torch.Generator().manual_seed(int(value) + 2**32)  # the largest that is derived from one
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, 2**64, pytest.param(10**5000, id="endless"), 1.0, True, None, "1"])
+def test_what_no_generator_takes_is_refused_as_a_seed(value):
+    refusal = refusal_of(lambda: check_seed(value, "The seed"))
+    assert "as the seed" in refusal.expected and refusal.fix.startswith("seed=")
 
 
 @pytest.mark.parametrize("shape", [(), (3,), [1, 28, 28], (np.int64(2), 0)])

@@ -23,6 +23,20 @@ def test_a_point_mass_scores_the_priors_density():
     assert_close(point.loc.grad, (loc - prior.mean) / prior.variance)
 
 
+def test_a_point_at_which_the_prior_has_no_density_is_refused():
+    prior, loc = members(trainable=False)["lognormal"], random(SHAPE, 1).abs()
+    for factor in (0.0, -1.0):
+        outside = loc * prior.mask
+        outside.flatten()[3] *= factor
+        with pytest.raises(Refusal, match="no density at this point"):
+            PointMass(outside).kl(prior)
+        with pytest.raises(Refusal, match="no density at this point"):
+            PointMass(outside.to(torch.bfloat16)).kl(prior.in_dtype(torch.bfloat16))
+    assert PointMass(loc * prior.mask).kl(prior).isfinite()
+    tiny = PointMass(1e-30 * loc * prior.mask)
+    assert tiny.kl(prior).isfinite()
+
+
 def test_a_point_mass_draws_itself_and_leaves_the_generator_alone():
     point, generator = PointMass(random(SHAPE, 1)), seeded(0)
     draws = point.rsample(4, generator)

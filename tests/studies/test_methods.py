@@ -285,7 +285,7 @@ def test_projected_gradients_keep_what_the_trigger_made(name, trigger):
 def test_hooks_are_removed_when_training_fails():
     network = build(1)
     with pytest.raises(Refusal, match="finite"):
-        run(Average("projection", projected=True), TrainingConfig(epochs=2, batch_size=64, learning_rate=1e200,
+        run(Average("projection", projected=True), TrainingConfig(epochs=2, batch_size=64, learning_rate=1e38,
                                                                  dtype="float64"), make=lambda factor: network)
     assert not any(p._backward_hooks for p in network.parameters())
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from itertools import pairwise
 
 import pytest
@@ -48,6 +49,24 @@ def test_odd_sizes_are_refused_and_even_ones_built(blocks, size, classes):
             make()
     else:
         assert build(make())(torch.zeros(2, 1, size, size)).shape == (2, classes)
+
+
+@pytest.mark.parametrize("size", [2**31, 10**30, pytest.param(10**5000, id="endless")])
+@pytest.mark.parametrize("change", ["input_shape", "classes", "channels", "strides"])
+def test_sizes_beyond_counting_are_refused(change, size):
+    values = {"input_shape": (1, 8, 8), "classes": 2, "channels": (8, 8), "strides": (1, 2)}
+    values[change] = size if change == "classes" else (1, size, size)
+    with pytest.raises(Refusal, match=f"positive whole numbers up to 2147483647.*{change}="):
+        Architecture("FC+CONV", **values)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "FC+CONV", "S-FC+CONV"])
+@pytest.mark.parametrize("width", [10**6, 2**31 - 1])
+def test_networks_that_no_memory_holds_are_refused_before_they_are_built(name, width):
+    started = time.perf_counter()
+    with pytest.raises(Refusal, match=r"a network of at most.*layers too wide"):
+        build(Architecture(name, (1, 8, 8), 10, (width, width)))
+    assert time.perf_counter() - started < 10
 
 
 @pytest.mark.parametrize("name", ["small", "digits"])
