@@ -7,7 +7,7 @@ __all__ = ['Build', 'METHODS', 'Method', 'Baseline', 'Wide', 'PredictionAverage'
            'LearnedPrecisions', 'make_method', 'read_method', 'Trained', 'training_accuracy', 'start_folder',
            'run_method']
 
-# %% ../../nbs/8_studies/01_methods.ipynb #fb639505-0
+# %% ../../nbs/8_studies/01_methods.ipynb #7a0e6281-0
 import math
 from contextlib import AbstractContextManager, nullcontext
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from ..equivariance.projected_gradients import keep_invariant
 from ..equivariance.symmetric import Symmetric
 from ..errors import check_choice, check_count, require
 from ..layerwise.evidence import log_precisions
+from ..layerwise.kronecker import kfac_operator
 from ..layerwise.precisions import PrecisionUpdates, elbo_precisions, evidence_precisions
 from ..posterior.layers import variational_tensors
 from ..posterior.point_mass import PointMass
@@ -201,7 +202,7 @@ class Expansion(_Change):
         have."""
         return Symmetric(network.cpu(), action).expand(self.name, prior)
 
-# %% ../../nbs/8_studies/01_methods.ipynb #f709ce27-0
+# %% ../../nbs/8_studies/01_methods.ipynb #ec688997-0
 @dataclass(frozen=True)
 class LearnedPrecisions(Method):
     """The small network, with one precision for each prior, learned by the ELBO or by the evidence."""
@@ -230,8 +231,8 @@ class LearnedPrecisions(Method):
         return PrecisionUpdates(learn, self.first, self.every, min(PrecisionUpdates.ceiling, limit))
 
     def check(self, build: Build, action: Action, config: TrainingConfig, prior: Prior | None = None) -> None:
-        """Raise `Refusal` unless each prior has one precision, the rule judges this kind of posterior, and it is asked
-        within the run."""
+        """Raise `Refusal` unless each prior has one precision, the rule judges this kind of posterior and has the
+        package that it needs, and it is asked within the run."""
         require(self.rule == "elbo" or config.augmentation == "none",
                 "a training set without augmentation for the evidence",
                 f"augmentation={config.augmentation!r}", "the default", 'augmentation="none"')
@@ -245,6 +246,8 @@ class LearnedPrecisions(Method):
         require(self.first <= config.epochs, "an epoch of the run as the first in which precisions are learned",
                 f"from epoch {self.first} on, of {config.epochs}", "a run that was shortened",
                 f"first={config.epochs} or less")
+        if self.rule == "evidence":
+            kfac_operator()
 
 # %% ../../nbs/8_studies/01_methods.ipynb #4092020c-0
 METHODS: dict[str, type[Method]] = {
