@@ -4,25 +4,27 @@
 
 # %% auto #0
 __all__ = ['FUNCTIONS', 'Simulation', 'Finished', 'Run', 'NetworkRun', 'task_of', 'Learned', 'learn', 'cost', 'perform',
-           'simulation', 'FunctionRun', 'call', 'run_from_json']
+           'simulation', 'FunctionRun', 'check_call', 'call', 'run_from_json']
 
-# %% ../../nbs/8_studies/04_runs.ipynb #1e47b05c-0
+# %% ../../nbs/8_studies/04_runs.ipynb #24c09333-0
 import hashlib
+import inspect
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import require
+from ..errors import check_choice, check_kind, require
 from ..training.architectures import weight_count
 from .evaluations import Evaluation, measure_once
 from .methods import METHODS, Baseline, Method, make_method, run_method
@@ -30,7 +32,7 @@ from .tasks import Setup, Task, check_training, epoch_cost, noted, plain, prepar
 from ..training.checks import choose_device
 from ..training.config import TrainingConfig, renamed
 
-# %% ../../nbs/8_studies/04_runs.ipynb #46bdec21-0
+# %% ../../nbs/8_studies/04_runs.ipynb #1d016f13-0
 class Finished(NamedTuple):
     """What a job returns."""
 
@@ -96,12 +98,16 @@ class Run(ABC):
         """The run whose network it begins with, where it has one."""
         return None
 
+    def results(self) -> tuple[str, ...]:
+        """The names of its results that have a mean; a star stands for any text."""
+        return ("*",)
+
     def name(self, root: Path | None) -> str:
         """The name of its file: what it is, the seed, and a hash of what was chosen and of its data."""
         text = json.dumps({"run": self.chosen(), "data_crc32": self.data(root)}, sort_keys=True)
         return f"{self.label}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
-# %% ../../nbs/8_studies/04_runs.ipynb #cbefde41-0
+# %% ../../nbs/8_studies/04_runs.ipynb #c3fb8447-0
 @dataclass(frozen=True)
 class NetworkRun(Run):
     """A network, trained by a method and evaluated."""
@@ -192,6 +198,11 @@ class NetworkRun(Run):
         """The run before it, which others may share; its network is trained and not looked at."""
         return self.before and NetworkRun(self.setup, self.before, evaluation=Evaluation(images=1, draws=3))
 
+    def results(self) -> tuple[str, ...]:
+        """What is measured, and the summary of training."""
+        return (*self.evaluation.results(self.setup.group != "none"), "elbo", "expected_log_likelihood", "kl",
+                "validation_nll", "changed", "training_multiply_adds")
+
     def check(self, root: Path | None) -> None:
         """Raise `Refusal` for whatever training or evaluation would refuse."""
         task, _ = task_of(self, root)
@@ -265,7 +276,7 @@ def learn(run: NetworkRun, root: Path | None, work: Path | None, progress: bool 
                "validation_nll": last.validation_nll, "changed": trained.changed}
     return Learned(trained.network, summary, seconds + (first.seconds if first else 0))
 
-# %% ../../nbs/8_studies/04_runs.ipynb #b695ac45-0
+# %% ../../nbs/8_studies/04_runs.ipynb #f52502b8-0
 def cost(run: NetworkRun, task: Task, changed: int | None) -> int:
     """Multiply-adds of all training passes, for a change after so many epochs (None: never)."""
     small, large = run.method.widths(task.action.group.order)
@@ -275,12 +286,23 @@ def cost(run: NetworkRun, task: Task, changed: int | None) -> int:
     return sum(epochs * epoch_cost(task, width, config) for config, width, epochs in parts)
 
 
+def _recorded(record: dict) -> dict:
+    """As JSON values, with None for results that are not finite."""
+    rows = [{name: None if _is_endless(value) else value for name, value in row.items()} for row in record["rows"]]
+    bad = sorted({name for row in record["rows"] for name, value in row.items() if _is_endless(value)})
+    return plain(record | {"rows": rows} | ({"not_finite": bad} if bad else {}))
+
+
+def _is_endless(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def perform(run: NetworkRun, root: Path | None = None, work: Path | None = None, progress: bool = False) -> Finished:
     """Train and evaluate on one thread. KeyboardInterrupt after Ctrl-C."""
     with using_threads(1):
         learned, (task, checksum), began = learn(run, root, work, progress), task_of(run, root), time.perf_counter()
         found = measure_once(learned.network, task, run.evaluation, run.method, run.seed)
-        return Finished(plain({
+        return Finished(_recorded({
             "run": run.values(), "data_crc32": checksum, "rows": [row | learned.summary for row in found.rows],
             "training_multiply_adds": cost(run, task, learned.summary["changed"]),
             "training_seconds": round(learned.seconds, 3), "evaluation_seconds": round(time.perf_counter() - began, 3),
@@ -288,13 +310,16 @@ def perform(run: NetworkRun, root: Path | None = None, work: Path | None = None,
             "torch": torch.__version__, "device": choose_device(run.training).type,
         }), found.predictions)
 
-# %% ../../nbs/8_studies/04_runs.ipynb #21de6b82-0
-FUNCTIONS: dict[str, Callable[..., dict]] = {}
-Simulation = TypeVar("Simulation", bound=Callable[..., dict])
+# %% ../../nbs/8_studies/04_runs.ipynb #5e27b635-0
+FUNCTIONS: dict[str, Callable[..., Mapping]] = {}
+Simulation = TypeVar("Simulation", bound=Callable[..., Mapping])
 
 
 def simulation(function: Simulation) -> Simulation:
-    """Register a function `function(seed, **settings) -> results` of a module, with results that JSON has."""
+    """Register a function `function(seed, **settings) -> results` of a module, with results that JSON has.
+
+    Where its return type is a `TypedDict`, figures can be made of these results alone.
+    """
     FUNCTIONS[function.__name__] = function
     return function
 
@@ -322,7 +347,14 @@ class FunctionRun(Run):
         """The function's module."""
         return self._found().__module__
 
-    def _found(self) -> Callable[..., dict]:
+    def results(self) -> tuple[str, ...]:
+        """The numbers in the type that the function returns, where that names them."""
+        made = get_type_hints(FUNCTIONS[self.function]).get("return") if self.function in FUNCTIONS else None
+        if not is_typeddict(made):
+            return ("*",)
+        return tuple(name for name, kind in get_type_hints(made).items() if kind is not str and name[-3:] != "_se")
+
+    def _found(self) -> Callable[..., Mapping]:
         require(self.function in FUNCTIONS, f"one of {', '.join(FUNCTIONS) or 'none so far'} as the simulation",
                 repr(self.function), "a misspelt name, or a module that was not imported",
                 "import symbnn.studies.simulations")
@@ -350,21 +382,45 @@ class FunctionRun(Run):
         return plain({"function": self.function, "settings": dict(self.given), "seed": self.seed})
 
     def check(self, root: Path | None) -> None:
-        """Raise `Refusal` for a function that is not there."""
-        self._found()
+        """Raise `Refusal` for a function that is not there, and for settings that it does not take."""
+        check_call(self._found(), dict(self.given))
 
     def job(self, root: Path | None, work: Path | None, progress: bool = False) -> Callable[[], Finished]:
         """The call, on one thread."""
         return partial(call, self._found(), self)
 
 
-def call(function: Callable[..., dict], run: FunctionRun) -> Finished:
+def check_call(function: Callable, settings: Mapping[str, object]) -> None:
+    """Raise `Refusal` for settings that a function does not have, or that are not of the type that it names, and where
+    one is missing."""
+    _, *parameters = inspect.signature(function).parameters.values()
+    names = [its.name for its in parameters if its.kind is not its.VAR_KEYWORD]
+    missing = [its.name for its in parameters if its.default is its.empty and its.name in names
+               and its.name not in settings]
+    require(not missing, f"a value for each setting of {function.__name__}", f"none for {', '.join(missing)}",
+            "a setting left out", f"a value for {', '.join(missing)} in the grid")
+    if len(names) == len(parameters):
+        for name in settings:
+            check_choice(name, names, f"a setting of {function.__name__}")
+    hints = get_type_hints(function)
+    for name, value in settings.items():
+        _check_setting(value, hints.get(name), f"{name} of {function.__name__}")
+
+
+def _check_setting(value: object, kind: object, name: str) -> None:
+    if get_origin(kind) is Literal:
+        check_choice(value, get_args(kind), name)
+    elif kind in (int, float):
+        check_kind(value, int if kind is int else (int, float), name, f"a number as {name}")
+
+
+def call(function: Callable[..., Mapping], run: FunctionRun) -> Finished:
     """Call a function on one thread."""
     with using_threads(1):
         began = time.perf_counter()
         results = function(run.seed, **dict(run.given))
-        return Finished(plain({
-            "run": run.values(), "data_crc32": None, "rows": [results],
+        return Finished(_recorded({
+            "run": run.values(), "data_crc32": None, "rows": [dict(results)],
             "evaluation_seconds": round(time.perf_counter() - began, 3), "symbnn": __version__,
             "torch": torch.__version__, "device": "cpu",
         }))
