@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/9_command_line/02_cli.ipynb #64f40bce-0
+# %% ../nbs/9_command_line/02_cli.ipynb #bac9a332-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
@@ -31,6 +31,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Suppress
 
 from . import __version__
 from .errors import Refusal, require
+from .signals import CLOSED, TERMINATING, Ended, end, handled, output_is_closed, status_after
 
 # %% ../nbs/9_command_line/02_cli.ipynb #929cf96c-0
 def _settings(path: Path) -> list[str]:
@@ -96,7 +97,7 @@ def _parsed(typed: list[str], short: bool = False) -> Any:
     sys.stderr.write(err.getvalue())
     raise ended
 
-# %% ../nbs/9_command_line/02_cli.ipynb #5d624f5f-0
+# %% ../nbs/9_command_line/02_cli.ipynb #fe1ae83f-0
 def _help(typed: list[str], whole: bool) -> None:
     """Print the help of a command, or of all."""
     try:
@@ -132,10 +133,9 @@ def _asked(typed: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(typed)
 
 
-def main(typed: Sequence[str] | None = None) -> int:
-    """The console script `symbnn`. Gives the exit status: 2 for what is refused, 130 after Ctrl-C."""
-    typed = sys.argv[1:] if typed is None else typed
-    again = "Nothing was written."
+def _run(typed: Sequence[str]) -> int:
+    """Do what is typed; the exit status."""
+    command: Any = None
     try:
         asked, rest = _asked(typed)
         if asked.help or asked.help_all or not rest:
@@ -144,14 +144,28 @@ def main(typed: Sequence[str] | None = None) -> int:
         at = 2 if len(rest) > 1 and not rest[1].startswith("-") else 1  # after the name of a command and of a folder
         settings = [] if asked.config is None else _settings(asked.config)
         command = _parsed([*rest[:at], *settings, *rest[at:]])
-        again = command.again
         command.run(_as_noted(typed))
     except Refusal as refusal:
         progress_line(f"symbnn: {' '.join(str(refusal).split())}")
         return 2
-    except KeyboardInterrupt:
-        progress_line(f"\nInterrupted. {again}")
-        return 130
+    except KeyboardInterrupt as interruption:
+        by = f" by {interruption}" if isinstance(interruption, Ended) else ""
+        progress_line(f"\nInterrupted{by}. {'Nothing was written.' if command is None else command.again}")
+        return status_after(interruption)
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    """The console script `symbnn`. Gives the exit status: 2 for what is refused, 130 after Ctrl-C, 143 after SIGTERM,
+    141 where the reader of its output has gone."""
+    try:
+        with handled(end, TERMINATING):
+            status = _run(sys.argv[1:] if typed is None else typed)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not output_is_closed():
+            raise
+        return CLOSED
