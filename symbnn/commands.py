@@ -73,7 +73,7 @@ def progress_line(line: str) -> None:
     """What a person at a terminal reads, and a file of results does not."""
     print(line, file=sys.stderr, flush=True)
 
-# %% ../nbs/9_command_line/01_commands.ipynb #5b4dea46-0
+# %% ../nbs/9_command_line/01_commands.ipynb #0d202da9-0
 @dataclass(frozen=True)
 class Train:
     """Train a Bayesian network on images under a symmetry, and keep it as a checkpoint.
@@ -126,8 +126,10 @@ class Train:
             value = getattr(last, name)
             drawn.add_row(METRICS[name].label, "-" if value is None else f"{value:.4f}", METRICS[name].unit)
         Console().print(drawn)
-        _show_paths(_paths(network, task, method))
+        tried = Attempts()
+        _show_paths(tried("paths", lambda: _paths(network, task, method)) or [])
         print(f"Next: symbnn evaluate {self.output}")
+        tried.check(f"symbnn evaluate {self.output}; the checkpoint is there")
 
 # %% ../nbs/9_command_line/01_commands.ipynb #eeaa8653-0
 def _paths(network: torch.nn.Module, task: Task, method: Method) -> list[PathReport]:

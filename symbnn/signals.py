@@ -86,18 +86,20 @@ def noticing() -> Iterator[Callable[[], bool]]:
             if number != signal.SIGINT:
                 signal.raise_signal(number)
 
-# %% ../nbs/0_ground/05_signals.ipynb #f5deb278-0
+# %% ../nbs/0_ground/05_signals.ipynb #5761dc77-0
 CLOSED = 128 + 13  # exit status where the reader of a pipe has gone
 
 
 def output_is_closed() -> bool:
-    """Whether nobody reads standard output or standard error any more; what is left of that one goes nowhere then."""
-    closed = False
+    """Whether nobody reads standard output, or standard error, any more; what is left of it goes nowhere then.
+
+    It gets an empty line to find out, because a failed write may leave nothing that could fail again.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
-            stream.flush()
+            print(file=stream, flush=True)
         except BrokenPipeError:
-            closed = True
             with suppress(OSError, ValueError):  # a stream that is no file
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return closed
+            return True
+    return False

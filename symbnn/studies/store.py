@@ -6,7 +6,7 @@
 __all__ = ['PACKAGE', 'BACKENDS', 'JOBS_PER_CPU', 'PATIENCE', 'code_version', 'stored', 'predictions', 'forget_checkpoints',
            'check_workers', 'check', 'execute', 'headline']
 
-# %% ../../nbs/8_studies/06_store.ipynb #11370c10-0
+# %% ../../nbs/8_studies/06_store.ipynb #aa67b7c8-0
 import ast
 import hashlib
 import json
@@ -15,7 +15,7 @@ import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import BrokenExecutor
+from concurrent.futures import BrokenExecutor, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, closing, contextmanager
 from functools import lru_cache, partial
@@ -23,6 +23,7 @@ from importlib import import_module
 from importlib.util import find_spec, resolve_name
 from io import BytesIO
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -123,7 +124,7 @@ def forget_checkpoints(work: Path, name: str) -> None:
     for folder in (work / name, start_folder(work / name)):
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../../nbs/8_studies/06_store.ipynb #012e5e64-0
+# %% ../../nbs/8_studies/06_store.ipynb #4b17f9e8-0
 BACKENDS = ("loky", "dask", "ray")  # processes here, Dask workers, Ray workers; threads would share tracing state
 JOBS_PER_CPU = 4
 PATIENCE = 5  # seconds in which a scheduler has to answer
@@ -168,16 +169,34 @@ def _connect(name: str, jobs: int, address: str | None, stack: ExitStack) -> Non
         from distributed import Client, LocalCluster
 
         here = {"threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.ERROR}
+        def probe() -> None:
+            with Client(address, timeout=PATIENCE, set_as_default=False) as client:
+                client.wait_for_workers(1, timeout=PATIENCE)
+
         with _answering(address):
-            client = stack.enter_context(
-                Client(address or stack.enter_context(LocalCluster(jobs, **here)), timeout=PATIENCE))
-            client.wait_for_workers(1, timeout=2 * PATIENCE)
+            if address:
+                _within(3 * PATIENCE, probe)
+            stack.enter_context(Client(address or stack.enter_context(LocalCluster(jobs, **here))))
     elif name == "ray":
         ray = import_module("ray")
         with _answering(address):
             ray.init(address=address, **({} if address else {"num_cpus": jobs}))
         stack.callback(ray.shutdown)
         import_module("ray.util.joblib").register_ray()
+
+
+def _within(seconds: float, make: Callable[[], Any]) -> Any:
+    """What `make()` gives, from a thread that is left behind where it takes longer, with a TimeoutError."""
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future.result(seconds)
 
 
 @contextmanager
