@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../../nbs/8_studies/08_figures.ipynb #8de8966f-0
+# %% ../../nbs/8_studies/08_figures.ipynb #a27d066e-0
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -83,7 +83,7 @@ def picture(study: Study, rows: Sequence[dict]) -> "Figure":
     every = figure.subplots(1, len(study.panels), squeeze=False)[0]
     for axes, panel in zip(every, study.panels):
         _draw(axes, panel, rows, study.x, study.series)
-        if panel.slope is not None:
+        if panel.slope is not None and any(axes.get_legend_handles_labels()[1]):
             axes.legend(fontsize=8, frameon=False)
     handles, labels = every[0].get_legend_handles_labels()
     if any(labels) and study.panels[0].slope is None:

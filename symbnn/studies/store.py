@@ -6,7 +6,7 @@
 __all__ = ['PACKAGE', 'BACKENDS', 'JOBS_PER_CPU', 'PATIENCE', 'code_version', 'stored', 'predictions', 'forget_checkpoints',
            'check_workers', 'check', 'execute', 'headline']
 
-# %% ../../nbs/8_studies/06_store.ipynb #aa67b7c8-0
+# %% ../../nbs/8_studies/06_store.ipynb #f0b868c6-0
 import ast
 import hashlib
 import json
@@ -14,7 +14,7 @@ import logging
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, closing, contextmanager
@@ -223,7 +223,7 @@ def check(runs: list[Run], root: Path | None) -> list[str]:
         run.check(root)
     return [run.name(root) for run in runs]
 
-# %% ../../nbs/8_studies/06_store.ipynb #1e00ced2-0
+# %% ../../nbs/8_studies/06_store.ipynb #3dc23338-0
 @contextmanager
 def _unordered(tasks: Iterable[Callable[[], Any]]) -> Iterator[Iterator[Any]]:
     """What the tasks return, each as soon as it is done; no more are given out than run at a time. Workers that are
@@ -246,7 +246,7 @@ def _with_name(name: str, task: Callable[[], Any]) -> tuple[str, Any]:
 def _results(
     tasks: Mapping[str, Callable[[], Any]], titles: Mapping[str, str], losses: tuple[type[BaseException], ...],
     report: Callable[[str], None],
-) -> Iterator[tuple[str, Any]]:
+) -> Generator[tuple[str, Any], None, None]:
     """(name, result) of each task as soon as it is done. Raises `Refusal`, when all others are done, for tasks whose
     worker has died twice."""
     left, suspects, dead = dict(tasks), {}, {}
@@ -288,7 +288,7 @@ def _given_out(tasks: Mapping[str, Callable[[], Any]], begun: list[str]) -> Iter
 def _in_line(error: BaseException) -> str:
     return " ".join(str(error).split())[-160:] or type(error).__name__
 
-# %% ../../nbs/8_studies/06_store.ipynb #b5286b9e-0
+# %% ../../nbs/8_studies/06_store.ipynb #a3c16d33-0
 def _named(title: str, job: Callable[[], Finished]) -> Finished:
     try:
         return job()
@@ -358,7 +358,7 @@ def execute(
     return [found[name] for name in names]
 
 
-def _begin(run: NetworkRun, root: Path | None, work: Path, progress: bool) -> None:
+def _begin(run: NetworkRun, root: Path | None, work: Path | None, progress: bool) -> None:
     learn(run, root, work, progress)
 
 
