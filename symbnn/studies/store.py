@@ -230,7 +230,7 @@ def check(runs: list[Run], root: Path | None) -> list[str]:
         run.check(root)
     return [run.name(root) for run in runs]
 
-# %% ../../nbs/8_studies/06_store.ipynb #8478fc90-0
+# %% ../../nbs/8_studies/06_store.ipynb #f9a4380b-0
 @contextmanager
 def _unordered(tasks: Iterable[Callable[[], Any]]) -> Iterator[Iterator[Any]]:
     """What the tasks return, each as soon as it is done; no more are given out than run at a time. Workers that are
@@ -278,20 +278,32 @@ def _from_joblib(tasks: Tasks, titles: Mapping[str, str], report: Callable[[str]
 
 def _from_dask(client: Any, tasks: Tasks, titles: Mapping[str, str], report: Callable[[str], None]) -> Results:
     """(name, result) of each task as soon as it is done. Raises `Refusal`, when all others are done, for tasks that
-    Dask has given up because their workers died."""
-    distributed, dead = import_module("distributed"), {}
+    Dask has given up, also when they were alone, because their workers died."""
+    suspects: dict[str, BaseException] = {}
+    dead: dict[str, BaseException] = {}
+    yield from _submitted(client, tasks, suspects)
+    if suspects:
+        report(f"Workers have died, in one of the runs with: {'; '.join(titles[name] for name in suspects)}. "
+               "Each of them is done again, alone")
+    for name in suspects:
+        yield from _submitted(client, {name: tasks[name]}, dead)
+    _check_living(dead, titles, "several times, also alone")
+
+
+def _submitted(client: Any, tasks: Tasks, lost: dict[str, BaseException]) -> Results:
+    """(name, result) of each task as soon as it is done, but for those that are `lost`."""
+    distributed = import_module("distributed")
     names = {client.submit(task, pure=False): name for name, task in tasks.items()}
     try:
         for future in distributed.as_completed(list(names)):
             try:
                 result = future.result()
             except distributed.KilledWorker as error:
-                dead[names[future]] = error
+                lost[names[future]] = error
             else:
                 yield names[future], result
     finally:
         client.cancel(list(names))
-    _check_living(dead, titles, "several times")
 
 
 def _check_living(dead: Mapping[str, BaseException], titles: Mapping[str, str], often: str) -> None:
