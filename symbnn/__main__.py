@@ -1,14 +1,30 @@
 """The console script `symbnn`, and `python -m symbnn`. What needs no torch is answered before torch is imported."""
 import sys
 
+from symbnn.signals import CLOSED, output_is_closed
+
 
 def main() -> int:
     """Run a command; its exit status."""
-    if sys.argv[1:] == ["reproduce", "--list"]:
-        from symbnn.studies.titles import listing
+    try:
+        return _answer_quickly() if sys.argv[1:] == ["reproduce", "--list"] else _command()
+    except BrokenPipeError:
+        if not output_is_closed():
+            raise
+        return CLOSED
+    except KeyboardInterrupt:  # while torch is imported
+        print("\nInterrupted. Nothing was written.", file=sys.stderr)
+        return 130
 
-        print(listing())
-        return 0
+
+def _answer_quickly() -> int:
+    from symbnn.studies.titles import listing
+
+    print(listing(), flush=True)
+    return 0
+
+
+def _command() -> int:
     from symbnn.errors import Refusal
 
     try:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/9_command_line/02_cli.ipynb #a41a454b-0
+# %% ../nbs/9_command_line/02_cli.ipynb #0def6dcd-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
@@ -33,6 +33,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Suppress
 from . import __version__
 from .data.splits import OddData
 from .errors import Refusal, require
+from .signals import CLOSED, TERMINATING, Ended, end, handled, output_is_closed, status_after
 
 # %% ../nbs/9_command_line/02_cli.ipynb #f4ec611c-0
 class _Once(yaml.SafeLoader):
@@ -111,7 +112,7 @@ def _parsed(typed: list[str], short: bool = False) -> Any:
     sys.stderr.write(err.getvalue())
     raise ended
 
-# %% ../nbs/9_command_line/02_cli.ipynb #e27ed5ee-0
+# %% ../nbs/9_command_line/02_cli.ipynb #2662c3c3-0
 def _help(typed: list[str], whole: bool) -> None:
     """Print the help of a command, or of all."""
     try:
@@ -180,11 +181,9 @@ def _notes() -> Iterator[None]:
         yield
 
 
-def main(typed: Sequence[str] | None = None) -> int:
-    """The console script `symbnn`. Gives the exit status: 2 for what is refused, 130 after Ctrl-C."""
-    typed = sys.argv[1:] if typed is None else typed
-    again = "Nothing was written."
-    _any_encoding()
+def _run(typed: Sequence[str]) -> int:
+    """Do what is typed; the exit status."""
+    command: Any = None
     try:
         _check_typed(typed)
         asked, rest = _asked(typed)
@@ -194,15 +193,30 @@ def main(typed: Sequence[str] | None = None) -> int:
         at = 2 if len(rest) > 1 and not rest[1].startswith("-") else 1  # after the name of a command and of a folder
         settings = [] if asked.config is None else _settings(asked.config)
         command = _parsed([*rest[:at], *settings, *rest[at:]])
-        again = command.again
         with _notes():
             command.run(_as_noted(typed))
     except Refusal as refusal:
         progress_line(f"symbnn: {' '.join(str(refusal).split())}")
         return 2
-    except KeyboardInterrupt:
-        progress_line(f"\nInterrupted. {again}")
-        return 130
+    except KeyboardInterrupt as interruption:
+        by = f" by {interruption}" if isinstance(interruption, Ended) else ""
+        progress_line(f"\nInterrupted{by}. {'Nothing was written.' if command is None else command.again}")
+        return status_after(interruption)
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
+
+
+def main(typed: Sequence[str] | None = None) -> int:
+    """The console script `symbnn`. Gives the exit status: 2 for what is refused, 130 after Ctrl-C, 143 after SIGTERM,
+    141 where the reader of its output has gone."""
+    _any_encoding()
+    try:
+        with handled(end, TERMINATING):
+            status = _run(sys.argv[1:] if typed is None else typed)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not output_is_closed():
+            raise
+        return CLOSED

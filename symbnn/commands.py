@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Output', 'Switch', 'COMMANDS', 'progress_line', 'Train', 'Evaluate', 'ComparedTraining', 'Compare', 'Reproduce']
 
-# %% ../nbs/9_command_line/01_commands.ipynb #b8d4d57f-0
+# %% ../nbs/9_command_line/01_commands.ipynb #3d085e6b-0
 import json
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 
@@ -25,25 +25,29 @@ from rich.table import Table
 from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
 from . import __version__
-from .errors import Refusal, require
+from .errors import Attempts, Refusal, require
 from .files import check_output, write_file
 from .hidden_units.mutual_information import InformationMethod
+from .layerwise.kronecker import kfac_operator
 from .layerwise.precisions import PathReport, equivariance_table
 from .studies.catalogue import STUDIES, estimate, find_study, step_speed
 from .studies.figures import orbit_picture
 from .studies.grids import DEMO, Comparison, Study
 from .studies.methods import Baseline, LearnedPrecisions, Method
-from .studies.results import SHOWN, budgets, save, verdicts
+from .studies.results import SHOWN, budgets, check_save, save, verdicts
 from .studies.runs import NetworkRun, task_of
 from .studies.store import execute, predictions
 from .studies.tables import METRICS, Metric, shown, table
 from .studies.tasks import Setup, Task, check_data, evaluate_task, fit, path_reports, prepare, read_notes
 from .studies.titles import listing
-from .training.checkpoints import DESCRIPTION, Checkpoint, load_network, read_checkpoint
+from .training.checkpoints import DESCRIPTION, Checkpoint, has_checkpoint, load_network, read_checkpoint
 from .training.checks import choose_device
 from .training.config import Objective, TrainingConfig
 
-# %% ../nbs/9_command_line/01_commands.ipynb #4b836697-0
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# %% ../nbs/9_command_line/01_commands.ipynb #452bb318-0
 Output = Annotated[Path, arg(aliases=("-o",))]
 Switch = Annotated[bool, FlagCreatePairsOff]
 
@@ -56,17 +60,27 @@ def _located(setup: Setup, folder: Path | None) -> tuple[Setup, Path | None]:
     return replace(setup, dataset=path.name), (folder or Path()) / path.parent
 
 
+def _kept(work: Path) -> str:
+    """What a folder of runs holds, and how to go on."""
+    runs, begun = len(list(work.glob("*.json"))), len(list(work.glob(f"*/{DESCRIPTION}")))
+    there = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in (
+        (runs, "finished run"), (begun, "checkpoint")) if count]
+    if not there:
+        return "No run was finished yet; the same command begins anew."
+    return f"In {work}: {' and '.join(there)}; the same command does what is left."
+
+
 def progress_line(line: str) -> None:
     """What a person at a terminal reads, and a file of results does not."""
     print(line, file=sys.stderr, flush=True)
 
-# %% ../nbs/9_command_line/01_commands.ipynb #aa499541-0
+# %% ../nbs/9_command_line/01_commands.ipynb #9f22e359-0
 @dataclass(frozen=True)
 class Train:
     """Train a Bayesian network on images under a symmetry, and keep it as a checkpoint.
 
-    The checkpoint is written after every epoch; Ctrl-C ends training and keeps it. A relaxed network whose precisions
-    are learned is shown with what each path of each layer is used for.
+    The checkpoint is written after every epoch; Ctrl-C and SIGTERM end training and keep it. A relaxed network whose
+    precisions are learned is shown with what each path of each layer is used for.
     """
 
     output: Output  # folder of what is written; it is made
@@ -81,7 +95,14 @@ class Train:
     setup: Setup = Setup()
     training: TrainingConfig = TrainingConfig()
 
-    again: ClassVar[str] = "The checkpoint is in the output folder; the same command with --resume goes on from it."
+    @property
+    def again(self) -> str:
+        """What is there after an interruption, and how to go on."""
+        if not has_checkpoint(self.output):
+            return "No checkpoint was written yet; the same command begins anew."
+        how = "the same command" if self.resume else "the same command with --resume"
+        return f"A checkpoint is in {self.output}; {how} goes on from it."
+
     examples: ClassVar[tuple[str, ...]] = (
         "symbnn train -o runs/digits --epochs 40 --learning-rate 0.02",
         "symbnn train -o runs/fashion --dataset fashion_mnist --channels 32 64",
@@ -106,21 +127,28 @@ class Train:
             value = getattr(last, name)
             drawn.add_row(METRICS[name].label, "-" if value is None else f"{value:.4f}", METRICS[name].unit)
         Console().print(drawn)
-        _show_paths(_paths(network, task, method))
+        tried = Attempts()
+        _show_paths(tried("paths", lambda: _paths(network, task, method)) or [])
         print(f"Next: symbnn evaluate {self.output}")
+        tried.check(f"symbnn evaluate {self.output}; the checkpoint is there")
 
-# %% ../nbs/9_command_line/01_commands.ipynb #01231f5b-0
+# %% ../nbs/9_command_line/01_commands.ipynb #eeaa8653-0
 def _paths(network: torch.nn.Module, task: Task, method: Method) -> list[PathReport]:
     """What each path of a relaxed network is used for, where precisions were learned."""
     learned = isinstance(method, LearnedPrecisions) and task.architecture.is_relaxed
     return path_reports(network, task)[0] if learned else []
 
 
+def _show_table(drawn: Table | None) -> None:
+    if drawn is not None:
+        Console().print(drawn)
+
+
 def _show_paths(rows: list[PathReport]) -> None:
     if rows:
         Console().print(Markdown(equivariance_table(rows)))
 
-# %% ../nbs/9_command_line/01_commands.ipynb #c53170bb-0
+# %% ../nbs/9_command_line/01_commands.ipynb #d7123797-0
 @dataclass(frozen=True)
 class Evaluate:
     """Measure a checkpoint: accuracy, calibration, and how equivariant its predictions are."""
@@ -149,6 +177,8 @@ class Evaluate:
         self._check_outputs(stored)
         (setup, method), network = read_notes(stored), load_network(stored)
         task = self._task(stored, setup)
+        if isinstance(method, LearnedPrecisions) and method.rule == "evidence" and task.architecture.is_relaxed:
+            kfac_operator()  # for what the paths are used for
         settings: dict[str, Any] = {name: getattr(self, name) for name in ("split", "images", "draws", "mode", "seed")}
         metrics, _ = evaluate_task(network, task, method=method, progress=True, **settings)
         paths = _paths(network, task, method)
@@ -199,7 +229,7 @@ def _metrics_csv(metrics: dict[str, float]) -> str:
     cells = [("metric", "value", "standard_error", "unit"), *rows]
     return "".join(",".join("" if cell is None else str(cell) for cell in row) + "\n" for row in cells)
 
-# %% ../nbs/9_command_line/01_commands.ipynb #5357b461-0
+# %% ../nbs/9_command_line/01_commands.ipynb #ff7cbb4c-0
 @dataclass(frozen=True)
 class ComparedTraining(TrainingConfig):
     """How the methods of a comparison are trained."""
@@ -232,7 +262,11 @@ class Compare(Comparison):
     jobs: int = 1  # runs at the same time, each on one thread
     data_folder: Path | None = None  # with the images, where they are not found by name
 
-    again: ClassVar[str] = "Finished runs and checkpoints are in the output folder; the same command does what is left."
+    @property
+    def again(self) -> str:
+        """What is there after an interruption, and how to go on."""
+        return _kept(self.output / "runs")
+
     examples: ClassVar[tuple[str, ...]] = (
         "symbnn compare", "symbnn compare --methods baseline wide regular row_rolled -o output/all",
         "symbnn compare --dataset fashion_mnist --channels 16 32 --train-size 2000 --seeds 0 -o output/fashion",
@@ -249,19 +283,26 @@ class Compare(Comparison):
         """Train what is not there yet; print the verdict and the table; write the rest."""
         comparison, root = self.comparison()
         study, work = comparison.study(root), self.output / "runs"
-        records = execute(study, work, root=root, jobs=self.jobs, keep=True, report=progress_line, progress=True)
+        records = execute(study, work, root=root, jobs=self.jobs, keep=True, report=progress_line, progress=True,
+                          ready=lambda: check_save(self.output, ("orbit.png",)))
         first = {str(run.method): record for run, record in zip(study.networks(), records[::len(study.seeds)])}
-        orbit = orbit_picture(task_of(comparison.base, root)[0], comparison.base.evaluation,
-                              {name: predictions(work, record) for name, record in first.items()})
-        files = save(study, records, self.output, typed, {"orbit.png": orbit})
-        print("\n".join(verdicts(study, records)))
-        columns = [name for name in study.columns if name.startswith("method.")]
-        Console().print(shown(study, table(study, records), columns, SHOWN))
-        print("\n".join(budgets(study, records)))
-        print(f"Written to {self.output}: {', '.join(file.name for file in files)}, and a folder for each run")
-        print(f"Next: symbnn evaluate {work / first[self.methods[-1]]['name']}")
 
-# %% ../nbs/9_command_line/01_commands.ipynb #ff526c5a-0
+        def orbit() -> "Figure":
+            return orbit_picture(task_of(comparison.base, root)[0], comparison.base.evaluation,
+                                 {name: predictions(work, record) for name, record in first.items()})
+
+        tried = Attempts()
+        files = tried("files", lambda: save(study, records, self.output, typed, {"orbit.png": orbit}))
+        print("\n".join(tried("verdict", lambda: verdicts(study, records)) or []))
+        columns = [name for name in study.columns if name.startswith("method.")]
+        _show_table(tried("table", lambda: shown(study, table(study, records), columns, SHOWN)))
+        print("\n".join(tried("budgets", lambda: budgets(study, records)) or []))
+        if files:
+            print(f"Written to {self.output}: {', '.join(file.name for file in files)}, and a folder for each run")
+        print(f"Next: symbnn evaluate {work / first[self.methods[-1]]['name']}")
+        tried.check(f"the same command, which trains nothing again; what is there is in {self.output}")
+
+# %% ../nbs/9_command_line/01_commands.ipynb #f00b7bf5-0
 def _costs() -> Table:
     """What each study would take here."""
     speed = step_speed()
@@ -299,7 +340,11 @@ class Reproduce:
     show_costs: Annotated[Switch, arg(name="costs")] = False  # show what it would take here, after a measurement
     show: Switch = False  # print the study as JSON, to be edited
 
-    again: ClassVar[str] = "Finished runs are kept; the same command does what is left."
+    @property
+    def again(self) -> str:
+        """What is there after an interruption, and how to go on."""
+        return "Nothing was written." if self.show_list or self.show_costs or self.show else _kept(self.work)
+
     examples: ClassVar[tuple[str, ...]] = (
         "symbnn reproduce --list", "symbnn reproduce methods --seeds 0 --jobs 4",
         "symbnn reproduce methods --show > my.json", "symbnn reproduce my.json -o output/my",
@@ -315,12 +360,14 @@ class Reproduce:
         if self.show:
             print(json.dumps(study.values(), indent=1))
             return
+        output, tried = self.output or Path("results", Path(str(self.name)).stem), Attempts()
         records = execute(study, self.work, root=self.data_folder, jobs=self.jobs, backend=self.backend,
-                          address=self.scheduler, report=progress_line)
-        output = self.output or Path("results", Path(str(self.name)).stem)
-        files = save(study, records, output, typed)
-        Console().print(shown(study, table(study, records)))
-        print(f"Written to {output}: {', '.join(file.name for file in files)}")
+                          address=self.scheduler, report=progress_line, ready=lambda: check_save(output))
+        files = tried("files", lambda: save(study, records, output, typed))
+        _show_table(tried("table", lambda: shown(study, table(study, records))))
+        if files:
+            print(f"Written to {output}: {', '.join(file.name for file in files)}")
+        tried.check(f"the same command, which trains nothing again; what is there is in {output}")
 
     def study(self) -> Study:
         """The study that is named, with other seeds or on another device."""

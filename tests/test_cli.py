@@ -21,6 +21,8 @@ from symbnn import files as whole_files
 from symbnn.data.sources import PARTS
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import with_posteriors
+from symbnn.signals import CLOSED, TERMINATING
+from symbnn.studies import methods, results, tasks
 from symbnn.studies.catalogue import STUDIES, Cost, find_study
 from symbnn.studies.evaluations import Evaluation
 from symbnn.studies.grids import Comparison, Panel, Study
@@ -345,7 +347,6 @@ MISTAKES = {
     "threads": (["--threads", "-1"], "number of threads"),
     "jobs": (["--jobs", "0"], "number of jobs"),
     "threads of a million": (["--threads", "1000000"], "from 1 to 1024 as the number of threads"),
-    "jobs of a million": (["--jobs", "1000000"], "from 1 to 1024 as the number of jobs"),
     "seed of 64 bits": (["--seed", str(2**64)], "below 2..63 as seed"),
     "channels without end": (["--channels", str(10**30)], "positive whole numbers up to 2147483647"),
     "channels beyond memory": (["--architecture", "mlp", "--group", "none", "--channels", str(2**30), str(2**30)],
@@ -358,11 +359,13 @@ MISTAKES = {
     "infinite scale": (["--prior-scale", "1e400"], "as the prior's scale"),
     "scale beyond float32": (["--initial-scale", "1e300"], "as the initial scale"),
     "missing own images": (["--dataset", "nowhere.npz"], "nowhere.npz"),
+    "many jobs": (["--jobs", "1000000"], "each of the . CPUs"),
+    "nothing to compare": (["--group", "none"], "group with more than one element"),
 }
 
 
-ALONE = {"threads": "train", "jobs": "compare", "threads of a million": "train", "jobs of a million": "compare",
-         "seed of 64 bits": "train"}  # options of one command
+ALONE = {"threads": "train", "jobs": "compare", "threads of a million": "train", "many jobs": "compare",
+         "seed of 64 bits": "train", "nothing to compare": "compare"}  # options of one command
 
 
 @pytest.mark.parametrize("command, mistake", [(command, mistake) for mistake in MISTAKES
@@ -714,10 +717,15 @@ def test_evaluation_writes_to_what_is_there(shell, small, tmp_path):
     ([], "the name of a study"), (["magic"], "one of prior.* as the study"), (["nowhere.json"], "nowhere.json"),
     (["methods", "--jobs", "0"], "jobs"), (["methods", "--seeds", "0", "0"], "named once"),
     (["prior", "--data-folder", "nowhere"], "IDX"), (["tiny.json", "--device", "abacus"], "device"),
+    (["tiny.json", "--scheduler", "tcp://127.0.0.1:1"], "backend with a scheduler"),
+    (["tiny.json", "--backend", "dask", "--scheduler", "tcp://127.0.0.1:1"], "scheduler that answers"),
+    (["tiny.json", "--backend", "dask", "--scheduler", "tcp://127.0.0.1:1", "--jobs", "2"], "its own workers"),
+    (["tiny.json", "--jobs", "1000000"], "CPUs"), (["tiny.json", "-o", "tiny.json/out"], "can be written to"),
+    (["tiny.json", "-o", "tiny.json"], "can be written to"),
 ])
 def test_studies_that_cannot_be_are_refused(shell, tmp_path, tiny, arguments, reason):
     refused(shell("reproduce", *arguments), reason)
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["tiny.json"]
 
 
 def test_architecture_or_augmentation_in_one_command(shell, tmp_path):
@@ -730,6 +738,93 @@ def test_architecture_or_augmentation_in_one_command(shell, tmp_path):
     budgets = {str(run.method): row["training_multiply_adds"] for run, row in zip(study.points(), rows)}
     assert min(budgets.values()) == budgets["block_diagonal+projected"] > 0.7 * max(budgets.values())  # whole epochs
     assert [row["before.epochs"] for row in rows] == [None, None, 2, 2] and list(defects) == methods
+
+
+# What is needed at the end
+
+
+@pytest.mark.parametrize("command", [COMPARE, ["reproduce", "tiny.json", "--work", "work"]])
+@pytest.mark.parametrize("missing, extra", [("matplotlib.figure", "plots"), ("joblib", "studies")])
+def test_packages_that_are_needed_at_the_end_are_asked_for_before(shell, tiny, monkeypatch, command, missing, extra):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(methods, "train", lambda *given, **options: pytest.fail("training began"))
+    refused(shell(*command, "-o", "out"), rf"symbnn\[{extra}\]")
+
+
+@pytest.mark.parametrize("command", [[*TRAIN, *ROUTES["evidence"]], ["reproduce", "layerwise", "--work", "work"]])
+def test_the_package_of_the_evidence_is_asked_for_before(shell, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "curvlinops", None)
+    monkeypatch.setattr(tasks, "train", lambda *given, **options: pytest.fail("training began"))
+    monkeypatch.setattr(methods, "train", lambda *given, **options: pytest.fail("training began"))
+    monkeypatch.setattr(tasks, "load", lambda name, *given, real=tasks.load, **sizes: real(
+        "digits", **sizes | {"train_size": 640, "validation_size": 64}))
+    refused(shell(*command, "-o", "out"), "Curvlinops")
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_the_tables(shell, tiny, tmp_path, monkeypatch):
+    def fail(*given):
+        raise ValueError("no such axis")
+
+    monkeypatch.setattr(results, "picture", fail)
+    found = shell("reproduce", "tiny.json", "--work", "work", "-o", "out")
+    assert found.exit_code == 2 and "no figure.png (ValueError: no such axis)" in found.stderr
+    assert "Traceback" not in found.stderr and "accuracy" in found.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"table.csv", "runs.csv", "study.json"}
+
+
+def test_a_comparison_without_predictions_or_defects_shows_the_rest(shell, tmp_path):
+    assert shell(*COMPARE, "-o", "out").exit_code == 0
+    for path in (tmp_path / "out/runs").glob("*.npy"):
+        path.unlink()
+    (tmp_path / "out/orbit.png").unlink()
+    for path in (tmp_path / "out/runs").glob("*.json"):
+        record = json.loads(path.read_text())
+        record["rows"][0]["defect_unbiased"] = record["rows"][0]["ece"] = None
+        path.write_text(json.dumps(record))
+    found = shell(*COMPARE, "-o", "out")
+    assert found.exit_code == 2 and "predictions beside the record" in found.stderr
+    assert "regular: defect not measured" in found.stdout and "not measured in all runs: cal. error" in found.stdout
+    assert "same training budget" in found.stdout and "Next: symbnn evaluate" in found.stdout
+    assert (tmp_path / "out/figure.png").exists() and not (tmp_path / "out/orbit.png").exists()
+
+
+# Interrupted
+
+
+@pytest.fixture
+def interrupted(shell, monkeypatch):
+    """A command in whose work a signal arrives."""
+    def run(*command, number=signal.SIGINT):
+        def arrive(*given, **options):
+            signal.raise_signal(number)
+            pytest.fail("went on")
+
+        for name in ("fit", "execute"):
+            monkeypatch.setattr(commands, name, arrive)
+        return shell(*command)
+
+    return run
+
+
+def test_what_is_there_is_said_after_an_interruption(trained, interrupted, tmp_path):
+    found = interrupted(*TRAIN, "-o", "new")
+    assert found.exit_code == 130 and "No checkpoint was written yet" in found.stderr and "--resume" not in found.stderr
+    found = interrupted(*TRAIN, "-o", "run")
+    assert "A checkpoint is in run; the same command with --resume goes on" in found.stderr
+    assert "is in run; the same command goes on" in interrupted(*TRAIN, "-o", "run", "--resume").stderr
+    assert "No run was finished yet" in interrupted(*COMPARE, "-o", "out").stderr
+    (tmp_path / "out/runs").mkdir(parents=True)
+    (tmp_path / "out/runs/a.json").write_text("{}")
+    found = interrupted(*COMPARE, "-o", "out")
+    assert "In out/runs: 1 finished run; the same command does what is left" in found.stderr
+
+
+@pytest.mark.parametrize("number", TERMINATING)
+def test_a_command_that_is_terminated_says_what_is_there(interrupted, number):
+    before = signal.getsignal(number)
+    found = interrupted(*TRAIN, "-o", "new", number=number)
+    assert found.exit_code == 128 + number and signal.getsignal(number) is before
+    assert f"Interrupted by {signal.Signals(number).name}. No checkpoint was written yet" in found.stderr
 
 
 # Processes
@@ -751,20 +846,32 @@ def test_a_process_refuses_with_status_2(tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("command", [TRAIN, COMPARE])
-def test_ctrl_c_leaves_what_is_finished_and_says_how_to_go_on(tmp_path, command):
+@pytest.mark.parametrize("command, number", [(TRAIN, signal.SIGINT), (COMPARE, signal.SIGINT), (TRAIN, signal.SIGTERM)])
+def test_signals_leave_what_is_finished_and_say_how_to_go_on(tmp_path, command, number):
     endless = ["--epochs", "100000", *(["--small-epochs", "100000"] if command is COMPARE else [])]
     process = program(*command, *endless, "-o", "out", cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("checkpoint.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "Interrupted." in err and "same command" in err and "Traceback" not in err
+    assert process.returncode == 128 + number, err
+    assert "Interrupted" in err and "same command" in err and "Traceback" not in err
     folder = next(tmp_path.rglob("checkpoint.json")).parent
     assert read_checkpoint(folder).description["progress"]["status"] == "interrupted"
     assert not list(tmp_path.rglob("runs/*.json"))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("script", ["from symbnn.cli import main", "from symbnn.__main__ import main"])
+@pytest.mark.parametrize("arguments", [["--help"], ["reproduce", "--list"]])
+def test_a_reader_who_has_gone_ends_a_command_quietly(script, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", f"import sys; {script}; sys.exit(main())", *arguments]
+    with open(writer, "w") as closed:
+        found = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (CLOSED, "")
 
 
 def test_arrays_are_named_in_the_help(shell):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REMEMBERED', 'Evaluation', 'Measured', 'measure', 'measure_once']
 
-# %% ../../nbs/8_studies/03_evaluations.ipynb #f84e247b-0
+# %% ../../nbs/8_studies/03_evaluations.ipynb #27a2f2a6-0
 import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
@@ -19,15 +19,26 @@ from ..equivariance.predictions import Mode, orbit_predictions
 from ..errors import check_choice, check_count
 from ..hidden_units.mutual_information import InformationEstimator, mutual_information
 from ..layerwise.evidence import log_precisions
+from ..layerwise.kronecker import kfac_operator
 from ..layerwise.relaxed_networks import pathways
-from ..posterior.layers import kl_sum
+from ..posterior.layers import kl_sum, variational_tensors
 from ..posterior.likelihoods import Categorical
+from ..posterior.point_mass import PointMass
 from ..posterior.sampling import predict, sample_weights
 from ..symmetry.networks import unit_permutations
 from .methods import Method
 from .tasks import Task, chosen_images, evaluate_task, path_reports
 
-# %% ../../nbs/8_studies/03_evaluations.ipynb #f3ede6c5-0
+# %% ../../nbs/8_studies/03_evaluations.ipynb #51f4d485-0
+_SCORES = tuple(f"{orbit}{name}" for orbit in ("", "orbit_") for name in ("accuracy", "nll_nats", "brier", "ece"))
+_DEFECTS = ("defect_plugin", "defect_unbiased")
+_EQUIVARIANCE = (*_DEFECTS, "defect_unbiased_se_draws", "orbit_jensen_shannon_nats", "symmetric_kl_nats",
+                 "orbit_agreement")
+_INFORMATION = ("fit_nats", "kl_of_q_nats", "information_nats", "information_ceiling_nats", "elbo_of_q",
+                "elbo_of_mixture")
+_OF_PATHS = ("log_evidence", *(f"*/*/{name}" for name in ("share", "effective_dimension", "log_precision", "pruned")))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """How a trained network is evaluated, as JSON values. Raises `Refusal` for values that cannot be meant."""
@@ -57,11 +68,20 @@ class Evaluation:
             check_count(self.information, "The number of draws for what permuting units adds to the ELBO",
                         "information=64, or 0 where it is not asked", least=2)
 
+    def results(self, symmetric: bool) -> tuple[str, ...]:
+        """The names of what it measures, under a group or none; a star stands for the name of a layer or a path."""
+        if self.sweep:
+            return _DEFECTS if symmetric else ()
+        return (*_SCORES, *(_EQUIVARIANCE if symmetric else ()), *(_INFORMATION if self.information else ()),
+                *(_OF_PATHS if self.paths else ()))
+
     def check(self, network: nn.Module, task: Task) -> None:
         """Raise `Refusal` for whatever evaluating such a network would refuse."""
         chosen_images(task, self.split, self.images)
         if self.paths:
             pathways(network)
+            if any(isinstance(its.posterior, PointMass) for its in variational_tensors(network).values()):
+                kfac_operator()
         if self.information:
             InformationEstimator(network, unit_permutations(network, task.data.shape))
 

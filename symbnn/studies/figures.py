@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../../nbs/8_studies/08_figures.ipynb #a3a2445e-0
+# %% ../../nbs/8_studies/08_figures.ipynb #a27d066e-0
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -35,6 +35,15 @@ def _scale(axes: "Axes", values: Sequence[float]) -> None:
         axes.set_yscale("log")
     else:
         axes.set_yscale("symlog", linthresh=max(smallest, 1e-6))
+
+
+def _guide(axes: "Axes", across: Sequence[float], means: Sequence[float], slope: float) -> None:
+    """A line of this slope in logarithmic axes, from the first point that has a logarithm."""
+    points = [(place, mean) for place, mean in zip(across, means) if place > 0]
+    if points:
+        places, (start, height) = [place for place, _ in points], points[0]
+        guide = [height * (place / start) ** slope for place in places]
+        axes.plot(places, guide, ":", color="0.4", label=f"slope {slope:g}")
 
 
 def _draw(axes: "Axes", panel: Panel, rows: Sequence[dict], x: str, series: tuple[str, ...]) -> None:
@@ -56,8 +65,7 @@ def _draw(axes: "Axes", panel: Panel, rows: Sequence[dict], x: str, series: tupl
         axes.errorbar(across, means, spreads, fmt="o-" if numeric else "o", capsize=2, markersize=4, linewidth=1,
                       label=words(series, label), color=f"C{number}")
         if panel.slope is not None and number == 0:
-            guide = [means[0] * (place / across[0]) ** panel.slope for place in across]
-            axes.plot(across, guide, ":", color="0.4", label=f"slope {panel.slope:g}")
+            _guide(axes, across, means, panel.slope)
     if numeric and min(places) > 0 and max(places) >= 8 * min(places):
         axes.set_xscale("log", base=2)
     if not numeric:
@@ -75,7 +83,7 @@ def picture(study: Study, rows: Sequence[dict]) -> "Figure":
     every = figure.subplots(1, len(study.panels), squeeze=False)[0]
     for axes, panel in zip(every, study.panels):
         _draw(axes, panel, rows, study.x, study.series)
-        if panel.slope is not None:
+        if panel.slope is not None and any(axes.get_legend_handles_labels()[1]):
             axes.legend(fontsize=8, frameon=False)
     handles, labels = every[0].get_legend_handles_labels()
     if any(labels) and study.panels[0].slope is None:

@@ -7,7 +7,7 @@ __all__ = ['Build', 'METHODS', 'NOTED', 'Method', 'Baseline', 'Wide', 'Predictio
            'LearnedPrecisions', 'make_method', 'method_of', 'read_method', 'Trained', 'training_accuracy',
            'start_folder', 'check_noted', 'run_method']
 
-# %% ../../nbs/8_studies/01_methods.ipynb #40b9681c-0
+# %% ../../nbs/8_studies/01_methods.ipynb #7453ccf5-0
 import math
 from contextlib import AbstractContextManager, nullcontext
 from collections.abc import Callable, Mapping
@@ -29,6 +29,7 @@ from ..equivariance.projected_gradients import keep_invariant
 from ..equivariance.symmetric import Symmetric
 from ..errors import check_choice, check_count, require
 from ..layerwise.evidence import log_precisions
+from ..layerwise.kronecker import kfac_operator
 from ..layerwise.precisions import PrecisionUpdates, elbo_precisions, evidence_precisions
 from ..posterior.layers import variational_tensors
 from ..posterior.point_mass import PointMass
@@ -202,7 +203,7 @@ class Expansion(_Change):
         have."""
         return Symmetric(network.cpu(), action).expand(self.name, prior)
 
-# %% ../../nbs/8_studies/01_methods.ipynb #f709ce27-0
+# %% ../../nbs/8_studies/01_methods.ipynb #ec688997-0
 @dataclass(frozen=True)
 class LearnedPrecisions(Method):
     """The small network, with one precision for each prior, learned by the ELBO or by the evidence."""
@@ -231,8 +232,8 @@ class LearnedPrecisions(Method):
         return PrecisionUpdates(learn, self.first, self.every, min(PrecisionUpdates.ceiling, limit))
 
     def check(self, build: Build, action: Action, config: TrainingConfig, prior: Prior | None = None) -> None:
-        """Raise `Refusal` unless each prior has one precision, the rule judges this kind of posterior, and it is asked
-        within the run."""
+        """Raise `Refusal` unless each prior has one precision, the rule judges this kind of posterior and has the
+        package that it needs, and it is asked within the run."""
         require(self.rule == "elbo" or config.augmentation == "none",
                 "a training set without augmentation for the evidence",
                 f"augmentation={config.augmentation!r}", "the default", 'augmentation="none"')
@@ -246,6 +247,8 @@ class LearnedPrecisions(Method):
         require(self.first <= config.epochs, "an epoch of the run as the first in which precisions are learned",
                 f"from epoch {self.first} on, of {config.epochs}", "a run that was shortened",
                 f"first={config.epochs} or less")
+        if self.rule == "evidence":
+            kfac_operator()
 
 # %% ../../nbs/8_studies/01_methods.ipynb #b6440c46-0
 METHODS: dict[str, type[Method]] = {

@@ -6,17 +6,18 @@
 __all__ = ['SHOW', 'FUNCTIONS', 'Simulation', 'Finished', 'Run', 'NetworkRun', 'task_of', 'Learned', 'learn', 'cost', 'perform',
            'simulation', 'Call', 'FunctionRun', 'call', 'run_from_json']
 
-# %% ../../nbs/8_studies/04_runs.ipynb #aa0299c7-0
+# %% ../../nbs/8_studies/04_runs.ipynb #dee64f51-0
 import hashlib
 import inspect
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints, is_typeddict
 
 import torch
 from jaxtyping import Float
@@ -33,7 +34,7 @@ from .tasks import Setup, Task, check_training, epoch_cost, noted, plain, prepar
 from ..training.checks import choose_device
 from ..training.config import TrainingConfig, renamed
 
-# %% ../../nbs/8_studies/04_runs.ipynb #46bdec21-0
+# %% ../../nbs/8_studies/04_runs.ipynb #1d016f13-0
 class Finished(NamedTuple):
     """What a job returns."""
 
@@ -99,12 +100,16 @@ class Run(ABC):
         """The run whose network it begins with, where it has one."""
         return None
 
+    def results(self) -> tuple[str, ...]:
+        """The names of its results that have a mean; a star stands for any text."""
+        return ("*",)
+
     def name(self, root: Path | None) -> str:
         """The name of its file: what it is, the seed, and a hash of what was chosen and of its data."""
         text = json.dumps({"run": self.chosen(), "data_crc32": self.data(root)}, sort_keys=True)
         return f"{self.label}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
-# %% ../../nbs/8_studies/04_runs.ipynb #9809e7c3-0
+# %% ../../nbs/8_studies/04_runs.ipynb #1ef64c6a-0
 @dataclass(frozen=True)
 class NetworkRun(Run):
     """A network, trained by a method and evaluated."""
@@ -195,6 +200,11 @@ class NetworkRun(Run):
         """The run before it, which others may share; its network is trained and not looked at."""
         return self.before and NetworkRun(self.setup, self.before, evaluation=Evaluation(images=1, draws=3))
 
+    def results(self) -> tuple[str, ...]:
+        """What is measured, and the summary of training."""
+        return (*self.evaluation.results(self.setup.group != "none"), "elbo", "expected_log_likelihood", "kl",
+                "validation_nll", "changed", "training_multiply_adds")
+
     def check(self, root: Path | None) -> None:
         """Raise `Refusal` for whatever training or evaluation would refuse."""
         task, _ = task_of(self, root)
@@ -275,7 +285,7 @@ def learn(run: NetworkRun, root: Path | None, work: Path | None, progress: bool 
                "validation_nll": last.validation_nll, "changed": trained.changed}
     return Learned(trained.network, summary, seconds + (first.seconds if first else 0))
 
-# %% ../../nbs/8_studies/04_runs.ipynb #b695ac45-0
+# %% ../../nbs/8_studies/04_runs.ipynb #f52502b8-0
 def cost(run: NetworkRun, task: Task, changed: int | None) -> int:
     """Multiply-adds of all training passes, for a change after so many epochs (None: never)."""
     small, large = run.method.widths(task.action.group.order)
@@ -285,12 +295,23 @@ def cost(run: NetworkRun, task: Task, changed: int | None) -> int:
     return sum(epochs * epoch_cost(task, width, config) for config, width, epochs in parts)
 
 
+def _recorded(record: dict) -> dict:
+    """As JSON values, with None for results that are not finite."""
+    rows = [{name: None if _is_endless(value) else value for name, value in row.items()} for row in record["rows"]]
+    bad = sorted({name for row in record["rows"] for name, value in row.items() if _is_endless(value)})
+    return plain(record | {"rows": rows} | ({"not_finite": bad} if bad else {}))
+
+
+def _is_endless(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def perform(run: NetworkRun, root: Path | None = None, work: Path | None = None, progress: bool = False) -> Finished:
     """Train and evaluate on one thread. KeyboardInterrupt after Ctrl-C."""
     with using_threads(1):
         learned, (task, checksum), began = learn(run, root, work, progress), task_of(run, root), time.perf_counter()
         found = measure_once(learned.network, task, run.evaluation, run.method, run.seed)
-        return Finished(plain({
+        return Finished(_recorded({
             "run": run.values(), "data_crc32": checksum, "rows": [row | learned.summary for row in found.rows],
             "training_multiply_adds": cost(run, task, learned.summary["changed"]),
             "training_seconds": round(learned.seconds, 3), "evaluation_seconds": round(time.perf_counter() - began, 3),
@@ -298,13 +319,16 @@ def perform(run: NetworkRun, root: Path | None = None, work: Path | None = None,
             "torch": torch.__version__, "device": choose_device(run.training).type,
         }), found.predictions)
 
-# %% ../../nbs/8_studies/04_runs.ipynb #09b749ba-0
-FUNCTIONS: dict[str, Callable[..., dict]] = {}
-Simulation = TypeVar("Simulation", bound=Callable[..., dict])
+# %% ../../nbs/8_studies/04_runs.ipynb #2565a7e4-0
+FUNCTIONS: dict[str, Callable[..., Mapping]] = {}
+Simulation = TypeVar("Simulation", bound=Callable[..., Mapping])
 
 
 def simulation(function: Simulation) -> Simulation:
-    """Register a function `function(seed, **settings) -> results` of a module, with results that JSON has."""
+    """Register a function `function(seed, **settings) -> results` of a module, with results that JSON has.
+
+    Where its return type is a `TypedDict`, figures can be made of these results alone.
+    """
     FUNCTIONS[function.__name__] = function
     return function
 
@@ -340,7 +364,14 @@ class FunctionRun(Run):
         """The function's module."""
         return self._found().__module__
 
-    def _found(self) -> Callable[..., dict]:
+    def results(self) -> tuple[str, ...]:
+        """The numbers in the type that the function returns, where that names them."""
+        made = get_type_hints(FUNCTIONS[self.function]).get("return") if self.function in FUNCTIONS else None
+        if not is_typeddict(made):
+            return ("*",)
+        return tuple(name for name, kind in get_type_hints(made).items() if kind is not str and name[-3:] != "_se")
+
+    def _found(self) -> Callable[..., Mapping]:
         require(self.function in FUNCTIONS, f"one of {', '.join(FUNCTIONS) or 'none so far'} as the simulation",
                 repr(self.function), "a misspelt name, or a module that was not imported",
                 "import symbnn.studies.simulations")
@@ -389,13 +420,13 @@ def _settings_of(function: Callable) -> Any:
         for its in parameters})
 
 
-def call(function: Callable[..., dict], run: FunctionRun) -> Finished:
+def call(function: Callable[..., Mapping], run: FunctionRun) -> Finished:
     """Call a function on one thread."""
     with using_threads(1):
         began = time.perf_counter()
         results = function(run.seed, **dict(run.given))
-        return Finished(plain({
-            "run": run.values(), "data_crc32": None, "rows": [results],
+        return Finished(_recorded({
+            "run": run.values(), "data_crc32": None, "rows": [dict(results)],
             "evaluation_seconds": round(time.perf_counter() - began, 3), "symbnn": __version__,
             "torch": torch.__version__, "device": "cpu",
         }))

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'COSTS', 'Metric', 'metric', 'Spread', 'spread', 'run_rows', 'table', 'averages', 'costs', 'as_csv', 'cell',
            'as_markdown', 'shown']
 
-# %% ../../nbs/8_studies/07_tables.ipynb #c457d966-0
+# %% ../../nbs/8_studies/07_tables.ipynb #d6232c9e-0
 import csv
 import json
 import math
@@ -16,7 +16,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import optional
-from .grids import Study
+from .grids import Study, as_cell
 from .tasks import plain
 
 if TYPE_CHECKING:
@@ -107,21 +107,14 @@ def spread(values: Sequence[float]) -> Spread:
     """Mean and standard deviation of one value for each seed."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
-# %% ../../nbs/8_studies/07_tables.ipynb #d5464871-0
+# %% ../../nbs/8_studies/07_tables.ipynb #e364c9fe-0
 COSTS = ("training_multiply_adds", "training_seconds", "evaluation_seconds")
-
-
-def _setting(value: object) -> object:
-    """As it stands in a table: of several numbers their text, of one the number."""
-    if not isinstance(value, tuple):
-        return value
-    return value[0] if len(value) == 1 else " ".join(map(str, value))
 
 
 def run_rows(study: Study, records: Sequence[dict]) -> list[dict]:
     """One row a run (of a sweep, one for each repeat and number of draws): settings, results and costs."""
     return [
-        {name: _setting(run.value(name)) for name in study.columns} | {"seed": run.seed} | row
+        {name: as_cell(run.value(name)) for name in study.columns} | {"seed": run.seed} | row
         | {name: record[name] for name in COSTS if name in record}
         for run, record in zip(study.runs(), records, strict=True) for row in record["rows"]
     ]

@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['Callback', 'Until', 'CHECK_EVERY', 'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
-# %% ../../nbs/7_training/06_loop.ipynb #8ca4068b-0
+# %% ../../nbs/7_training/06_loop.ipynb #b134c7d5-0
 import inspect
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -39,6 +37,7 @@ from ..posterior.elbo import ELBO, elbo
 from ..posterior.likelihoods import Categorical
 from ..posterior.plans import execution_plan
 from ..posterior.sampling import forward, predict, sample_weights
+from ..signals import noticing
 from ..symmetry.actions import Action, check_action
 from ..symmetry.networks import NetworkAction, unit_permutations
 from .architectures import Architecture
@@ -49,7 +48,7 @@ from .config import TrainingConfig, TrainingSettings, configured, kl_annealing_f
 from .config import learning_rate_factor, make_optimizer
 from .resume import EpochRecord, check_same_run, describe_run, read_progress
 
-# %% ../../nbs/7_training/06_loop.ipynb #f57fa20e-0
+# %% ../../nbs/7_training/06_loop.ipynb #eddef9ef-0
 @dataclass
 class TrainingResult:
     """The network that was passed in, trained, and how far: "complete", "stopped" by `until`, or "interrupted"."""
@@ -107,6 +106,7 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         self.begun = 0  # the first epoch of this network
         self.stopped = False  # by `until`, after the last of `history`
+        self.unmeasured = False  # the validation NLL of the last of `history` was not finite
         self.information = gain_estimator(network, config, data.shape, symmetry)
 
     def batches(self) -> Batches:
@@ -171,12 +171,21 @@ class _Run:
             noise = self.seed_noise(0, "validation")  # the same draws in every epoch
             with seeded_world(self.device, config.seed):  # for a network that is random in evaluation mode
                 nll = predictive_nll(self.network, validation, config.evaluation_draws, noise)
+            self.unmeasured, nll = (False, nll) if math.isfinite(nll) else (True, None)
             known = [its.validation_nll for its in self.history[self.begun:] if its.validation_nll is not None]
-            if config.select == "best" and all(nll < other for other in known):
+            if config.select == "best" and nll is not None and all(nll < other for other in known):
                 self.best = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         self.history.append(EpochRecord(self.epoch, *means, nll, round(self.seconds, 3)))
         self.epoch, self.step, self.seconds = done, 0, 0.0
         self.sums.zero_()
+
+    def check_measured(self, folder: Path | None) -> None:
+        """Raise `Refusal` where the validation NLL of the last epoch is not finite."""
+        kept = f"the checkpoint of this epoch is in {folder}" if folder else "the network has the weights of this epoch"
+        require(not self.unmeasured, "predictions of the validation images that are finite",
+                f"a validation NLL that is not, after epoch {self.epoch}, whose ELBO is finite",
+                "a network that computes something else in evaluation mode, as a norm does with its own statistics",
+                f"predict(network, validation.inputs, draws=1) shows where; {kept}, and goes on with validation=None")
 
     def follow(self, after: TrainingResult) -> None:
         """Begin where another run of the same configuration ended. Raises `Refusal` for moments of other parameters."""
@@ -216,27 +225,7 @@ class _Run:
         self.history, self.stopped = history, progress.get("status") == "stopped"
         remove_others(folder, checkpoint.description["tensors"])
 
-# %% ../../nbs/7_training/06_loop.ipynb #20f03aa5-0
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
-    seen = []
-
-    def note(number, frame):
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
-        yield lambda: False
-        return
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
+# %% ../../nbs/7_training/06_loop.ipynb #9c9b9422-0
 def _moved(split: Split, device: torch.device, dtype: torch.dtype) -> Split:
     return Split(split.inputs.to(device, dtype), split.labels.to(device))
 
@@ -334,9 +323,10 @@ def train(
     `training_modes`; afterwards every module is in the mode that it was in. Seeded by the setting `seed` alone, dropout
     included; torch's own generators are left as they were. On the CPU a run that was interrupted and resumed equals one
     that was not, bit by bit, given the same number of threads. Ctrl-C ends the step, saves and returns with status
-    "interrupted". A run that `until` has ended stays so when it is resumed with it. Raises `Refusal` before any work
-    for settings or data that cannot be meant and for a folder that another run writes into, and later when the ELBO is
-    no longer finite or the disk is full; the last checkpoint is kept then.
+    "interrupted"; SIGTERM and SIGHUP do so too, and then have the effect that they have without `train`. A run that
+    `until` has ended stays so when it is resumed with it. Raises `Refusal` before any work for settings or data that
+    cannot be meant and for a folder that another run writes into, and later when the ELBO or the validation NLL is no
+    longer finite or the disk is full; the last checkpoint is kept then.
 
     >>> from torch import nn
     >>> import symbnn as sb
@@ -347,13 +337,15 @@ def train(
     ('complete', 3, True)
     """
     config, folder = configured(config, settings, _ARGUMENTS), None if folder is None else Path(folder)
+    if progress:
+        optional("tqdm", "progress")
     if isinstance(network, Symmetric):
         network, action = network.network, network.action.input if action is None else action
     with nullcontext() if folder is None else sole_writer(folder):
         run, validation = _prepare(network, data, config, action, validation, folder, resume, architecture, notes,
                                    symmetry, after)
         run.stopped = run.stopped and until is not None
-        with _reporting(run, progress) as report, training_modes(network), _interruptible() as interrupted:
+        with _reporting(run, progress) as report, training_modes(network), noticing() as interrupted:
             while run.status == "interrupted" and not interrupted():
                 _train_epoch(run, report, interrupted)
                 if run.step == run.steps:
@@ -363,6 +355,7 @@ def train(
                     run.stopped = until is not None and run.status == "interrupted" and until(run.epoch, network)
                 if folder is not None:
                     run.save(folder)
+                run.check_measured(folder)
             status = "interrupted" if run.status == "stopped" and interrupted() else run.status
         if run.status == "complete" and run.best:
             load_tensors(network, run.best)

@@ -11,6 +11,7 @@ from torch import nn
 
 from helpers_ground import refusal_of
 from symbnn.errors import (
+    Attempts,
     Refusal,
     check_choice,
     check_count,
@@ -190,3 +191,23 @@ def test_optional_packages(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="something_else"):  # not this package is missing
         optional("package_in_need", "data")
     assert "package_in_need" not in sys.modules
+
+
+def test_what_fails_keeps_nothing_else_back():
+    tried = Attempts()
+    assert tried("one", lambda: 1) == 1 and tried.check("fix") is None
+    assert tried("two", lambda: [][0]) is None and tried("three", lambda: 3) == 3
+    refusal = refusal_of(lambda: tried.check("fix"))
+    assert refusal.got.startswith("no two (IndexError: ") and refusal.fix == "fix"
+    assert isinstance(refusal.__cause__, IndexError)
+    tried("four", lambda: require(False, "a", "b", "c", "d"))
+    assert refusal_of(lambda: tried.check("fix")).expected == "two, four"
+    with pytest.raises(KeyboardInterrupt):
+        tried("five", interrupt)
+    alone = Attempts()
+    alone("four", lambda: require(False, "a", "b", "c", "d"))
+    assert refusal_of(lambda: alone.check("fix")).expected == "a"
+
+
+def interrupt():
+    raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """Evaluations: sweeps, bounds, paths, and that equal networks are measured once."""
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -155,3 +156,20 @@ def test_a_sweep_takes_the_first_draws_of_each_repeat():
     assert [row["defect_plugin"] for row in rows[:3]] == [defect_plugin(found[:draws]) for draws in (1, 2, 8)]
     assert rows[2]["defect_unbiased"] == defect_unbiased(found).value and "defect_unbiased" not in rows[0]
     assert rows[5]["defect_plugin"] != rows[2]["defect_plugin"]
+
+
+@pytest.mark.parametrize("group", ["C4", "none"])
+def test_what_is_measured_is_known_before(group):
+    run = BASE.changed({"setup.group": group})
+    row = perform(run).record["rows"][0]
+    named = {name for name in row if not name.endswith(("_se", "_se_inputs"))}
+    assert named | {"training_multiply_adds"} == set(run.results())
+
+
+def test_the_evidence_of_paths_asks_for_its_package(monkeypatch):
+    changes = {"setup.architecture": "F-FC+CONV", "setup.group": "none", "setup.prior": "per_tensor",
+               "training.augmentation": "none", "evaluation.paths": True}
+    monkeypatch.setitem(sys.modules, "curvlinops", None)
+    BASE.changed(changes).check(None)
+    with pytest.raises(Refusal, match="Curvlinops"):
+        BASE.changed(changes | {"setup.family": "point"}).check(None)

@@ -88,3 +88,14 @@ def test_an_orbit_is_drawn_with_the_predictions_in_each_position():
         assert torch.equal(torch.as_tensor(axes.images[0].get_array().data), turned)
     heights = [[bar.get_height() for bar in axes.patches] for axes in (grid[1][2], grid[2][1], grid[1][0])]
     assert heights[0] == heights[1] == torch.eye(10)[4].tolist() and len(set(heights[2])) == 1
+
+
+def test_a_slope_begins_where_there_is_a_logarithm(curves, finished):
+    study, records, _ = finished
+    study = replace(study, x="method.trigger", series=(), panels=(Panel("nll_nats", slope=-1),))
+    lines = [{**line, "method.trigger": place} for line, place in zip(table(study, records), (0, 1, 2, 4))]
+    picture(study, lines)
+    assert curves[1] == [([1, 2, 4], [lines[1]["nll_nats"] / place for place in (1, 2, 4)])]
+    curves[1].clear()
+    picture(study, lines[:1])
+    assert not curves[1]

@@ -134,3 +134,62 @@ def test_every_method_has_a_place_in_a_comparison():
     names = tuple(METHODS)
     assert [run.method.name for run in replace(COMPARED, methods=names).study().points()] == list(names)
     assert COMPARED.study().base == COMPARED.base and BASE.evaluation != COMPARED.base.evaluation
+
+
+# What a figure could stumble over
+
+
+SWEPT = replace(TINY, base=BASE.changed({"evaluation.sweep": (1, 2, 4)}), x="draws", panels=(Panel("defect_plugin"),))
+WIDTH = Study("A", "none", FunctionRun("width"), ({"units": (4, 8), "method": ("bethe",), "separation": (1.0,)},),
+              x="units", panels=(Panel("per_unit"),))
+
+
+@pytest.mark.parametrize("study, change, reason", [
+    (TINY, {"panels": ()}, "a panel at least"),
+    (TINY, {"panels": (Panel("acuracy"),)}, r"Fix: Panel\('accuracy'\)"),
+    (TINY, {"panels": (Panel("accuracy"), Panel("elbo_of_mixture"))}, "what the runs measure"),
+    (TINY, {"panels": (Panel("log_evidence"),)}, "what the runs measure"),
+    (TINY, {"panels": (Panel("information_method"),)}, "what the runs measure"),
+    (TINY, {"base": BASE.changed({"setup.group": "none"}), "panels": (Panel("orbit_agreement"),)}, "what the runs"),
+    (SWEPT, {"panels": (Panel("accuracy"),)}, "what the runs measure"),
+    (WIDTH, {"panels": (Panel("per_uint"),)}, r"Fix: Panel\('per_unit'\)"),
+    (TINY, {"panels": (Panel("accuracy", slope=-1),)}, "positive numbers along x"),
+    (TINY, {"x": "method.trigger", "only": (("method.trigger", 0),), "panels": (Panel("accuracy", slope=1),)},
+     "positive numbers along x"),
+    (WIDTH, {"x": "method", "panels": (Panel("per_unit", slope=-1),)}, "positive numbers along x"),
+    (TINY, {"x": "draws"}, "among what the grids vary"),
+    (TINY, {"series": ("draws",)}, "among what the grids vary"),
+    (TINY, {"only": (("draws", 3),)}, "among what the grids vary"),
+    (TINY, {"only": (("method.trigger", 7),)}, "a selection that a run"),
+    (SWEPT, {"only": (("draws", 3),)}, "a selection that a run"),
+    (TINY, {"grids": ({"method.name": ()},), "series": ()}, "values for method.name"),
+    (TINY, {"grids": (TINY.grids[0], {"method.trigger": ()})}, "values for method.trigger"),
+    (TINY, {"grids": ({"method.name": "baseline"},), "series": ()}, "values for method.name"),
+    (TINY, {"grids": ({"evaluation.sweep": ((), (1, 2))},), "x": "evaluation.sweep", "series": ()}, "in all runs or"),
+])
+def test_figures_that_could_not_be_drawn_are_refused(study, change, reason):
+    with pytest.raises(Refusal, match=reason):
+        replace(study, **change)
+
+
+@pytest.mark.parametrize("options, reason", [
+    ({"show": "median"}, "one of mean, spread"), ({"slope": "steep"}, "slope of a guide line"),
+    ({"metric": ("accuracy",)}, "a str as the metric"),
+])
+def test_panels_that_cannot_be_meant_are_refused(options, reason):
+    with pytest.raises(Refusal, match=reason):
+        Panel(**{"metric": "accuracy"} | options)
+
+
+def test_figures_that_can_be_drawn_are_not_refused():
+    assert replace(SWEPT, only=(("draws", 2),), panels=(Panel("defect_plugin", "spread", slope=-0.5),)).points()
+    paths = BASE.changed({"evaluation.paths": True, "setup.group": "none"})
+    assert replace(TINY, base=paths, panels=(Panel("conv1/f_fc/share"), Panel("log_evidence"))).points()
+    assert replace(TINY, x="method.trigger", panels=(Panel("changed"), Panel("elbo", slope=1))).points()
+    assert replace(TINY, base=BASE.changed({"setup.group": "none"})).points()  # by default a panel may stay empty
+    assert replace(WIDTH, base=FunctionRun("of somebody else"), panels=(Panel("anything"),)).points()
+
+
+def test_a_comparison_needs_something_to_compare_with():
+    with pytest.raises(Refusal, match="group with more than one element"):
+        replace(COMPARED, setup=replace(SETUP, group="none")).study()

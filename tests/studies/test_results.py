@@ -1,6 +1,7 @@
 """Results: what is written is read again, pairs, and the verdict on a comparison."""
 import csv
 import json
+import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -13,10 +14,12 @@ from symbnn.studies.catalogue import STUDIES
 from symbnn.studies.grids import DEMO, Comparison, Study
 from symbnn.studies.methods import read_method
 from symbnn.studies.results import (
+    FILES,
     JUDGED,
     Difference,
     Verdict,
     budgets,
+    check_save,
     paired,
     provenance,
     read_results,
@@ -173,3 +176,48 @@ def test_a_larger_defect_is_called_so():
     same = {name: Difference(0.0, None, 1) for name in JUDGED}
     assert str(Verdict(0.5, same)).startswith("defect 2 times larger") and Verdict(0.5, same).worse() == []
     assert all(METRICS[name].better for name in JUDGED)
+
+
+# When something cannot be had
+
+
+def test_each_file_is_written_that_can_be(finished, tmp_path):
+    study, records, _ = finished
+
+    def fail():
+        raise KeyError("label")
+
+    with pytest.raises(Refusal, match=r"no more\.png \(KeyError: 'label'\)"):
+        save(study, records, tmp_path, "", {"more.png": fail, "last.png": Figure})
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, "last.png"}
+    lacking = [{name: value for name, value in record.items() if name != "torch"} for record in records]
+    with pytest.raises(Refusal, match=r"no study\.json \(KeyError: 'torch'\)"):
+        save(study, lacking, tmp_path / "other")
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {*FILES} - {"study.json"}
+
+
+def test_what_cannot_be_saved_is_known_before(tmp_path, monkeypatch):
+    check_save(tmp_path / "new", ("orbit.png",))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refusal, match="can be written to"):
+        check_save(tmp_path / "file/out")
+    for name in ("runs.csv", "orbit.png"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(Refusal, match=rf"Got: {name} in"):
+            check_save(tmp_path, ("orbit.png",))
+        (tmp_path / name).rmdir()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(Refusal, match=r"symbnn\[plots\]"):
+        check_save(tmp_path)
+
+
+def test_a_verdict_without_some_scores_says_so(compared):
+    study, records = compared
+    for name in ("ece", "defect_unbiased"):
+        records[3]["rows"][0][name] = None
+    first, *others = verdicts(study, records)[1:]
+    assert first.startswith("regular: defect not measured\n") and "not measured in all runs: cal. error" in first
+    assert "Brier" in first and all("not measured" not in line for line in others)
+    same = {name: Difference(0.0, None, 1) for name in JUDGED}
+    for ratio in (0.0, -0.3):
+        assert str(Verdict(ratio, same)).startswith("a defect, where the other has none")

@@ -218,3 +218,53 @@ def test_calls_use_one_thread(monkeypatch):
 def test_functions_that_are_not_there_are_refused():
     with pytest.raises(Refusal, match=r"one of width, two_weights.* as the simulation"):
         FunctionRun("magic").check(None)
+
+
+@pytest.mark.parametrize("settings, reason", [
+    ({"method": "bethe", "units": 4, "separaton": 1.0}, "none for separation"),
+    ({"method": "bethe", "units": 4, "separation": 1.0, "draw": 3}, r"a setting of width.*'draws'"),
+    ({"method": "bethee", "units": 4, "separation": 1.0}, "as method of width"),
+    ({"method": "bethe", "units": 4.5, "separation": 1.0}, "as units of width"),
+    ({"method": "bethe", "units": 4, "separation": "wide"}, "as separation of width"),
+    ({"method": "bethe", "units": None, "separation": 1}, "as units of width"),
+])
+def test_settings_that_a_function_does_not_take_are_refused_before_a_call(settings, reason):
+    with pytest.raises(Refusal, match=reason):
+        FunctionRun("width", tuple(settings.items())).check(None)
+
+
+def test_functions_without_types_take_what_their_names_say(monkeypatch):
+    monkeypatch.setitem(FUNCTIONS, "toy", lambda seed, a, b=0: {"value": a})
+    monkeypatch.setitem(FUNCTIONS, "open", lambda seed, **others: {"value": 1})
+    FunctionRun("toy", (("a", "anything"),)).check(None)
+    FunctionRun("open", (("c", 3),)).check(None)
+    with pytest.raises(Refusal, match="a setting of"):
+        FunctionRun("toy", (("a", 1), ("c", 2))).check(None)
+    assert FunctionRun("toy").results() == FunctionRun("nowhere").results() == ("*",)
+
+
+@pytest.mark.parametrize("its", [
+    FunctionRun("width", (("method", "bethe"), ("units", 3), ("separation", 1.0))),
+    FunctionRun("two_weights", (("method", "mean_field"), ("slope", 0.1), ("noise", 1.0))),
+])
+def test_functions_say_what_they_find(its):
+    its.check(None)
+    row = its.job(None, None)().record["rows"][0]
+    assert {name for name in row if not name.endswith("_se")} == set(its.results())
+
+
+def test_results_that_are_not_finite_are_left_out_and_named(monkeypatch):
+    monkeypatch.setitem(FUNCTIONS, "toy", lambda seed: {"a": float("inf"), "b": float("nan"), "c": 1.0, "d": None})
+    record = FunctionRun("toy").job(None, None)().record
+    assert record["rows"] == [{"a": None, "b": None, "c": 1.0, "d": None}] and record["not_finite"] == ["a", "b"]
+    monkeypatch.setitem(FUNCTIONS, "toy", lambda seed: {"a": 1.0, "d": None})
+    assert "not_finite" not in FunctionRun("toy").job(None, None)().record
+
+
+def test_a_trained_network_whose_metric_is_not_finite_keeps_the_others(monkeypatch):
+    measured = runs.measure_once
+    monkeypatch.setattr(runs, "measure_once", lambda *given: (found := measured(*given))._replace(
+        rows=[row | {"nll_nats": float("inf")} for row in found.rows]))
+    record = perform(BASE).record
+    assert record["not_finite"] == ["nll_nats"] and record["rows"][0]["nll_nats"] is None
+    assert 0 <= record["rows"][0]["accuracy"] <= 1

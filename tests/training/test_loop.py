@@ -451,3 +451,61 @@ def test_cuda(require_cuda):
         result = run(config)
         assert result.history[-1].validation_nll < 0.5
         assert next(result.network.parameters()).is_cuda
+
+
+# Ended from outside, and validation that fails
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])])
+def test_a_run_that_is_terminated_saves_like_one_after_ctrl_c(tmp_path, number):
+    heard, before = [], signal.getsignal(number)
+    signal.signal(number, lambda number, frame: heard.append(read_checkpoint(tmp_path).description["progress"]))
+    try:
+        result = run(folder=tmp_path, callback=lambda epoch, *_: signal.raise_signal(number) if epoch == 1 else None)
+    finally:
+        signal.signal(number, before)
+    assert result.status == "interrupted" and len(result.history) == 2
+    assert [(its["epoch"], its["status"]) for its in heard] == [(2, "interrupted")]  # saved before it was handed on
+    assert same(tensors(run(folder=tmp_path, resume=True)), tensors(run()))
+
+
+class Broken(nn.Module):
+    """NaN in evaluation mode, once it is switched on."""
+
+    on = False
+
+    def forward(self, x):
+        return x * math.nan if self.on and not self.training else x
+
+
+def breakable():
+    return with_posteriors(nn.Sequential(nn.Flatten(), nn.Linear(16, 2), Broken()))
+
+
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_an_epoch_whose_validation_fails_is_kept(tmp_path, select):
+    def switch(epoch, net, optimizer):
+        net[2].on = epoch == 2
+
+    config, options = replace(CONFIG, select=select), {"architecture": None, "folder": tmp_path}
+    with pytest.raises(Refusal, match=r"after epoch 3, .*checkpoint of this epoch"):
+        run(config, net=breakable(), callback=switch, **options)
+    found = read_checkpoint(tmp_path)
+    assert [record["validation_nll"] is None for record in found.description["history"]] == [False, False, True]
+    assert all(tensor.isfinite().all() for tensor in found.tensors.values())
+    assert len(run(config, net=breakable(), resume=True, **options).history) == 4
+
+
+def test_a_failed_validation_without_a_folder_says_where_the_epoch_is():
+    net = breakable()
+    net[2].on = True
+    with pytest.raises(Refusal, match="the network has the weights of this epoch"):
+        run(net=net, architecture=None)
+    assert len(run(net=net, architecture=None, validation=None).history) == 4
+
+
+def test_a_missing_bar_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(Refusal, match=r"symbnn\[progress\]"):
+        run(folder=tmp_path / "new", progress=True)
+    assert not (tmp_path / "new").exists()
