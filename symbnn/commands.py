@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Output', 'Switch', 'COMMANDS', 'progress_line', 'Train', 'Evaluate', 'ComparedTraining', 'Compare', 'Reproduce']
 
-# %% ../nbs/9_command_line/01_commands.ipynb #3d085e6b-0
+# %% ../nbs/9_command_line/01_commands.ipynb #481e1644-0
 import json
 import sys
 from dataclasses import dataclass, fields, replace
@@ -38,7 +38,7 @@ from .studies.results import SHOWN, budgets, check_save, save, verdicts
 from .studies.runs import NetworkRun, task_of
 from .studies.store import execute, predictions
 from .studies.tables import METRICS, Metric, shown, table
-from .studies.tasks import Setup, Task, check_data, evaluate_task, fit, path_reports, prepare, read_notes
+from .studies.tasks import Setup, Task, check_images, evaluate_task, fit, path_reports, prepare, read_notes
 from .studies.titles import listing
 from .training.checkpoints import DESCRIPTION, Checkpoint, has_checkpoint, load_network, read_checkpoint
 from .training.checks import choose_device
@@ -148,7 +148,7 @@ def _show_paths(rows: list[PathReport]) -> None:
     if rows:
         Console().print(Markdown(equivariance_table(rows)))
 
-# %% ../nbs/9_command_line/01_commands.ipynb #d7123797-0
+# %% ../nbs/9_command_line/01_commands.ipynb #bd2aa940-0
 @dataclass(frozen=True)
 class Evaluate:
     """Measure a checkpoint: accuracy, calibration, and how equivariant its predictions are."""
@@ -197,7 +197,7 @@ class Evaluate:
         config = TrainingConfig.from_dict(stored.description.get("config", {}))
         task = prepare(setup, self.data_folder, config.numbers)
         if not self.other_data:
-            check_data(stored, task)
+            check_images(stored, task)
         return task
 
     def _check_outputs(self, stored: Checkpoint) -> None:

@@ -107,8 +107,8 @@ def _write_whole(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
 
-# %% ../nbs/0_ground/03_files.ipynb #3f8e603f-0
-LOCK, OWNER = ".lock", ".owner.json"
+# %% ../nbs/0_ground/03_files.ipynb #fbbdb89c-0
+LOCK, OWNER = ".lock", ".owner"
 _LEFT = re.compile(r"\..*\.part")
 
 

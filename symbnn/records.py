@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from .errors import Refusal, require, shortened
 from .files import write_file
 
-# %% ../nbs/0_ground/06_records.ipynb #545e2acd-0
+# %% ../nbs/0_ground/06_records.ipynb #46002821-0
 Record = TypeVar("Record")
 SEAL = "sha256"  # of all the rest
 LARGEST = 2**28  # bytes of a record; the largest that the library writes has some thousands
@@ -77,7 +77,9 @@ def _of(error: ValidationError, kind: type, name: str, fix: str) -> Refusal:
         return Refusal(inner.expected, got=f"{inner.got}, at {place} of {name}", cause=inner.cause, fix=inner.fix)
     missing = first["type"] in ("missing", "missing_argument")
     found = "nothing" if missing else shortened(first["input"])
-    said = "" if missing else f" ({first['msg'][0].lower()}{first['msg'][1:]})"
+    unknown = first["type"] in ("extra_forbidden", "unexpected_keyword_argument")
+    why = "a name that nothing reads" if unknown else first["msg"][0].lower() + first["msg"][1:]
+    said = "" if missing else f" ({why})"
     return Refusal(f"{name} as the library writes it", got=f"{found} at {place}{said}",
                    cause="an edited or damaged file, or one of another version", fix=fix)
 

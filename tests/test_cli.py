@@ -21,6 +21,7 @@ from symbnn import files as whole_files
 from symbnn.data.sources import PARTS
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import with_posteriors
+from symbnn.records import read_record, write_record
 from symbnn.signals import CLOSED, TERMINATING
 from symbnn.studies import methods, results, tasks
 from symbnn.studies.catalogue import STUDIES, Cost, find_study
@@ -442,7 +443,7 @@ def test_a_terminal_of_any_encoding_gets_its_table_and_the_file_is_written(train
 
 
 @pytest.mark.parametrize("options, reason", [
-    (["--methods", "magic"], "one of baseline.* as method"), (["--methods", ""], "as method"),
+    (["--methods", "magic"], "one of baseline.* as method"), (["--methods", ""], "a value for each option"),
     (["--seeds", "0", "0"], "once"), (["--images", "9999"], "9999 of 360"),
     (["--split", "train"], "one of test, validation as split"), (["--evaluation-draws", "1"], "need three"),
     (["--family", "lognormal"], "LogNormal"),
@@ -778,9 +779,9 @@ def test_a_comparison_without_predictions_or_defects_shows_the_rest(shell, tmp_p
         path.unlink()
     (tmp_path / "out/orbit.png").unlink()
     for path in (tmp_path / "out/runs").glob("*.json"):
-        record = json.loads(path.read_text())
+        record = read_record(path, dict, "")
         record["rows"][0]["defect_unbiased"] = record["rows"][0]["ece"] = None
-        path.write_text(json.dumps(record))
+        write_record(path, record)
     found = shell(*COMPARE, "-o", "out")
     assert found.exit_code == 2 and "predictions beside the record" in found.stderr
     assert "regular: defect not measured" in found.stdout and "not measured in all runs: cal. error" in found.stdout

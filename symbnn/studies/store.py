@@ -268,7 +268,7 @@ def check(runs: list[Run], root: Path | None) -> list[str]:
         run.check(root)
     return [run.name(root) for run in runs]
 
-# %% ../../nbs/8_studies/06_store.ipynb #f9a4380b-0
+# %% ../../nbs/8_studies/06_store.ipynb #116c86b5-0
 @contextmanager
 def _unordered(tasks: Iterable[Callable[[], Any]]) -> Iterator[Iterator[Any]]:
     """What the tasks return, each as soon as it is done; no more are given out than run at a time. Workers that are
@@ -290,7 +290,7 @@ def _with_name(name: str, task: Callable[[], Any]) -> tuple[str, Any]:
 
 def _from_joblib(tasks: Tasks, titles: Mapping[str, str], report: Callable[[str], None]) -> Results:
     """(name, result) of each task as soon as it is done. Raises `Refusal`, when all others are done, for tasks whose
-    worker has died twice."""
+    worker has died also when they were alone."""
     left, suspects, dead = dict(tasks), {}, {}
     while left:
         begun: list[str] = []
@@ -311,7 +311,7 @@ def _from_joblib(tasks: Tasks, titles: Mapping[str, str], report: Callable[[str]
                 yield from results
         except BrokenExecutor as error:
             dead[name] = error
-    _check_living(dead, titles, "twice, the second time alone")
+    _check_living(dead, titles, "again when its run was alone")
 
 
 def _from_dask(client: Any, tasks: Tasks, titles: Mapping[str, str], report: Callable[[str], None]) -> Results:
@@ -363,7 +363,7 @@ def _given_out(tasks: Tasks, begun: list[str]) -> Iterator[Callable[[], Any]]:
 def _in_line(error: BaseException) -> str:
     return " ".join(str(error).split())[-160:] or type(error).__name__
 
-# %% ../../nbs/8_studies/06_store.ipynb #0de5287b-0
+# %% ../../nbs/8_studies/06_store.ipynb #8c479fe5-0
 def _named(title: str, job: Callable[[], Finished]) -> Finished:
     try:
         return job()
@@ -394,7 +394,7 @@ def execute(
 
     Whatever can be refused is refused before anything is trained. After Ctrl-C (KeyboardInterrupt), after SIGTERM and
     after a kill, the records of all finished runs are there and complete, and the same call goes on. Raises `Refusal`
-    when all others are done for a run whose worker has died twice.
+    when all others are done for a run whose worker has died again when the run was alone.
     """
     check_workers(backend, jobs, address)
     place, bars = None if address else Path(work).absolute(), progress and jobs == 1

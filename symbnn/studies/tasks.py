@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYMMETRIES', 'PRIORS', 'WORK', 'plain', 'Setup', 'Task', 'prepare', 'check_training', 'passes', 'epoch_cost',
-           'using_threads', 'noted', 'read_notes', 'check_data', 'fit', 'evaluate_task', 'chosen_images',
+           'using_threads', 'noted', 'read_notes', 'check_images', 'fit', 'evaluate_task', 'chosen_images',
            'path_reports']
 
 # %% ../../nbs/8_studies/02_tasks.ipynb #b1fd3361-0
@@ -194,7 +194,7 @@ def epoch_cost(task: Task, order: int, config: TrainingConfig) -> int:
     each = multiply_adds(task.network(0, order), task.data.shape)
     return 3 * passes(config) * copies * len(task.data.train) * each
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #fb5d72aa-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #e26b0f59-0
 WORK = 10**8  # multiply-adds in a step's forward pass that are worth a thread
 
 
@@ -231,7 +231,7 @@ def read_notes(checkpoint: Checkpoint) -> tuple[Setup, Method]:
             method_of(notes.get("method", asdict(Baseline())), f"the method in {where}", fix))
 
 
-def check_data(checkpoint: Checkpoint, task: Task) -> None:
+def check_images(checkpoint: Checkpoint, task: Task) -> None:
     """Raise `Refusal` unless the images are those that the run which left a checkpoint had."""
     noted, used = checkpoint.description.get("notes", {}).get("data_crc32"), checkpoint.description.get("data")
     same = noted == task.checksum() if noted is not None else used == fingerprint(task.data.train)

@@ -478,13 +478,13 @@ KINDS = [Kind(f"damaged files: {name}", _prepared(name), _damage(name)) for name
     Kind(f"mutated records: {name}", _prepared(name), _mutate(name))
     for name in ("checkpoint", "run", "results", "study")
 ] + [
-    Kind("a writer killed at an operation on files", _networks, _kill),
+    Kind("a writer killed at an operation on files", _networks, _kill, 4),
     Kind("a disk that is full", _networks, _full),
-    Kind("two writers in one folder", _networks, _writers),
-    Kind("two trainings in one folder", _straight, _trainings, 5),
-    Kind("a reader beside a writer", _networks, _reader, 5),
-    Kind("training killed, and resumed", _straight, _training, 10),
-    Kind("command lines", lambda folder: None, _command),
+    Kind("two writers in one folder", _networks, _writers, 10),
+    Kind("two trainings in one folder", _straight, _trainings, 20),
+    Kind("a reader beside a writer", _networks, _reader, 20),
+    Kind("training killed, and resumed", _straight, _training, 20),
+    Kind("command lines", lambda folder: None, _command, 4),
     Kind("odd places for outputs", lambda folder: None, _output),
     Kind("threads that share a network", _threaded, _threads, 5),
 ]

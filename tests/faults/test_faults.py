@@ -7,9 +7,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from faults import KINDS, attack
 
+TRIES = 60
+
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.title)
 def test_no_fault_is_answered_wrongly(kind):
-    outcomes, failures = attack(kind, 60)
+    outcomes, failures = attack(kind, TRIES)
     assert not failures, "\n".join(failures)
-    assert sum(outcomes.values()) == max(1, 60 // kind.cost)
+    assert sum(outcomes.values()) == max(1, TRIES // kind.cost)

@@ -76,7 +76,7 @@ def test_provenance_is_what_the_runs_took(finished, tmp_path):
     (lambda folder: (folder / "study.json").unlink(), "study.json"),
     (lambda folder: (folder / "table.csv").unlink(), "table.csv"),
     (lambda folder: (folder / "table.csv").write_text("accuracy\n1.0\n"), "with other content"),
-    (lambda folder: (folder / "table.csv").write_bytes(b"\xff\xfe"), "UnicodeDecodeError"),
+    (lambda folder: (folder / "table.csv").write_bytes(b"\xff\xfe"), "with other content"),
     (lambda folder: (folder / "study.json").write_text("{}"), "nothing at command"),
     (lambda folder: (folder / "study.json").write_text((folder / "study.json").read_text().replace("8", "9", 1)),
      "seal"),

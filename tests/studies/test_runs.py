@@ -221,12 +221,12 @@ def test_functions_that_are_not_there_are_refused():
 
 
 @pytest.mark.parametrize("settings, reason", [
-    ({"method": "bethe", "units": 4, "separaton": 1.0}, "none for separation"),
-    ({"method": "bethe", "units": 4, "separation": 1.0, "draw": 3}, r"a setting of width.*'draws'"),
-    ({"method": "bethee", "units": 4, "separation": 1.0}, "as method of width"),
-    ({"method": "bethe", "units": 4.5, "separation": 1.0}, "as units of width"),
-    ({"method": "bethe", "units": 4, "separation": "wide"}, "as separation of width"),
-    ({"method": "bethe", "units": None, "separation": 1}, "as units of width"),
+    ({"method": "bethe", "units": 4, "separaton": 1.0}, "nothing at separation"),
+    ({"method": "bethe", "units": 4, "separation": 1.0, "draw": 3}, "3 at draw .a name that nothing reads"),
+    ({"method": "bethee", "units": 4, "separation": 1.0}, "bethee. at method"),
+    ({"method": "bethe", "units": 4.5, "separation": 1.0}, "4.5 at units"),
+    ({"method": "bethe", "units": 4, "separation": "wide"}, "wide. at separation"),
+    ({"method": "bethe", "units": None, "separation": 1}, "None at units"),
 ])
 def test_settings_that_a_function_does_not_take_are_refused_before_a_call(settings, reason):
     with pytest.raises(Refusal, match=reason):
@@ -238,7 +238,7 @@ def test_functions_without_types_take_what_their_names_say(monkeypatch):
     monkeypatch.setitem(FUNCTIONS, "open", lambda seed, **others: {"value": 1})
     FunctionRun("toy", (("a", "anything"),)).check(None)
     FunctionRun("open", (("c", 3),)).check(None)
-    with pytest.raises(Refusal, match="a setting of"):
+    with pytest.raises(Refusal, match="at c "):
         FunctionRun("toy", (("a", 1), ("c", 2))).check(None)
     assert FunctionRun("toy").results() == FunctionRun("nowhere").results() == ("*",)
 

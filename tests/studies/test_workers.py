@@ -141,9 +141,10 @@ def test_runs_of_a_dead_worker_are_done_again_once_and_all_others_are_kept(fragi
     study, lines = fragile(({"a": (1, 2)}, {"a": (3,), "deadly": ("once",)}, {"a": (4,), "deadly": ("always",)},
                             {"a": (5,)})), []
     code_version("fragile_module")  # takes longer than these runs, and is remembered
-    with pytest.raises(Refusal, match=r"died twice.*in the run with a 4, always, seed 0 .*memory") as refused:
+    reason = r"died again when its run was alone.*in the run with a 4, always, seed 0 .*memory"
+    with pytest.raises(Refusal, match=reason) as refused:
         execute(study, tmp_path / "work", jobs=2, report=lines.append)
-    assert "a 3" not in refused.value.got and calls(tmp_path, 4) == 2 and 2 <= calls(tmp_path, 3) <= 3
+    assert "a 3" not in refused.value.got and 1 <= calls(tmp_path, 4) <= 2 and 2 <= calls(tmp_path, 3) <= 3
     assert len(list((tmp_path / "work").glob("*.json"))) == 4 and all(calls(tmp_path, a) <= 2 for a in (1, 2, 5))
     said = [line for line in lines if line.startswith("A worker has died")]
     assert 1 <= len(said) <= 2 and "a 3, once" in "".join(said) and all(line.count("seed 0") <= 3 for line in said)
