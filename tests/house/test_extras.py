@@ -45,5 +45,5 @@ def test_the_command_says_what_to_install():
 
 
 def test_what_extras_bring_is_known():
-    assert {"sklearn", "pooch", "joblib", "matplotlib", "rich"} <= optional()
+    assert {"sklearn", "pooch", "joblib", "matplotlib"} <= optional()
     assert not {"torch", "numpy", "scipy", "jaxtyping", "safetensors", "symbnn"} & optional()
