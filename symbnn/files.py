@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from .errors import Refusal, require
 
-# %% ../nbs/0_ground/03_files.ipynb #98341108-0
+# %% ../nbs/0_ground/03_files.ipynb #927c881e-0
 _REASONS = {  # number of an OSError -> likely cause, and fix for a folder
     errno.ENOSPC: ("a full disk", "free some space, or choose a folder on another disk than {folder}"),
     errno.EDQUOT: ("a quota that is used up", "free some space, or choose a folder on another disk than {folder}"),
@@ -86,6 +86,27 @@ def _target(path: Path) -> Path:
     return target
 
 
+def _remove_left(folder: Path, start: str) -> None:
+    """Remove temporary files that begin so, whose process on this machine runs no more."""
+    for path in folder.iterdir():
+        number = path.name.removeprefix(start).removesuffix(".part")
+        if path.name == f"{start}{number}.part" and number.isdecimal() and not _is_running(int(number)):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":
+        return True  # where asking would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # of another user
+    return True
+
+
 def _write_through(path: Path, data: bytes) -> None:
     """Into what is there already and no file: a device, a pipe, a socket's end."""
     with open(path, "wb", buffering=0) as stream:
@@ -95,7 +116,9 @@ def _write_through(path: Path, data: bytes) -> None:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name[:100]}.{_HOST}.{os.getpid()}.part")
+    start = f".{path.name[:100]}.{_HOST}."
+    temporary = path.with_name(f"{start}{os.getpid()}.part")
+    _remove_left(path.parent, start)
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REMEMBERED', 'Evaluation', 'Measured', 'measure', 'measure_once']
 
-# %% ../../nbs/8_studies/03_evaluations.ipynb #27a2f2a6-0
+# %% ../../nbs/8_studies/03_evaluations.ipynb #9c5090ed-0
 import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
@@ -25,11 +25,12 @@ from ..posterior.layers import kl_sum, variational_tensors
 from ..posterior.likelihoods import Categorical
 from ..posterior.point_mass import PointMass
 from ..posterior.sampling import predict, sample_weights
+from ..records import check_fields
 from ..symmetry.networks import unit_permutations
 from .methods import Method
 from .tasks import Task, chosen_images, evaluate_task, path_reports
 
-# %% ../../nbs/8_studies/03_evaluations.ipynb #51f4d485-0
+# %% ../../nbs/8_studies/03_evaluations.ipynb #1d8af072-0
 _SCORES = tuple(f"{orbit}{name}" for orbit in ("", "orbit_") for name in ("accuracy", "nll_nats", "brier", "ece"))
 _DEFECTS = ("defect_plugin", "defect_unbiased")
 _EQUIVARIANCE = (*_DEFECTS, "defect_unbiased_se_draws", "orbit_jensen_shannon_nats", "symmetric_kl_nats",
@@ -54,7 +55,7 @@ class Evaluation:
     predictions: bool = False  # are kept beside the record
 
     def __post_init__(self):
-        object.__setattr__(self, "sweep", tuple(self.sweep))
+        check_fields(self)
         check_choice(self.split, ("test", "validation"), "split")
         check_choice(self.mode, get_args(Mode), "draw mode")
         if self.images is not None:

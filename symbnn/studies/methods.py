@@ -7,7 +7,7 @@ __all__ = ['Build', 'METHODS', 'NOTED', 'Method', 'Baseline', 'Wide', 'Predictio
            'LearnedPrecisions', 'make_method', 'method_of', 'read_method', 'Trained', 'training_accuracy',
            'start_folder', 'check_noted', 'run_method']
 
-# %% ../../nbs/8_studies/01_methods.ipynb #7453ccf5-0
+# %% ../../nbs/8_studies/01_methods.ipynb #e55400ea-0
 import math
 from contextlib import AbstractContextManager, nullcontext
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ from ..posterior.layers import variational_tensors
 from ..posterior.point_mass import PointMass
 from ..posterior.priors import Prior
 from ..posterior.sampling import predict
-from ..records import parse_value
+from ..records import check_fields, parse_value
 from ..symmetry.actions import Action
 from ..training.architectures import Architecture
 from ..training.checkpoints import check_continued, has_checkpoint, read_checkpoint
@@ -44,7 +44,7 @@ from ..training.config import TrainingConfig
 from ..training.loop import train
 from ..training.resume import EpochRecord
 
-# %% ../../nbs/8_studies/01_methods.ipynb #1f307715-0
+# %% ../../nbs/8_studies/01_methods.ipynb #fd5fc5a3-0
 Build = Callable[[int], nn.Module]  # the untrained Bayesian network with so many times the channels
 
 
@@ -68,6 +68,7 @@ class Method(_Nothing):
 
     def __post_init__(self):
         check_choice(self.name, get_args(type(self).__dataclass_fields__["name"].type), "method")
+        check_fields(self)
 
     def __str__(self) -> str:
         return f"{self.name}+projected" if self.projected else self.name

@@ -7,7 +7,7 @@ __all__ = ['SYMMETRIES', 'PRIORS', 'WORK', 'plain', 'Setup', 'Task', 'prepare', 
            'using_threads', 'noted', 'read_notes', 'check_images', 'fit', 'evaluate_task', 'chosen_images',
            'path_reports']
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #b1fd3361-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #3847a1e4-0
 import json
 import sys
 import zlib
@@ -34,7 +34,7 @@ from ..posterior.families import FAMILIES
 from ..posterior.layers import variational_tensors, with_posteriors
 from ..posterior.point_mass import PointMass
 from ..posterior.priors import Prior, isotropic, per_tensor, random_means
-from ..records import parse_value
+from ..records import check_fields, parse_value
 from ..symmetry.actions import Action
 from ..symmetry.fields import FieldAction, SpatialAction, field, flips, half_turns, rotations
 from ..symmetry.fields import rotations_and_flips, shifts
@@ -50,7 +50,7 @@ from ..training.config import TrainingConfig
 from ..training.loop import TrainingResult, gain_estimator, train
 from ..training.resume import fingerprint
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #4ec48d60-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #439f57a6-0
 SYMMETRIES: dict[str, Callable[[tuple[int, ...]], SpatialAction]] = {
     "C4": lambda shape: rotations(),  # quarter turns
     "D4": lambda shape: rotations_and_flips(),  # quarter turns and flips
@@ -103,8 +103,7 @@ class Setup:
     start: str = "random"  # "invariant": the random weights' projection on those that the group leaves alone
 
     def __post_init__(self):
-        object.__setattr__(self, "channels", tuple(self.channels))
-        object.__setattr__(self, "strides", tuple(self.strides))
+        check_fields(self)
         if not self.dataset.endswith(".npz"):
             check_choice(self.dataset, (*DATASETS, "FILE.npz"), "data set")
         check_choice(self.variant, VARIANTS, "variant")

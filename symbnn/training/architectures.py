@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'Architecture', 'build', 'multiply_adds', 'weight_count']
 
-# %% ../../nbs/7_training/01_architectures.ipynb #5165b8b9-0
+# %% ../../nbs/7_training/01_architectures.ipynb #1f975624-0
 import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -20,8 +20,9 @@ from ..errors import COUNT_LIMIT, Refusal, require, shortened
 from ..layerwise.relaxed_networks import path_kinds, relaxed_network
 from ..memory import check_weights
 from ..posterior.layers import is_variational, posterior_mean_network
+from ..records import check_fields
 
-# %% ../../nbs/7_training/01_architectures.ipynb #fed04b3d-0
+# %% ../../nbs/7_training/01_architectures.ipynb #a6d49fff-0
 @dataclass(frozen=True)
 class Architecture:
     """A network as a value, equal to itself after a round trip through JSON (`as_dict`, `Architecture(**d)`).
@@ -39,8 +40,7 @@ class Architecture:
     strides: tuple[int, ...] = ()  # of a relaxed network's layers; if left out 1, then 2 as long as the sides are even
 
     def __post_init__(self):
-        for name in ("input_shape", "channels", "strides"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_fields(self)
         sizes = (*self.input_shape, self.classes, *self.channels, *self.strides)
         require(bool(self.input_shape) and all(type(size) is int and 0 < size <= COUNT_LIMIT for size in sizes),
                 f"positive whole numbers up to {COUNT_LIMIT} as input_shape, classes, channels and strides",

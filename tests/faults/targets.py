@@ -65,6 +65,11 @@ def _make_results(folder: Path) -> None:
     save(STUDY, execute(STUDY, folder / "work"), folder / "results", "symbnn reproduce toy")
 
 
+def _read_results(folder: Path) -> Any:
+    results = folder / "results"
+    return read_results(results), read_results(results, "runs.csv"), provenance(results)
+
+
 def _make_run(folder: Path) -> None:
     FUNCTIONS["toy"] = toy
     execute(STUDY, folder)
@@ -110,8 +115,7 @@ def _idx() -> bytes:
 TARGETS = {
     "checkpoint": Target(lambda folder: (trained(folder), None)[1], _read_checkpoint, True),
     "run": Target(_make_run, _read_run, True),
-    "results": Target(_make_results, lambda folder: (read_results(folder / "results"), provenance(folder / "results")),
-                      True),
+    "results": Target(_make_results, _read_results, True),
     "study": Target(lambda folder: _write(folder / "study.json", json.dumps(STUDY.values()).encode()),
                     lambda folder: find_study(str(folder / "study.json")).values(), False),
     "npz": Target(lambda folder: np.savez_compressed(folder / "mine.npz", **_arrays()), _read_images, False),

@@ -258,3 +258,15 @@ with files.sole_writer(Path(sys.argv[1])):
     with sole_writer(tmp_path / "run"):
         assert names(tmp_path / "run") == [LOCK, ".mine.part.txt", OWNER]
     assert names(tmp_path / "run") == [".mine.part.txt"]
+
+
+def test_the_next_writer_of_a_file_removes_what_killed_ones_have_left(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    start = f".table.csv.{files._HOST}."
+    for name in (f"{start}{ended.pid}.part", f"{start}{os.getppid()}.part", f"{start}{10**30}.part", f"{start}x.part",
+                 f".table.csv.another_host.{ended.pid}.part", f".other.csv.{files._HOST}.{ended.pid}.part"):
+        (tmp_path / name).write_text("half")
+    write_file(tmp_path / "table.csv", b"whole")
+    left = set(names(tmp_path))
+    assert f"{start}{ended.pid}.part" not in left and len(left) == 6 and "table.csv" in left

@@ -28,7 +28,7 @@ from tolerances import assert_close, within_standard_errors
 @pytest.mark.parametrize("change, reason", [
     (dict(draws=2), "need three"), (dict(images=0), "number of images"), (dict(repeats=0), "repeats of a sweep"),
     (dict(sweep=(1, 0)), "draws in a sweep"), (dict(split="train"), "split"), (dict(mode="magic"), "mode"),
-    ({"information": 1}, "at least 2"), ({"information": -4}, "at least 2"), ({"information": True}, "at least 2"),
+    ({"information": 1}, "at least 2"), ({"information": -4}, "at least 2"), ({"information": True}, "as information"),
 ])
 def test_evaluations_that_cannot_be_meant_are_refused(change, reason):
     with pytest.raises(Refusal, match=reason):

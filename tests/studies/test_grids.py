@@ -9,6 +9,7 @@ from symbnn.errors import Refusal
 from symbnn.studies.grids import DEMO, Comparison, Panel, Study, describe, words
 from symbnn.studies.methods import METHODS, Average, Expansion
 from symbnn.studies.runs import FunctionRun, task_of
+from symbnn.studies.simulations import SIMULATIONS
 from symbnn.studies.tasks import Setup, epoch_cost
 
 SETUP = Setup(channels=(2, 4), train_size=64)
@@ -140,6 +141,7 @@ def test_every_method_has_a_place_in_a_comparison():
 
 
 SWEPT = replace(TINY, base=BASE.changed({"evaluation.sweep": (1, 2, 4)}), x="draws", panels=(Panel("defect_plugin"),))
+assert "width" in SIMULATIONS  # so the function is known
 WIDTH = Study("A", "none", FunctionRun("width"), ({"units": (4, 8), "method": ("bethe",), "separation": (1.0,)},),
               x="units", panels=(Panel("per_unit"),))
 

@@ -112,14 +112,14 @@ def test_each_name_stands_for_one_class_with_its_own_options(name):
     (dict(name="magic"), "one of baseline.* as method"),
     (dict(name="geometric", trigger=-1), "accuracy between 0 and 1"),
     (dict(name="geometric", trigger=1.5), "accuracy between 0 and 1"),
-    (dict(name="geometric", trigger=True), "accuracy between 0 and 1"),
-    (dict(name="geometric", trigger="20"), "accuracy between 0 and 1"),
+    (dict(name="geometric", trigger=True), "of its type as trigger"),
+    (dict(name="geometric", trigger="20"), "of its type as trigger"),
     (dict(name="baseline", trigger=5), "no other options of baseline than none"),
     (dict(name="tied", projected=True), "no other options of tied than none"),
     (dict(name="regular", trigger=1, keep_moments=True), "no other options of regular than trigger, projected"),
     (dict(name="learned_precisions", rule="guess"), "one of elbo, evidence.* as rule that precisions follow"),
     (dict(name="learned_precisions", every=0), "between updates of precisions"),
-    (dict(name="learned_precisions", first=1.5), "before precisions are learned"),
+    (dict(name="learned_precisions", first=1.5), "of its type as first"),
     (dict(name="wide", rule="elbo"), "no other options of wide than none"),
 ])
 def test_methods_that_cannot_be_meant_are_refused(wrong, reason):

@@ -170,7 +170,7 @@ POOLED = {"name": "cnn", "input_shape": (1, 28, 28), "classes": 10, "channels": 
     (RELAXED, {"strides": (1,)}, r"one stride for each of the 2 entries of channels"),
     (RELAXED, {"strides": (1, 3)}, r"8 x 8 pixels and strides=\(1, 3\)"),
     (RELAXED, {"strides": (1, 2, 2)}, r"strides=\(1, 2, 2\) for channels=\(2, 4\)"),
-    (RELAXED, {"strides": (1, 2.0)}, "positive whole numbers"),
+    (RELAXED, {"strides": (1, 2.0)}, "of its type as strides"),
     (RELAXED, {"name": "FC+FC"}, "paths of a relaxed network"),
     (RELAXED, {"name": "FC+"}, r"'FC\+'"), (RELAXED, {"input_shape": (8, 8)}, "without a channel axis"),
     (RELAXED, {"channels": ()}, "at least one entry of channels"),
