@@ -56,7 +56,7 @@ def require(holds: bool, expected: str, got: str, cause: str, fix: str) -> None:
     if not holds:
         raise _refusal(expected, got, cause, fix)
 
-# %% ../nbs/0_ground/01_errors.ipynb #b7158063-0
+# %% ../nbs/0_ground/01_errors.ipynb #684f5977-0
 Kinds = type | tuple[type, ...]  # as `isinstance` takes them
 
 
@@ -82,7 +82,7 @@ def _with_article(kind: type) -> str:
 def _described(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    shown = f", {shortened(value)}" if isinstance(value, (str, bytes, int, float, tuple, list)) else ""
+    shown = f", {shortened(value)}" if isinstance(value, (str, bytes, Integral, float, tuple, list)) else ""
     return _with_article(type(value)) + shown
 
 

@@ -16,7 +16,6 @@ from symbnn.studies.evaluations import Evaluation
 from symbnn.studies.grids import Comparison
 from symbnn.studies.methods import LearnedPrecisions
 from symbnn.studies.tasks import Setup, evaluate_task, prepare
-from symbnn.symmetry.groups import Cyclic
 
 plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 3))
 pair = sb.bayesianize(plain, sb.flips(), (1, 8, 8))
@@ -42,7 +41,7 @@ COUNTS = {
     "train size": lambda n: sb.load("digits", train_size=n), "samples": lambda n: sample_weights(network, n),
     "validation": lambda n: sb.load("digits", validation_size=n), "predict": lambda n: sb.predict(network, x, draws=n),
     "split": lambda n: forward(network, x, n, "split"), "flipout": lambda n: forward(network, x, n, "flipout"),
-    "orbit": lambda n: sb.orbit_predictions(network, x, pair.action, n), "Cyclic": Cyclic,
+    "orbit": lambda n: sb.orbit_predictions(network, x, pair.action, n),
     "orbit batch": lambda n: sb.orbit_predictions(network, x, pair.action, 2, batch_size=n),
     "mutual information": lambda n: sb.mutual_information(network, units, draws=n),
     "negatives": lambda n: sb.mutual_information(network, units, draws=2, method="infonce", K=n),
