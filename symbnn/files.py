@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['LOCK', 'OWNER', 'MARGIN', 'folder_refusal', 'write_file', 'sole_writer', 'check_folder', 'check_output']
 
-# %% ../nbs/0_ground/03_files.ipynb #7cd58edf-0
+# %% ../nbs/0_ground/03_files.ipynb #d2f478f3-0
 import errno
 import json
 import os
 import re
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from .errors import Refusal, require
 
-# %% ../nbs/0_ground/03_files.ipynb #927c881e-0
+# %% ../nbs/0_ground/03_files.ipynb #eee8a6f1-0
 _REASONS = {  # number of an OSError -> likely cause, and fix for a folder
     errno.ENOSPC: ("a full disk", "free some space, or choose a folder on another disk than {folder}"),
     errno.EDQUOT: ("a quota that is used up", "free some space, or choose a folder on another disk than {folder}"),
@@ -45,8 +46,12 @@ def folder_refusal(folder: Path, error: OSError) -> Refusal:
 
 def _made(folder: Path) -> list[Path]:
     """Make a folder, and say which folders that took, the innermost first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        _remove_empty([place for place in missing if os.path.isdir(place)])
+        raise
     return missing
 
 
@@ -89,8 +94,8 @@ def _target(path: Path) -> Path:
 def _remove_left(folder: Path, start: str) -> None:
     """Remove temporary files that begin so, whose process on this machine runs no more."""
     for path in folder.iterdir():
-        number = path.name.removeprefix(start).removesuffix(".part")
-        if path.name == f"{start}{number}.part" and number.isdecimal() and not _is_running(int(number)):
+        found = re.fullmatch(rf"{re.escape(start)}(\d+)-\d+\.part", path.name)
+        if found and not _is_running(int(found[1])):
             with suppress(OSError):
                 path.unlink()
 
@@ -117,7 +122,7 @@ def _write_through(path: Path, data: bytes) -> None:
 
 def _write_whole(path: Path, data: bytes) -> None:
     start = f".{path.name[:100]}.{_HOST}."
-    temporary = path.with_name(f"{start}{os.getpid()}.part")
+    temporary = path.with_name(f"{start}{os.getpid()}-{threading.get_native_id()}.part")
     _remove_left(path.parent, start)
     try:
         with open(temporary, "wb") as file:

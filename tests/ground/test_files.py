@@ -264,9 +264,29 @@ def test_the_next_writer_of_a_file_removes_what_killed_ones_have_left(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     start = f".table.csv.{files._HOST}."
-    for name in (f"{start}{ended.pid}.part", f"{start}{os.getppid()}.part", f"{start}{10**30}.part", f"{start}x.part",
-                 f".table.csv.another_host.{ended.pid}.part", f".other.csv.{files._HOST}.{ended.pid}.part"):
+    for name in (f"{start}{ended.pid}-1.part", f"{start}{os.getppid()}-1.part", f"{start}{10**30}-1.part",
+                 f"{start}x.part", f".table.csv.another_host.{ended.pid}-1.part",
+                 f".other.csv.{files._HOST}.{ended.pid}-1.part"):
         (tmp_path / name).write_text("half")
     write_file(tmp_path / "table.csv", b"whole")
     left = set(names(tmp_path))
-    assert f"{start}{ended.pid}.part" not in left and len(left) == 6 and "table.csv" in left
+    assert f"{start}{ended.pid}-1.part" not in left and len(left) == 6 and "table.csv" in left
+
+
+def test_threads_that_write_one_file_leave_a_whole_one(tmp_path):
+    contents = [bytes([number]) * 100_000 for number in range(4)]
+    threads = [threading.Thread(target=lambda data=data: [write_file(tmp_path / "file", data) for _ in range(20)])
+               for data in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() in contents
+
+
+def test_a_folder_that_cannot_be_made_whole_is_not_made_in_part(tmp_path):
+    for call in (lambda: write_file(tmp_path / "a" / ("x" * 300) / "file", b"1"),
+                 lambda: check_folder(tmp_path / "a" / ("x" * 300), 0),
+                 lambda: sole_writer(tmp_path / "a" / ("x" * 300)).__enter__()):
+        assert "longer" in refusal_of(call).cause
+    assert not names(tmp_path)
