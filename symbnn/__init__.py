@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is imported when it is asked for
-    from symbnn.data.sources import load as load, load_npz as load_npz
+    from symbnn.data.own_images import load_npz as load_npz
+    from symbnn.data.sources import load as load
     from symbnn.data.splits import Split as Split
     from symbnn.equivariance.conditions import violations as violations
     from symbnn.equivariance.metrics import summarize as summarize
@@ -74,7 +75,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from symbnn.training.loop import train as train
 
 _NAMES = {  # the same by module; a test compares the two
-    "data.sources": "load load_npz",
+    "data.own_images": "load_npz",
+    "data.sources": "load",
     "data.splits": "Split",
     "equivariance.conditions": "violations",
     "equivariance.metrics": "summarize",

@@ -5,9 +5,11 @@ from symbnn.signals import CLOSED, output_is_closed
 
 
 def main() -> int:
-    """Run a command; its exit status."""
+    """The console script: run a command. Gives its exit status; 141 where the reader of its output has gone."""
     try:
-        return _answer_quickly() if sys.argv[1:] == ["reproduce", "--list"] else _command()
+        status = _answer_quickly() if sys.argv[1:] == ["reproduce", "--list"] else _command()
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
         if not output_is_closed():
             raise
@@ -20,7 +22,7 @@ def main() -> int:
 def _answer_quickly() -> int:
     from symbnn.studies.titles import listing
 
-    print(listing(), flush=True)
+    print(listing())
     return 0
 
 

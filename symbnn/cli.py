@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/9_command_line/02_cli.ipynb #0def6dcd-0
+# %% ../nbs/9_command_line/02_cli.ipynb #34264c8a-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
@@ -33,9 +33,10 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, Suppress
 from . import __version__
 from .data.splits import OddData
 from .errors import Refusal, require
-from .signals import CLOSED, TERMINATING, Ended, end, handled, output_is_closed, status_after
+from .files import check_regular
+from .signals import TERMINATING, Ended, end, handled, status_after
 
-# %% ../nbs/9_command_line/02_cli.ipynb #f4ec611c-0
+# %% ../nbs/9_command_line/02_cli.ipynb #0bf8d9b3-0
 class _Once(yaml.SafeLoader):
     """YAML in which each name stands once; else the last would win without a word."""
 
@@ -51,8 +52,7 @@ def _settings(path: Path) -> list[str]:
     """The settings of a YAML file as they would be typed. Raises `Refusal` for anything but names with values."""
     example = "a YAML file with a line such as   epochs: 20   or   channels: [32, 64]"
     try:
-        require(path.is_file() or not path.exists(), "a YAML file after --config", f"{path}, which is no file",
-                "a folder, or nothing after --config", example)
+        check_regular(path)
         read = yaml.load(path.read_text(encoding="utf-8"), _Once)  # a SafeLoader, which makes no objects
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise Refusal("a YAML file after --config", got=f"{path}: {' '.join(str(error).split())}",
@@ -112,7 +112,7 @@ def _parsed(typed: list[str], short: bool = False) -> Any:
     sys.stderr.write(err.getvalue())
     raise ended
 
-# %% ../nbs/9_command_line/02_cli.ipynb #2662c3c3-0
+# %% ../nbs/9_command_line/02_cli.ipynb #4c7f959e-0
 def _help(typed: list[str], whole: bool) -> None:
     """Print the help of a command, or of all."""
     try:
@@ -208,15 +208,7 @@ def _run(typed: Sequence[str]) -> int:
 
 
 def main(typed: Sequence[str] | None = None) -> int:
-    """The console script `symbnn`. Gives the exit status: 2 for what is refused, 130 after Ctrl-C, 143 after SIGTERM,
-    141 where the reader of its output has gone."""
+    """Do what is typed. Gives the exit status: 2 for what is refused, 130 after Ctrl-C, 143 after SIGTERM."""
     _any_encoding()
-    try:
-        with handled(end, TERMINATING):
-            status = _run(sys.argv[1:] if typed is None else typed)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        if not output_is_closed():
-            raise
-        return CLOSED
+    with handled(end, TERMINATING):
+        return _run(sys.argv[1:] if typed is None else typed)

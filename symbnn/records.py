@@ -6,7 +6,7 @@
 __all__ = ['Record', 'SEAL', 'LARGEST', 'parse', 'parse_value', 'read_record', 'check_fields', 'json_values', 'sealed_text',
            'write_record']
 
-# %% ../nbs/0_ground/06_records.ipynb #3c5f7488-0
+# %% ../nbs/0_ground/06_records.ipynb #e6662200-0
 import hashlib
 import json
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from typing import Any, Literal, TypeVar, cast, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import Refusal, require, shortened
-from .files import write_file
+from .files import check_regular, write_file
 
-# %% ../nbs/0_ground/06_records.ipynb #46002821-0
+# %% ../nbs/0_ground/06_records.ipynb #a1aed340-0
 Record = TypeVar("Record")
 SEAL = "sha256"  # of all the rest
 LARGEST = 2**28  # bytes of a record; the largest that the library writes has some thousands
@@ -103,8 +103,7 @@ def read_record(path: Path, kind: type[Record], fix: str, sealed: bool = False) 
     is no file that can be read, and for a file that was changed since `write_record` wrote it.
     """
     try:
-        require(path.is_file() or not path.exists(), "a file of JSON", f"{path}, which is none",
-                "a folder or a device", fix)
+        check_regular(path)
         require(path.stat().st_size <= LARGEST, f"a record of at most {LARGEST // 2**20} MiB",
                 f"{path} with {path.stat().st_size / 2**20:.0f} MiB", "another file under this name", fix)
         text = path.read_bytes()

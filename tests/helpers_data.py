@@ -1,4 +1,7 @@
 """What the tests of the rooms on data share."""
+import numpy as np
+
+from symbnn.data.idx import IDX_TYPES
 
 
 def typed(fix: str, **names):
@@ -7,3 +10,9 @@ def typed(fix: str, **names):
     for statement in before:
         exec(statement, names)
     return eval(last, names)
+
+
+def idx(array: np.ndarray, code=0x08) -> bytes:
+    """An array as an IDX file."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, code, array.ndim]) + sizes + array.astype(IDX_TYPES[code]).tobytes()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO', 'Panel', 'as_cell', 'StudyValues', 'Study', 'words', 'describe', 'Comparison']
 
-# %% ../../nbs/8_studies/05_grids.ipynb #ad8c55fa-0
+# %% ../../nbs/8_studies/05_grids.ipynb #4e8f1848-0
 import difflib
 import json
 from collections.abc import Iterable, Sequence
@@ -17,15 +17,15 @@ from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
-from ..errors import check_choice, check_count, check_kind, check_positive, check_seed, require
-from ..records import parse
+from ..errors import check_choice, check_count, check_positive, check_seed, require
+from ..records import check_fields, parse
 from .evaluations import Evaluation
 from .methods import Method, read_method
 from .runs import SHOW, NetworkRun, Run, run_from_json, task_of
 from .tasks import Setup, Task, epoch_cost, plain
 from ..training.config import TrainingConfig
 
-# %% ../../nbs/8_studies/05_grids.ipynb #5398ba2c-0
+# %% ../../nbs/8_studies/05_grids.ipynb #bd3b238e-0
 @dataclass(frozen=True)
 class Panel:
     """One picture of a study's figure."""
@@ -36,10 +36,8 @@ class Panel:
     slope: float | None = None  # of a guide line in logarithmic axes, through the first point of the first series
 
     def __post_init__(self):
-        check_kind(self.metric, str, "the metric of a panel", 'Panel("accuracy")')
+        check_fields(self)
         check_choice(self.show, ("mean", "spread"), "what a panel shows")
-        if self.slope is not None:
-            check_kind(self.slope, (int, float), "the slope of a guide line", "slope=-1, or None for no line")
 
 
 _DEFAULT_PANELS = (Panel("defect_unbiased"), Panel("accuracy", logarithmic=False))

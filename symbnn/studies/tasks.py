@@ -7,7 +7,7 @@ __all__ = ['SYMMETRIES', 'PRIORS', 'WORK', 'plain', 'Setup', 'Task', 'prepare', 
            'using_threads', 'noted', 'read_notes', 'check_images', 'fit', 'evaluate_task', 'chosen_images',
            'path_reports']
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #3847a1e4-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #41b20b6b-0
 import json
 import sys
 import zlib
@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import __version__
-from ..data.sources import DATASETS, load, load_npz
+from ..data.own_images import load_npz
+from ..data.sources import DATASETS, load
 from ..data.splits import Dataset, Split
 from ..equivariance.metrics import summarize
 from ..equivariance.predictions import Equivariance, Mode, orbit_predictions

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from symbnn import memory
-from symbnn.data.sources import load_npz, read_idx
+from symbnn.data.idx import read_idx
+from symbnn.data.own_images import load_npz
 from symbnn.data.splits import OddData
 from symbnn.errors import Refusal
 from tolerances import assert_close

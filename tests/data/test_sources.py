@@ -1,4 +1,4 @@
-"""Sources: the digits, IDX files damaged in every way, folders, downloads, and the real files where they are."""
+"""Sources: the digits, folders, downloads, and the real files where they are."""
 import dataclasses
 import gzip
 import hashlib
@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from symbnn.data.sources import IDX_TYPES, PARTS, SOURCES, Source, load, load_npz, read_idx
+from helpers_data import idx
+from symbnn.data.idx import read_idx
+from symbnn.data.sources import PARTS, SOURCES, Source, load
 from symbnn.errors import Refusal
-from tolerances import assert_close
 
 
 @pytest.fixture(scope="module")
@@ -64,49 +63,6 @@ def test_names_and_folders_that_do_not_fit_are_refused(tmp_path):
         load("mnist", tmp_path / "absent")
     with pytest.raises(Refusal, match="download=False"):
         load("mnist", download=False)
-
-
-# IDX files
-
-
-def idx(array: np.ndarray, code=0x08) -> bytes:
-    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
-    return bytes([0, 0, code, array.ndim]) + sizes + array.astype(IDX_TYPES[code]).tobytes()
-
-
-@given(st.lists(st.integers(0, 4), min_size=0, max_size=4), st.sampled_from(sorted(IDX_TYPES)), st.booleans())
-@settings(deadline=None)
-def test_idx_files_are_read_as_written(tmp_path_factory, shape, code, compressed):
-    array = np.arange(np.prod(shape, dtype=int)).reshape(shape) % 100
-    content = idx(array, code)
-    path = tmp_path_factory.mktemp("idx") / "file"
-    path.write_bytes(gzip.compress(content) if compressed else content)
-    assert np.array_equal(read_idx(path), array)
-
-
-@given(st.integers(0, 39), st.booleans())
-@settings(deadline=None)
-def test_every_truncation_is_refused_by_name(tmp_path_factory, length, compressed):
-    content = idx(np.arange(24).reshape(2, 3, 4))
-    path = tmp_path_factory.mktemp("idx") / "some-images"
-    path.write_bytes(gzip.compress(content[:length]) if compressed else content[:length])
-    with pytest.raises(Refusal, match="a complete IDX file as some-images"):
-        read_idx(path)
-
-
-def test_foreign_and_damaged_files_are_refused_by_name(tmp_path):
-    path, content = tmp_path / "some-images", idx(np.arange(24).reshape(2, 3, 4))
-    packed = gzip.compress(content)
-    bad_sum = packed[:-8] + bytes(8)
-    foreign = (content + b"\0", b"\x89PNG\r\n", b"\0\0\x07\x01" + content[4:], b"\1" + content)
-    for broken in (*foreign, packed[:-1], packed[:5], bad_sum):
-        path.write_bytes(broken)
-        with pytest.raises(Refusal, match="a complete IDX file as some-images"):
-            read_idx(path)
-    with pytest.raises(Refusal, match="No such file"):
-        read_idx(tmp_path / "absent")
-    with pytest.raises(Refusal, match="cannot be read"):
-        read_idx(tmp_path)
 
 
 # A small data set under the name of MNIST, with its own checksums
@@ -259,86 +215,6 @@ def test_no_network_and_an_unwritable_cache_are_refused(mirror, monkeypatch):
     point_to(monkeypatch, "http://127.0.0.1:9/")
     with pytest.raises(Refusal, match=r'ConnectionError.*no network.*load\("digits"\)'):
         load("mnist")
-
-
-# Images of one's own
-
-
-def arrays(**changes):
-    generator = np.random.default_rng(0)
-    made = {
-        "train_images": generator.integers(0, 256, (40, 8, 8), dtype=np.uint8), "train_labels": np.arange(40) % 3,
-        "test_images": generator.integers(0, 256, (6, 8, 8), dtype=np.uint8), "test_labels": np.arange(6) % 3,
-    }
-    return {**made, **changes}
-
-
-def test_own_images_are_read(tmp_path):
-    np.savez(tmp_path / "mine.npz", **arrays())
-    data = load_npz(tmp_path / "mine.npz")
-    assert data.shape == (1, 8, 8) and data.classes == ("0", "1", "2") and len(data.train) == 36
-    assert_close(data.test.inputs[:, 0] * 255, arrays()["test_images"].astype(float), 1e-5)
-
-
-def test_floats_and_channels_are_kept(tmp_path):
-    images = np.random.default_rng(0).normal(size=(40, 3, 8, 8))
-    np.savez(tmp_path / "mine.npz", **arrays(train_images=images, test_images=images[:6]))
-    data = load_npz(tmp_path / "mine.npz", dtype=torch.float64)
-    assert data.shape == (3, 8, 8)
-    assert_close(data.test.inputs, images[:6])
-
-
-WRONG = {
-    "NaN": (arrays(train_images=np.full((40, 8, 8), np.nan)), "NaN"),
-    "labels out of range": (arrays(test_labels=np.full(6, 7)), "label 7 in the test split"),
-    "negative labels": (arrays(train_labels=np.full(40, -1)), "count from 0"),
-    "flattened": (arrays(train_images=np.zeros((40, 64))), "shape"),
-    "too few labels": (arrays(train_labels=np.zeros(3, int)), "one integer label for each"),
-    "labels as floats": (arrays(train_labels=np.zeros(40)), "not integers"),
-    "pixels as 16-bit": (arrays(train_images=np.zeros((40, 8, 8), np.uint16)), "uint16"),
-    "other test shape": (arrays(test_images=np.zeros((6, 10, 10))), "one shape"),
-    "objects": (arrays(train_labels=np.array([None] * 40)), "npz file"),
-    "missing": ({"train_images": np.zeros((4, 8, 8))}, "npz file"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arrays_are_refused(case, tmp_path):
-    content, reason = WRONG[case]
-    np.savez(tmp_path / "mine.npz", **content)
-    with pytest.raises(Refusal, match=reason):
-        load_npz(tmp_path / "mine.npz")
-
-
-class Bomb:
-    """Counts how often it is unpickled."""
-
-    exploded = 0
-
-    def __reduce__(self):
-        return Bomb.explode, ()
-
-    @staticmethod
-    def explode():
-        """What unpickling runs."""
-        Bomb.exploded += 1
-
-
-def test_reading_a_file_runs_nothing(tmp_path):
-    np.savez(tmp_path / "mine.npz", **arrays(train_labels=np.array([Bomb()] * 40, dtype=object)))
-    with pytest.raises(Refusal, match="npz file"):
-        load_npz(tmp_path / "mine.npz")
-    assert not Bomb.exploded
-
-
-@pytest.mark.parametrize("content", [None, b"", b"text", b"PK\x03\x04 truncated", b"\x93NUMPY"])
-def test_wrong_files_are_refused(content, tmp_path):
-    path = tmp_path / "mine.npz"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(Refusal, match="train_images") as caught:
-        load_npz(path)
-    assert str(tmp_path) not in str(caught.value)
 
 
 # The real files, where they are

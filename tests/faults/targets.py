@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from symbnn.data.sources import load_npz, read_idx
+from symbnn.data.idx import read_idx
+from symbnn.data.own_images import load_npz
 from symbnn.data.splits import Split
 from symbnn.posterior.layers import with_posteriors
 from symbnn.studies.catalogue import find_study

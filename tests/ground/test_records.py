@@ -86,8 +86,8 @@ def test_what_is_no_file_is_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(LARGEST + 1)  # takes no room on the disk
-    for path, said in ((tmp_path / "missing", "No such file"), (tmp_path / "folder", "which is none"),
-                       (Path("/dev/zero"), "which is none"), (tmp_path / "huge", "256 MiB")):
+    for path, said in ((tmp_path / "missing", "No such file"), (tmp_path / "folder", "no file, but a folder"),
+                       (Path("/dev/zero"), "or a device"), (tmp_path / "huge", "256 MiB")):
         assert said in refusal_of(lambda path=path: read_record(path, dict, "again")).got
 
 

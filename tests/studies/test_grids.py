@@ -175,8 +175,8 @@ def test_figures_that_could_not_be_drawn_are_refused(study, change, reason):
 
 
 @pytest.mark.parametrize("options, reason", [
-    ({"show": "median"}, "one of mean, spread"), ({"slope": "steep"}, "slope of a guide line"),
-    ({"metric": ("accuracy",)}, "a str as the metric"),
+    ({"show": "median"}, "one of mean, spread"), ({"slope": "steep"}, "of its type as slope"),
+    ({"metric": ("accuracy",)}, "of its type as metric"),
 ])
 def test_panels_that_cannot_be_meant_are_refused(options, reason):
     with pytest.raises(Refusal, match=reason):
