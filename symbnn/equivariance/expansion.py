@@ -6,7 +6,7 @@
 __all__ = ['Arrangement', 'ARRANGEMENT', 'block_turn', 'mark_arrangement', 'arrangement_of', 'Widen', 'expansion_rule',
            'Expanded', 'expand', 'expanded_action']
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #f35d5e78-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #07a9e5fb-0
 import itertools
 import math
 from collections.abc import Set
@@ -14,7 +14,7 @@ from functools import partial, singledispatch
 from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ..binding import copy_network, modules_outside
 from ..errors import Refusal, check_choice, require
@@ -27,7 +27,7 @@ from ..posterior.point_mass import PointMass
 from ..posterior.priors import Prior
 from ..symmetry.actions import Action, regular_channels
 from ..symmetry.groups import Element, Group
-from ..symmetry.networks import NetworkAction, check_acting, network_action, network_graph
+from ..symmetry.networks import NetworkAction, check_acting, network_action
 
 # %% ../../nbs/3_equivariance/13_expansion.ipynb #a5a6fe16-0
 Arrangement = Literal["regular", "row_rolled", "row_constant", "block_diagonal"]
@@ -258,7 +258,7 @@ def _widen(layer: nn.Module, read: int, written: int) -> None:
         first, *rest = layer.normalized_shape
         layer.normalized_shape = (written * first, *rest)
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #f737220f-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #cf6e5869-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
     require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
@@ -280,9 +280,9 @@ def _check_tensors(network: nn.Module, action: NetworkAction) -> None:
             f"only the action has: {_listed(moved.items() - found.items())}", *_NOT_OWN)
 
 
-def _check_own(network: nn.Module, action: NetworkAction, graph: fx.Graph) -> None:
-    """`Refusal` unless the action is what is derived for the network, read along a graph of its layers."""
-    own = network_action(network, action.input, output=action.output, graph=graph)
+def _check_own(network: nn.Module, action: NetworkAction) -> None:
+    """`Refusal` unless the action is what is derived for the network."""
+    own = network_action(network, action.input, output=action.output)
     same = own.layers == action.layers and all(
         rule.agrees_with(action.parameters[name]) for name, rule in own.parameters.items()
     )
@@ -323,7 +323,7 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
                     f"one tensor in {owners[id(tensor)]!r} and {name!r}", "weights tied by assignment, which an "
                     "expansion would untie", f"layer {owners[id(tensor)]!r} called twice in forward, in place of two")
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #8c6f28cb-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #f714f17f-0
 class Expanded(NamedTuple):
     """An expanded network, and how the group acts on it."""
 
@@ -352,6 +352,7 @@ def expand(
     check_acting(network, action)
     _check_arrangement(arrangement, action)
     _check_tensors(network, action)
+    _check_own(network, action)
     _check_layers(network, action)
     expansion = _Expansion(action, arrangement, _depths(network, action, arrangement))
     expanded = copy_network(network)
@@ -359,9 +360,7 @@ def expand(
         if name in action.layers:
             _expand_layer(expansion, name, layer, prior)
             mark_arrangement(layer, arrangement)
-    graph = network_graph(expanded)
-    _check_own(network, action, graph)
-    return Expanded(expanded, _action_on_copies(expanded, action, expansion.depths, graph))
+    return Expanded(expanded, _action_on_copies(expanded, action, expansion.depths))
 
 
 def expanded_action(expanded: nn.Module, action: NetworkAction) -> NetworkAction:
@@ -381,7 +380,7 @@ def expanded_action(expanded: nn.Module, action: NetworkAction) -> NetworkAction
     arrangement = built or "regular"
     _check_arrangement(arrangement, action)
     depths = _depths(expanded, action, arrangement)
-    result = _action_on_copies(expanded, action, depths, network_graph(expanded))
+    result = _action_on_copies(expanded, action, depths)
     require(built is not None or not _rolls_differently(expanded, action), "layers that say by which arrangement "
             "they were expanded, since the action depends on it", "layers without a mark of it",
             "a network that was built by hand, or weights of an older file",
@@ -389,8 +388,7 @@ def expanded_action(expanded: nn.Module, action: NetworkAction) -> NetworkAction
     return result
 
 
-def _action_on_copies(expanded: nn.Module, action: NetworkAction, depths: dict[str, int],
-                      graph: fx.Graph) -> NetworkAction:
+def _action_on_copies(expanded: nn.Module, action: NetworkAction, depths: dict[str, int]) -> NetworkAction:
     """The action on an expanded network, whose copies of a class the group permutes as its powers `depths` do."""
     group = action.group
 
@@ -406,7 +404,7 @@ def _action_on_copies(expanded: nn.Module, action: NetworkAction, depths: dict[s
         regular = regular_channels(group, action.channels[name].numel)
         return regular if depths[name] == 1 else regular.pulled_back(group, partial(group.power, k=depths[name]))
 
-    return network_action(expanded, action.input, hidden=hidden, output=action.output, graph=graph)
+    return network_action(expanded, action.input, hidden=hidden, output=action.output)
 
 
 def _rolls_differently(expanded: nn.Module, action: NetworkAction) -> bool:

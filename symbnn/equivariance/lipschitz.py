@@ -22,7 +22,7 @@ from ..posterior.layers import VariationalTensor, variational_tensors
 from ..symmetry.networks import NetworkAction, check_acting
 from ..symmetry.windows import Window, convolution_windows
 
-# %% ../../nbs/3_equivariance/05_lipschitz.ipynb #28d19508-0
+# %% ../../nbs/3_equivariance/05_lipschitz.ipynb #50bcf89c-0
 _ENTRYWISE = (nn.ReLU, nn.Tanh, nn.Identity)  # exact types: Lipschitz 1, and 0 at 0
 _Pool = nn.MaxPool1d | nn.MaxPool2d | nn.AvgPool1d | nn.AvgPool2d
 _Weighted = nn.Linear | nn.Conv1d | nn.Conv2d
@@ -68,7 +68,8 @@ def stretch(layer: _Weighted, shape: Sequence[int]) -> float:
     """
     if isinstance(layer, nn.Linear):
         return 1.0
-    windows, wraps = convolution_windows(layer), layer.padding_mode == "circular"
+    windows = convolution_windows(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    wraps = layer.padding_mode == "circular"
     return math.sqrt(math.prod(_most_reads(w, n, wraps) for w, n in zip(windows, shape[-len(windows):], strict=True)))
 
 # %% ../../nbs/3_equivariance/05_lipschitz.ipynb #999465b9-0

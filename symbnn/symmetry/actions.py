@@ -19,7 +19,7 @@ from ..memory import check_memory
 from .groups import Cyclic, Element, Group, Permutations, left_regular
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #4dfd2131-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #bd4135dc-0
 def _check_acted_on(shape: Sequence[int]) -> None:
     check_shape(shape, "the shape that a group acts on", "a tuple such as (3,) or (1, 28, 28)")
     check_memory(16 * math.prod(shape), "the map of a group element, an index and a sign for each coordinate,",
@@ -44,6 +44,7 @@ class Action:
         check_kind(group, Group, "the group of an action", "Cyclic(4), or the group of another action, action.group")
         _check_acted_on(shape)
         self.group, self.shape, self.rule, self.name = group, tuple(shape), rule, name
+        self.parts: tuple[Action, ...] = ()  # of a product: the actions on the axes
         self.numel = math.prod(self.shape)  # number of coordinates
         self._keep = group.order * self.numel <= 2**22  # tables of all elements: at most 36 MiB
         self._kept: dict[Element, SignedPermutation] = {}
@@ -80,6 +81,9 @@ class Action:
                           "inputs of another size or layer, or axes in another order (channels come first)",
                           fix="action.flattened().act(g, x)" if flat else
                           f"x of shape {('batch', *self.shape)}".replace("'", ""))
+        return self._move(g, x)
+
+    def _move(self, g: Element, x: Tensor) -> Tensor:
         return self(g)(x, range(-len(self.shape), 0))
 
     @staticmethod
@@ -97,7 +101,9 @@ class Action:
                 "factors that were made for different groups", "factor.pulled_back(group, homomorphism) for each")
         shape = [n for action in actions for n in action.shape]
         name = " x ".join(action.name for action in actions)
-        return Action(groups[0], shape, partial(tensor_product, actions), name)
+        product = Action(groups[0], shape, partial(tensor_product, actions), name)
+        product.parts = actions
+        return product
 
     def flattened(self) -> "Action":
         """The same action on the flattened tensor, of shape `(n,)`."""
