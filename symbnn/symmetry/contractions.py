@@ -1,17 +1,15 @@
 """Operations that sum over products: linear layers, products of matrices, attention, look-ups and recurrent layers."""
 
-import math
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .axes import Axis, Still, axis_size, leaves
-from .features import Copies, Features, Site
-from .operations import _alike, _scaled, as_features, broadcast, fresh_labels, labels_of, relabelled, rule
-from .views import Stacked, cat, position
+from .axes import Axis, Still, axis_size
+from .features import Features, Site
+from .operations import add, alike, as_features, broadcast, fresh_labels, labels_of, relabelled, rule, scaled
+from .views import Stacked, cat, index_select
 
 SUM_OVER = "sums over it"
 TOGETHER = ("nn.Flatten(1) before a linear layer, all axes together that are exchanged with each other, or a group that keeps "
@@ -28,7 +26,7 @@ def contract(site: Site, x: Features, first: str, y: Features, second: str, out:
     axes: dict[str, Axis] = dict(zip(first, x.axes))
     for letter, axis in zip(second, y.axes):
         if letter in first:
-            tie = _scaled if letter in out else _alike
+            tie = scaled if letter in out else alike
             axes[letter] = tie(site, axes[letter], axis, copies)
     own = [letter for letter in second if letter not in first]
     labels = fresh_labels([axis for letter, axis in zip(second, y.axes) if letter in own], labels_of(x.axes), copies)
@@ -109,7 +107,6 @@ def _led(site: Site, x: Features, a: int, y: Features, b: int) -> tuple[Features
 @rule("addmm", "baddbmm", "addmv", "addbmm")
 def addmm(site: Site, bias: Any, x: Any, y: Any, **options: object) -> Features:
     """A sum with a product of matrices."""
-    from .operations import add
     return add(site, matmul(site, x, y), bias)
 
 
@@ -169,7 +166,7 @@ def attention(site: Site, q: Features, k: Features, v: Features, mask: Any = Non
         for axis in scores.axes[-2:]:
             ledger.still(site, axis, "causal attention, which depends on the order of the tokens", "is_causal=False")
     if mask is not None:
-        scores = Features(broadcast(site, scores, as_features(site, mask), _alike)[0])
+        scores = Features(broadcast(site, scores, as_features(site, mask), alike)[0])
     ledger.unsigned(site, scores.axes, "an exponential, which does not commute with a change of sign")
     ledger.closed(site, scores.axes[-1:], "takes a softmax over all tokens", TOGETHER)
     return matmul(site, scores, v)
@@ -178,7 +175,6 @@ def attention(site: Site, q: Features, k: Features, v: Features, mask: Any = Non
 @rule("embedding")
 def embedding(site: Site, weight: Any, index: Any, *unused: object, **options: object) -> Features:
     """Rows of a table by their numbers: nothing may move along the numbers, as a group acts on places and not on values."""
-    from .views import index_select
     weight = as_features(site, weight)
     if isinstance(index, Tensor) and index.ndim != 1:
         rows = index_select(site, weight, 0, index.reshape(-1, index.shape[-1])[0]) if _rows_alike(index) else None

@@ -25,7 +25,8 @@ from .axes import (
     leaves,
     split_grid,
 )
-from .groups import Group
+from .groups import Element, Group
+from .signed_permutations import SignedPermutation
 
 
 class Features(NamedTuple):
@@ -300,9 +301,8 @@ def _factored(atom: Known, first: int) -> tuple[Known, Known] | None:
             Known(Action(atom.action.group, (rest,), _Factor(atom.action, first, rest, 1), atom.action.name), f"{atom.name}[1]"))
 
 
-def _factor_maps(action: Action, first: int, rest: int, g: object):
+def _factor_maps(action: Action, first: int, rest: int, g: Element) -> tuple[SignedPermutation, SignedPermutation] | None:
     """The two signed permutations whose product is that of `g`, or None."""
-    from .signed_permutations import SignedPermutation
     table = action(g)
     index, sign = table.index.view(first, rest), table.sign.view(first, rest)
     rows, columns = index[:, 0] // rest, index[0] % rest
@@ -320,7 +320,7 @@ class _Factor(NamedTuple):
     rest: int
     which: int
 
-    def __call__(self, g: object):
+    def __call__(self, g: Element) -> SignedPermutation:
         maps = _factor_maps(self.action, self.first, self.rest, g)
         assert maps is not None, "seen on the generators"
         return maps[self.which]

@@ -11,7 +11,7 @@ from .axes import Axis, Grid, Still, axis_size, grid_moves, is_still, leaves
 from .contractions import layer_of, note_layer, with_bias
 from .features import Features, Site
 from .operations import as_features, rule
-from .reductions import NO_MAXIMUM
+from .reductions import NO_MAXIMUM, Places
 from .views import as_grid, regrouped
 from .windows import Window, convolution_windows, per_axis, slide
 
@@ -159,7 +159,6 @@ def maximum_pool(site: Site, x: Features, kernel: Any, stride: Any = None, paddi
 @rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")
 def maximum_pool_with_places(site: Site, x: Features, *arguments: Any, **options: Any) -> tuple:
     """Maximum pools that give the positions of maxima too."""
-    from .reductions import Places
     return maximum_pool(site, x, *arguments, **options), Places()
 
 
@@ -179,7 +178,6 @@ def _pool(site: Site, x: Features, kernel: Any, stride: Any, padding: Any, dilat
       "adaptive_max_pool3d")
 def adaptive_pool(site: Site, x: Features, size: Any) -> Any:
     """Adaptive pools, whose windows are symmetric for every size."""
-    from .reductions import Places
     if "max" in site.operator:
         site.ledger.unsigned(site, x.axes, NO_MAXIMUM)
     ndim = _ndim(site)

@@ -1,13 +1,12 @@
 """Operations on each number by itself, and how rules for operations are written down."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .axes import Absolute, Axis, Grid, Still, Unknown, absolute, axis_size, is_still, leaves
+from .axes import Absolute, AxesAction, Axis, Grid, Still, Unknown, absolute, axis_size, leaves
 from .features import Copies, Features, Site
 
 Rule = Callable[..., Any]  # of the site and of the operation's own arguments, to the features that it gives
@@ -35,7 +34,6 @@ def as_features(site: Site, value: Any) -> Features:
     features = Features(axes)
 
     def check() -> None:
-        from .axes import AxesAction
         action = AxesAction(site.ledger.group, axes)
         for g in site.ledger.group.generators():
             moved = action.act(g, value.double() if value.dtype != torch.complex64 else value)
@@ -187,12 +185,12 @@ def broadcast(site: Site, x: Features, y: Features, tie: Callable[..., Axis]) ->
     return tuple(result), constant
 
 
-def _alike(site: Site, a: Axis, b: Axis, copies: Copies) -> Axis:
+def alike(site: Site, a: Axis, b: Axis, copies: Copies) -> Axis:
     site.ledger.tie(site, a, b, copies)
     return a
 
 
-def _scaled(site: Site, a: Axis, b: Axis, copies: Copies) -> Axis:
+def scaled(site: Site, a: Axis, b: Axis, copies: Copies) -> Axis:
     """The axis of a product of two features: signs multiply."""
     first, second = tuple(leaves(a)), tuple(leaves(b))
     for own, other in ((second, first), (first, second)):
@@ -215,7 +213,7 @@ def add(site: Site, x: Any, y: Any, **options: Any) -> Features:
         x, number = (x, y) if _is_tensor(x) else (y, x)
         return odd(site, x) if number == 0 else pointwise(site, x)
     x, y = as_features(site, x), as_features(site, y)
-    axes, constant = broadcast(site, x, y, _alike)
+    axes, constant = broadcast(site, x, y, alike)
     site.ledger.unsigned(site, constant, "one number that is added to features with signs")
     return Features(axes)
 
@@ -227,7 +225,7 @@ def _is_tensor(value: object) -> bool:
 @rule("copy")
 def copied(site: Site, x: Features, y: Any, *unused: object) -> Features:
     """Numbers written over others, which are moved alike."""
-    return Features(broadcast(site, x, as_features(site, y), _alike)[0])
+    return Features(broadcast(site, x, as_features(site, y), alike)[0])
 
 
 @rule("mul", "div", "true_divide", "multiply", "divide", "__mul__", "__rmul__")
@@ -237,7 +235,7 @@ def multiply(site: Site, x: Any, y: Any, *, rounding_mode: str | None = None, **
         return together(site, *(value for value in (x, y) if _is_tensor(value)))
     if not _is_tensor(x) or not _is_tensor(y):
         return odd(site, x if _is_tensor(x) else y)
-    return Features(broadcast(site, as_features(site, x), as_features(site, y), _scaled)[0])
+    return Features(broadcast(site, as_features(site, x), as_features(site, y), scaled)[0])
 
 
 @rule("maximum", "minimum", "max.other", "min.other", "fmax", "fmin", "atan2", "fmod", "remainder", "floor_divide", "lerp",
@@ -249,5 +247,5 @@ def together(site: Site, *operands: Any, **options: Any) -> Features:
     result = tensors[0]
     for other in tensors:
         site.ledger.unsigned(site, other.axes, NOT_ODD)
-        result = Features(broadcast(site, result, other, _alike)[0]) if other is not tensors[0] else result
+        result = Features(broadcast(site, result, other, alike)[0]) if other is not tensors[0] else result
     return Features(result.axes)

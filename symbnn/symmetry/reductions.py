@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .axes import Axis, Still, Uncoupled, AxesAction, absolute, axis_size, leaves
-from .contractions import TOGETHER, note_layer
+from .axes import Axis, Grid, Joint, absolute, axis_size, is_still, leaves
+from .contractions import TOGETHER, contract, letters, note_layer
 from .features import Features, Site
-from .operations import as_features, rule, _scaled
-from .views import Stacked, positions
+from .operations import add, as_features, multiply, pointwise, rule, together
+from .views import positions, regrouped, split
 
 NO_MAXIMUM = "a maximum does not commute with a change of sign"
 SIGNED_SUM = "a sum over features that change signs"
@@ -29,7 +29,6 @@ def reduced(site: Site, x: Features, dims: Any, keepdim: bool, kind: str) -> Fea
 
 def _is_open(site: Site, taken: Sequence[Axis]) -> bool:
     """Whether an axis is left that some element exchanges with one of these."""
-    from .axes import Grid, Known, Joint, is_still
     grids = [atom for axis in taken for atom in leaves(axis) if isinstance(atom, (Grid, Joint)) and not is_still(atom)]
     for atom in grids:
         if isinstance(atom, Joint):
@@ -73,7 +72,6 @@ def extremes(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
 @rule("max", "min")
 def extreme(site: Site, x: Any, *arguments: Any, **options: Any) -> Any:
     """A maximum over all, over one axis with its place, or of two tensors."""
-    from .operations import together
     if arguments and not isinstance(arguments[0], int):
         return together(site, x, arguments[0])
     result = extremes(site, x, *arguments, **options)
@@ -123,8 +121,6 @@ def softmax(site: Site, x: Features, dim: int, *unused: object, **options: objec
 @rule("glu")
 def gated(site: Site, x: Features, dim: int = -1) -> Features:
     """The first half of an axis, gated by the second one."""
-    from .operations import multiply, pointwise
-    from .views import split
     first, second = split(site._replace(operator="chunk"), x, 2, dim)
     return multiply(site, first, pointwise(site, second))
 
@@ -132,7 +128,6 @@ def gated(site: Site, x: Features, dim: int = -1) -> Features:
 @rule("cosine_similarity")
 def cosine_similarity(site: Site, x: Any, y: Any, dim: int = 1, eps: float = 1e-8) -> Features:
     """The cosine between vectors along an axis, in which signs cancel."""
-    from .contractions import contract, letters
     x, y = as_features(site, x), as_features(site, y)
     names = letters(len(x.axes))
     gone = names[positions(site, x, dim)[0]]
@@ -142,7 +137,6 @@ def cosine_similarity(site: Site, x: Any, y: Any, dim: int = 1, eps: float = 1e-
 @rule("pairwise_distance")
 def pairwise_distance(site: Site, x: Features, y: Features, *unused: object) -> Features:
     """The distance between vectors along the last axis."""
-    from .operations import add
     site.ledger.closed(site, x.axes[-1:], "takes a distance", TOGETHER)
     return Features(spreads(site._replace(operator="norm"), add(site, x, y), 2, [-1]).axes)
 
@@ -214,7 +208,6 @@ def rms_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None, 
 @rule("group_norm", "native_group_norm")
 def group_norm(site: Site, x: Features, groups: int, weight: Any = None, bias: Any = None, *unused: object) -> Features:
     """Normalisation over groups of channels, which have to be kept as blocks."""
-    from .views import regrouped
     channels = x.axes[1]
     if 1 < groups < axis_size(channels):
         regrouped(site, list(leaves(channels)), [groups, axis_size(channels) // groups])

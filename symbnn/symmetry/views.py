@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .axes import Axis, Grid, Joint, Parts, Still, Unknown, axis_size, is_still, leaves, merge_grids
 from .features import Features, Site, joined
-from .operations import as_features, broadcast, rule, _alike
+from .operations import alike, as_features, broadcast, rule
 
 CUT = "an axis that the group moves is cut, so that some features leave the piece that they belong to"
 
@@ -262,7 +262,7 @@ def stack(site: Site, tensors: Sequence[Any], dim: int = 0) -> Features:
     """Tensors along a new axis, on all of whose places they are moved alike."""
     parts = [as_features(site, tensor) for tensor in tensors]
     for other in parts[1:]:
-        broadcast(site, parts[0], other, _alike)
+        broadcast(site, parts[0], other, alike)
     dim = position(site, parts[0], dim, more=1)
     return Features((*parts[0].axes[:dim], (Still(len(parts)),), *parts[0].axes[dim:]))
 
