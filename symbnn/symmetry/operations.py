@@ -11,6 +11,7 @@ from .features import Copies, Features, Site
 
 Rule = Callable[..., Any]  # of the site and of the operation's own arguments, to the features that it gives
 RULES: dict[str, Rule] = {}  # by the names of torch's operators, without overloads
+LAYER_RULES: dict[type, Rule] = {}  # by the types of modules that are read as one operation
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:

@@ -1,10 +1,14 @@
 """A network's forward pass as a graph of torch's own operators, whatever way it was written."""
 
+import copy
+import itertools
 import logging
 import operator
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +17,56 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from ..binding import Placeholder, copy_tree, plain_network
-from ..errors import Refusal, shortened
+from ..errors import Refusal, require, shortened
 from .features import Features, Ledger, Site
-from .operations import RULES
+from .operations import LAYER_RULES, RULES
 from . import contractions, filters, reductions, views  # noqa: F401
+
+
+# --- layers that are read as one operation
+
+_OPAQUE: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+@torch.library.custom_op("symbnn::layer", mutates_args=())
+def _layer_operator(inputs: list[Tensor], parameters: list[Tensor], number: int) -> Tensor:
+    return _plain_call(inputs, parameters, number).clone()
+
+
+@_layer_operator.register_fake
+def _(inputs: list[Tensor], parameters: list[Tensor], number: int) -> Tensor:
+    return _plain_call(inputs, parameters, number).clone()
+
+
+def _plain_call(inputs: list[Tensor], parameters: list[Tensor], number: int) -> Tensor:
+    """The layer's own forward pass."""
+    module = copy.copy(_OPAQUE[number])
+    module.__dict__ = {key: value for key, value in module.__dict__.items() if key != "forward"}
+    return torch.func.functional_call(module, dict(zip(_named(module), parameters)), tuple(inputs))
+
+
+def _named(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters())
+
+
+def _as_one_operation(network: nn.Module) -> None:
+    """Make the layers that have a rule of their own, in a copy of a network, appear as one operation in its graph."""
+    for module in network.modules():
+        if type(module) in LAYER_RULES:
+            number = next(_NUMBERS)
+            _OPAQUE[number] = module
+            module.__dict__["forward"] = partial(_call_layer, module, number)
+
+
+def _call_layer(module: nn.Module, number: int, *inputs: Any) -> Tensor:
+    require(all(isinstance(its, Tensor) for its in inputs), f"tensors, by position, for a {type(module).__name__}, which has a rule",
+            f"arguments of the types {', '.join(type(its).__name__ for its in inputs)}", "settings that are passed to forward",
+            "settings that are passed to the layer's __init__")
+    return _layer_operator(list(inputs), list(_named(module).values()), number)
+
+
+# --- graphs
 
 
 class Graph(NamedTuple):
@@ -38,8 +88,9 @@ def _deterministic(network: nn.Module) -> nn.Module:
     for module in plain.modules():
         if isinstance(module, Placeholder):
             own[id(module)] = nn.Parameter(torch.zeros(module.shape, dtype=module.dtype, device=module.device))  # type: ignore[attr-defined]
-    copy = copy_tree(plain, own, evaluating=True, compiled=False)
-    return copy if copy is not plain else plain
+    copied = copy_tree(plain, own, evaluating=True, compiled=False)
+    _as_one_operation(copied)
+    return copied
 
 
 def network_graph(network: nn.Module, example: tuple[Any, ...], options: Mapping[str, Any] | None = None) -> Graph:
@@ -168,6 +219,8 @@ def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwa
         return node.target(*args, **kwargs)  # type: ignore[operator]
     name = _operator(node)
     site = Site(ledger, name, _label(graph, node, name), _line(node))
+    if node.target is torch.ops.symbnn.layer.default:
+        return _apply_layer(site, *args)
     key = f"{name}.{node.target._overloadname}" if hasattr(node.target, "_overloadname") else name
     found = RULES.get(key, RULES.get(name))
     if found is None:
@@ -184,6 +237,13 @@ def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwa
             raise
         site.refuse(f"the arguments {shortened(args[1:])} {shortened(dict(kwargs))}", f"arguments that no rule reads ({error})",
                     "the layer of torch.nn in place of the function")
+
+
+def _apply_layer(site: Site, inputs: Sequence[Any], parameters: Sequence[Features], number: int) -> Any:
+    """The rule of a layer that is read as one operation, of its inputs and of its parameters by their names."""
+    module = _OPAQUE[number]
+    named = {name.replace(".", "_"): value for name, value in zip(_named(module), parameters)}
+    return LAYER_RULES[type(module)](site, module, *inputs, **named)
 
 
 def _has_features(value: Any) -> bool:
