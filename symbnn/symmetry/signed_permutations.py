@@ -17,15 +17,16 @@ from torch import Tensor
 
 from ..errors import Refusal, check_tensor, require, shortened
 
-# %% ../../nbs/1_symmetry/02_signed_permutations.ipynb #ca5f31c6-0
+# %% ../../nbs/1_symmetry/02_signed_permutations.ipynb #76cc2ef5-0
 def _check_tables(index: Tensor, sign: Tensor) -> None:
     """Refuse tables that are not those of a signed permutation."""
     fix = "SignedPermutation([1, 0, 2], [1, 1, -1]): for each coordinate of the result where it is read, and its sign"
     fault = _fault(index)
     require(not fault, "an index that names each of 0, ..., n - 1 once", fault,
             "a map that copies some coordinates and drops others, or places that are counted from 1", fix)
-    require(sign.shape == index.shape and bool((sign.abs() == 1).all()), f"{len(index)} signs -1 or +1",
-            f"the signs {shortened(sign.tolist())}", "bits or scales in place of signs", fix)
+    signs = sign.shape == index.shape and bool((sign.abs() == 1).all())
+    require(signs, f"{len(index)} signs -1 or +1", "" if signs else f"the signs {shortened(sign.tolist())}",
+            "bits or scales in place of signs", fix)
 
 
 def _fault(index: Tensor) -> str:
