@@ -39,7 +39,7 @@ def main() -> int:
         if asked.only and not any(word in kind.title for word in asked.only):
             continue
         began = time.perf_counter()
-        outcomes, failures = attack(kind, asked.tries, asked.seed)
+        outcomes, failures = attack(kind, max(1, asked.tries // kind.cost), asked.seed)
         print(f"{kind.title}: {sum(outcomes.values())} tries in {time.perf_counter() - began:.0f} s", flush=True)
         for outcome, count in sorted(outcomes.items()):
             print(f"    {count:6d}  {outcome}")
