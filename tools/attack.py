@@ -1,6 +1,6 @@
 """Everything that was tried to break the library's files, records, processes and threads, and what came of it.
 
-    python tools/attack.py                       # ten thousand tries of every kind; of those that take longest, fewer
+    python tools/attack.py                       # ten thousand tries of every kind; of workers, which import torch, 100
     python tools/attack.py --tries 100           # a look
     python tools/attack.py --only writer study   # kinds whose names have one of these words
     python tools/attack.py --table results/attack/table.csv

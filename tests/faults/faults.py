@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from joblib.externals.loky import get_reusable_executor
+from mortal import mortal
 from targets import TARGETS, TINY, DoneAgain, digest, network, trained
 from torch import nn
 
@@ -32,6 +34,9 @@ from symbnn.errors import Refusal
 from symbnn.files import write_file
 from symbnn.posterior.sampling import predict
 from symbnn.records import SEAL, sealed_text, write_record
+from symbnn.studies.grids import Study
+from symbnn.studies.runs import FunctionRun
+from symbnn.studies.store import execute
 from symbnn.training.checkpoints import load_network, save_network
 
 
@@ -492,6 +497,55 @@ def _threads(before: Any, draw: random.Random, place: Path) -> str:
     return "twelve predictions, each as alone"
 
 
+# Workers
+
+
+class Runs(NamedTuple):
+    """A study on workers, the folder with the orders to die, and the records of runs that nobody disturbed."""
+
+    study: Study
+    orders: Path
+    expected: list[dict]
+
+
+def _runs(folder: Path) -> Runs:
+    orders = folder / "orders"
+    orders.mkdir()
+    run = FunctionRun(mortal.__name__, (("orders", str(orders)),))
+    study = Study("Mortal", "none", run, ({"a": (1, 2, 3, 4)},), (0,), "a")
+    return Runs(study, orders, [_lasting(record) for record in execute(study, folder / "work")])
+
+
+def _lasting(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key != "evaluation_seconds"}
+
+
+def _workers(before: Runs, draw: random.Random, place: Path) -> str:
+    """A worker of two is killed during one of four runs or soon after it, once, or each time the run is done."""
+    get_reusable_executor().shutdown(kill_workers=True)  # those of the try before, which a late kill may still await
+    study, orders, expected = before
+    often, doomed, names = draw.choice(("once", "always")), draw.randrange(4), [its["name"] for its in expected]
+    order = orders / str(1 + doomed)
+    order.write_text(f"{often} {draw.random() * 0.04}")
+    said, lines = "", []
+    try:
+        found = execute(study, place, jobs=2, report=lines.append)
+        assert list(map(_lasting, found)) == expected, "other records"
+    except Refusal as refusal:
+        said = refusal.got
+    finally:
+        order.unlink(missing_ok=True)
+    lost = [k for k in range(4) if not (place / f"{names[k]}.json").exists()]
+    assert bool(said) == bool(lost), f"runs {lost} are lost, and this is said: {said}"
+    assert not lost or often == "always", f"lost after one kill: {said}"
+    assert lost == [k for k in range(4) if f"a {1 + k}" in said], f"runs {lost} are lost, and others named: {said}"
+    again = execute(study, place, jobs=2)
+    assert list(map(_lasting, again)) == expected, "other records after all"
+    return ("named; all others kept, and it too when done again" if lost
+            else f"killed {often}, and done again" if any("has died" in line for line in lines)
+            else f"killed {often}, too late for the runs")
+
+
 KINDS = [Kind(f"damaged files: {name}", _prepared(name), _damage(name)) for name in TARGETS] + [
     Kind(f"mutated records: {name}", _prepared(name), _mutate(name))
     for name in ("checkpoint", "run", "results", "study")
@@ -505,4 +559,5 @@ KINDS = [Kind(f"damaged files: {name}", _prepared(name), _damage(name)) for name
     Kind("command lines", lambda folder: None, _command, 15),
     Kind("odd places for outputs", lambda folder: None, _output),
     Kind("threads that share a network", _threaded, _threads, 12),
+    Kind("workers that are killed", _runs, _workers, 1, 100),  # new ones import torch: seven seconds
 ]
