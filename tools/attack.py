@@ -1,6 +1,6 @@
 """Everything that was tried to break the library's files, records, processes and threads, and what came of it.
 
-    python tools/attack.py                       # ten thousand tries of every kind; of those that take longest, fewer
+    python tools/attack.py                       # ten thousand tries of every kind; of workers, which import torch, 100
     python tools/attack.py --tries 100           # a look
     python tools/attack.py --only writer study   # kinds whose names have one of these words
     python tools/attack.py --table results/attack/table.csv
@@ -39,7 +39,7 @@ def main() -> int:
         if asked.only and not any(word in kind.title for word in asked.only):
             continue
         began = time.perf_counter()
-        outcomes, failures = attack(kind, asked.tries, asked.seed)
+        outcomes, failures = attack(kind, max(1, asked.tries // kind.cost), asked.seed)
         print(f"{kind.title}: {sum(outcomes.values())} tries in {time.perf_counter() - began:.0f} s", flush=True)
         for outcome, count in sorted(outcomes.items()):
             print(f"    {count:6d}  {outcome}")

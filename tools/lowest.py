@@ -6,22 +6,39 @@
 
 Each Python gets an environment of its own in build/lowest, which is removed afterwards. Where the lowest version has
 no wheel for a Python, or other packages ask for more, the lowest one that can be installed is taken, and named. Tools
-of the tests (the extra `dev`) are the newest that agree with these.
+of the tests (the extra `dev`) are the newest that agree with these. The exit status is 1 where tests fail or versions
+do not agree, and 3 where all that is wrong is that packages cannot be fetched.
 """
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from argparse import ArgumentParser
 from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "build" / "lowest"
-UV = [sys.executable, "-m", "uv", "--quiet"]
-MISSING = "not on this machine"
+MISSING, NOT_FETCHED = "not on this machine", "packages could not be fetched"
+STATUS_NOT_FETCHED = 3
 WHEELS = ["--only-binary", ":all:"]  # what is compiled here shows what this compiler does
+
+
+class NotFetched(Exception):
+    """No index of packages answers."""
+
+
+def uv(*arguments: object, **options: Any) -> str:
+    """What uv prints. It ends with 1 where versions do not agree, and with 2 where it cannot ask for them."""
+    command = [sys.executable, "-m", "uv", "--quiet", *map(str, arguments)]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, **options)
+    if found.returncode == 2:
+        raise NotFetched
+    found.check_returncode()
+    return found.stdout
 
 
 def settings() -> dict[str, str]:
@@ -44,9 +61,9 @@ def requirements() -> list[str]:
 
 
 def interpreter(version: str) -> str | None:
-    """The path of this Python, from PATH or from pyenv; None where it is not here."""
+    """The path of this Python, from PATH, from pyenv, or the one that runs; None where it is not here."""
     folder = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    candidates = [shutil.which(f"python{version}"), *folder.glob(f"{version}.*/bin/python")]
+    candidates = [shutil.which(f"python{version}"), *folder.glob(f"{version}.*/bin/python"), sys.executable]
     asked = "import sys; print('%d.%d' % sys.version_info[:2])"
     for path in filter(None, candidates):
         found = subprocess.run([path, "-c", asked], capture_output=True, text=True)  # a shim of pyenv may lead nowhere
@@ -57,10 +74,9 @@ def interpreter(version: str) -> str | None:
 
 def lowest(python: str) -> dict[str, str]:
     """The lowest version of each requirement that can be installed on this Python together with the others."""
-    command = [*UV, "pip", "compile", "--resolution=lowest-direct", "--no-annotate", "--no-header", *WHEELS,
-               f"--python={python}", "-"]
-    found = subprocess.run(command, input="\n".join(requirements()), check=True, stdout=subprocess.PIPE, text=True)
-    pins = dict(line.split("==") for line in found.stdout.split("\n") if "==" in line)
+    found = uv("pip", "compile", "--resolution=lowest-direct", "--no-annotate", "--no-header", *WHEELS,
+               f"--python={python}", "-", input="\n".join(requirements()))
+    pins = dict(line.split("==") for line in found.split("\n") if "==" in line)
     return {name: pins[name] for name in sorted({normal(line) for line in requirements()})}
 
 
@@ -84,27 +100,26 @@ def tests() -> list[str]:
 
 def run(version: str, python: str, options: list[str]) -> bool:
     """Whether the tests pass on this Python with the lowest versions."""
-    pins, place = lowest(python), ENVIRONMENTS / version
+    pins = lowest(python)
     print(f"Python {version}: " + ", ".join(f"{name} {pin}" for name, pin in pins.items()), flush=True)
     for line in higher(pins):
         print(f"Python {version}: {line}, which has no wheel for it or does not agree with the others", flush=True)
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        subprocess.run([*UV, "venv", f"--python={python}", place], check=True)
-        constraints = place / "lowest.txt"
+    ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{version}-", dir=ENVIRONMENTS) as name:  # two may run at once
+        place, constraints = Path(name) / "venv", Path(name) / "lowest.txt"
+        uv("venv", f"--python={python}", place)
         constraints.write_text("".join(f"{name}=={pin}\n" for name, pin in pins.items()))
-        subprocess.run([*UV, "pip", "install", f"--python={place}/bin/python", f"--constraint={constraints}", *WHEELS,
-                        "--editable", f"{ROOT}[dev]"], check=True)
+        uv("pip", "install", f"--python={place}/bin/python", f"--constraint={constraints}", *WHEELS,
+           "--editable", f"{ROOT}[dev]")
         # Old releases use what newer ones of other packages deprecate: that is no fault of either here.
         command = [place / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider",
                    "-W", "ignore::DeprecationWarning", *(options or tests())]
         return not subprocess.run(command, cwd=ROOT).returncode
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def main(arguments: list[str]) -> int:
-    """0 if the tests pass on every Python that was asked for; if none was, on each that this machine has."""
+    """0 if the tests pass on every Python that was asked for; if none was, on each that this machine has; else 1, or 3
+    where nothing else is wrong than that packages could not be fetched."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = ArgumentParser(description=__doc__.splitlines()[0], epilog="what comes after -- goes to pytest")
     parser.add_argument("versions", nargs="*", metavar="3.x", help="default: each that is on this machine")
@@ -113,12 +128,16 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{', '.join(sorted(unknown))}: settings.ini allows {', '.join(pythons())}")
     for version in asked or pythons():
         python = interpreter(version)
-        passed = python is not None and run(version, python, arguments[end + 1:])
-        outcomes[version] = "passed" if passed else MISSING if python is None else "FAILED"
+        try:
+            passed = python is not None and run(version, python, arguments[end + 1:])
+            outcomes[version] = "passed" if passed else MISSING if python is None else "FAILED"
+        except NotFetched:
+            outcomes[version] = NOT_FETCHED
     for version, outcome in outcomes.items():
         print(f"Python {version} with the lowest versions: {outcome}")
     found = set(outcomes.values())
-    return int("passed" not in found or not found <= {"passed", *([] if asked else [MISSING])})
+    wrong = found - {"passed", *([] if asked else [MISSING])}
+    return STATUS_NOT_FETCHED if wrong == {NOT_FETCHED} else int("passed" not in found or bool(wrong))
 
 
 if __name__ == "__main__":

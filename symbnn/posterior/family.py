@@ -72,7 +72,7 @@ def apply_map(map: LinearMap, value: Tensor) -> Tensor:
     """The map applied along the last axis."""
     return map(value) if isinstance(map, SignedPermutation) else value @ map.to(value.device, value.dtype).T
 
-# %% ../../nbs/2_posterior/01_family.ipynb #d84d5d90-0
+# %% ../../nbs/2_posterior/01_family.ipynb #3932198c-0
 _SIGNATURES = {  # of what each family defines for itself
     "initial": "@classmethod def initial(cls, mean, scale, trainable=True)", "mean": "@property def mean(self)",
     "variance": "@property def variance(self)", "transport": "def transport(self, noise)",
@@ -158,8 +158,8 @@ class Family(nn.Module):
 
     def _stored_type(self) -> torch.dtype:
         """The dtype of the first real parameter."""
-        values = (*self.parameters(), *self.buffers())
-        return next((value.dtype for value in values if value.is_floating_point()), torch.get_default_dtype())
+        types = [value.dtype for value in (*self.parameters(), *self.buffers()) if value.is_floating_point()]
+        return types[0] if types else torch.get_default_dtype()
 
     def in_dtype(self: Member, dtype: torch.dtype) -> Member:
         """The same law with its parameters in another dtype, differentiable in the originals."""

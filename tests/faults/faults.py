@@ -1,6 +1,7 @@
 """Faults of many kinds, each drawn from a seed, and what may come of them: what is allowed has a name, all else is a
 failure."""
 import builtins
+import inspect
 import json
 import os
 import random
@@ -10,17 +11,22 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from joblib.externals.loky import get_reusable_executor
+from mortal import mortal
 from targets import TARGETS, TINY, DoneAgain, digest, network, trained
+from torch import nn
 
 from symbnn import cli, commands
 from symbnn.commands import COMMANDS
@@ -28,6 +34,9 @@ from symbnn.errors import Refusal
 from symbnn.files import write_file
 from symbnn.posterior.sampling import predict
 from symbnn.records import SEAL, sealed_text, write_record
+from symbnn.studies.grids import Study
+from symbnn.studies.runs import FunctionRun
+from symbnn.studies.store import execute
 from symbnn.training.checkpoints import load_network, save_network
 
 
@@ -37,7 +46,8 @@ class Kind(NamedTuple):
     title: str
     prepare: Callable[[Path], Any]
     once: Callable[[Any, random.Random, Path], str]
-    cost: int = 1  # how many times fewer tries are made of it
+    sample: int = 60  # tries that the tests make
+    cost: int = 1  # how many times fewer tries than of the others `make attack` makes
 
 
 def attack(kind: Kind, tries: int, seed: int = 0) -> tuple[Counter, list[str]]:
@@ -47,7 +57,7 @@ def attack(kind: Kind, tries: int, seed: int = 0) -> tuple[Counter, list[str]]:
         kept = Path(name) / "before"
         kept.mkdir()
         before = kind.prepare(kept)
-        for number in range(max(1, tries // kind.cost)):
+        for number in range(tries):
             place = Path(name) / "try"
             place.mkdir()
             try:
@@ -239,113 +249,117 @@ def _ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _networks(folder: Path) -> dict[int, str]:
-    """The digests of five networks that are saved in turn."""
-    return {seed: digest(network(seed)) for seed in range(5)}
+def _networks(folder: Path) -> list[nn.Module]:
+    """Five networks that are saved in turn; they are built once, which takes longer than to save one."""
+    return [network(seed) for seed in range(5)]
 
 
-def _whole(place: Path, allowed: set[str]) -> None:
-    """A checkpoint that is one of these, beside which nothing is left once somebody has written again."""
-    assert digest(load_network(place)) in allowed, "another network"
+def _whole(place: Path, *allowed: nn.Module) -> None:
+    """A checkpoint that is one of these."""
+    assert digest(load_network(place)) in map(digest, allowed), "another network"
 
 
-def _kill(before: dict[int, str], draw: random.Random, place: Path) -> str:
-    run, old, new = place / "run", *draw.sample(range(5), 2)
-    save_network(run, network(old), TINY)
+def _two_files(place: Path) -> None:
+    """The folder of a checkpoint in which nothing else was left behind."""
+    assert len(list(place.iterdir())) == 2, f"left behind: {[path.name for path in place.iterdir()]}"
+
+
+def _kill(before: list[nn.Module], draw: random.Random, place: Path) -> str:
+    run, old, new = place / "run", *draw.sample(before, 2)
+    save_network(run, old, TINY)
     number, after = draw.randrange(1, 30), draw.random() < 0.5
-    status = _ended(_begun(lambda: (_kill_at(number, after), save_network(run, network(new), TINY))))
+    status = _ended(_begun(lambda: (_kill_at(number, after), save_network(run, new, TINY))))
     assert status in (0, -signal.SIGKILL), f"status {status}"
-    _whole(run, {before[old], before[new]})
-    save_network(run, network(4), TINY)
-    _whole(run, {before[4]})
-    assert len(list(run.iterdir())) == 2, f"left behind: {[path.name for path in run.iterdir()]}"
+    _whole(run, old, new)
+    save_network(run, before[4], TINY)
+    _whole(run, before[4])
+    _two_files(run)
     return "finished first" if status == 0 else "killed; old or new, and nothing left behind"
 
 
-def _full(before: dict[int, str], draw: random.Random, place: Path) -> str:
-    run, old, new = place / "run", *draw.sample(range(5), 2)
-    save_network(run, network(old), TINY)
+def _full(before: list[nn.Module], draw: random.Random, place: Path) -> str:
+    run, old, new = place / "run", *draw.sample(before, 2)
+    save_network(run, old, TINY)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (draw.randrange(4000), limits[1]))
-        save_network(run, network(new), TINY)
+        save_network(run, new, TINY)
         outcome = "written"
     except Refusal:
         outcome = "refused; the old one is there"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    _whole(run, {before[new if outcome == "written" else old]})
-    assert len(list(run.iterdir())) == 2, f"left behind: {[path.name for path in run.iterdir()]}"
+    _whole(run, new if outcome == "written" else old)
+    _two_files(run)
     return outcome
 
 
 # Two at once
 
 
-def _writers(before: dict[int, str], draw: random.Random, place: Path) -> str:
-    """Two processes save in one folder, a few times each."""
-    seeds = draw.sample(range(5), 2)
-    children = [_begun(lambda seed=seed: save_network(place / "run", network(seed), TINY)) for seed in seeds]
-    found = list(map(_ended, children))
+def _together(draw: random.Random, seconds: float, *actions: Callable[[], Any]) -> list[int]:
+    """How children have ended that began within so many seconds of one another, when all of them were there."""
+    gate, opened = os.pipe()
+    waits = [draw.random() * seconds for _ in actions]
+    children = [_begun(lambda wait=wait, action=action: (
+        os.close(opened), os.read(gate, 1), time.sleep(wait), action())) for wait, action in zip(waits, actions)]
+    os.close(opened)
+    os.close(gate)
+    return list(map(_ended, children))
+
+
+def _writers(before: list[nn.Module], draw: random.Random, place: Path) -> str:
+    """Two processes save in one folder."""
+    run, networks = place / "run", draw.sample(before, 2)
+    found = _together(draw, 0.03, *(partial(save_network, run, its, TINY) for its in networks))
     assert set(found) <= {0, 2} and 0 in found, f"statuses {found}"
-    _whole(place / "run", {before[seed] for seed, status in zip(seeds, found) if status == 0})
-    assert len(list((place / "run").iterdir())) == 2, "left behind"
+    _whole(run, *(its for its, status in zip(networks, found) if status == 0))
+    _two_files(run)
     return "one refused" if 2 in found else "one after the other"
 
 
-def _trainings(before: str, draw: random.Random, place: Path) -> str:
-    """Two processes train in one folder: one does, the other is refused."""
-    def later(wait: float) -> None:
-        threading.Event().wait(wait)
-        trained(place / "run")
-
-    waits = [draw.random() * 0.05 for _ in range(2)]
-    children = [_begun(lambda wait=wait: later(wait)) for wait in waits]
-    found = sorted(map(_ended, children))
-    assert found == [0, 2], f"statuses {found}"
-    _whole(place / "run", {before})
-    return "one trained, one refused"
-
-
-def _reader(before: dict[int, str], draw: random.Random, place: Path) -> str:
+def _reader(before: list[nn.Module], draw: random.Random, place: Path) -> str:
     """A process that reads while another one saves sees a whole checkpoint, each time."""
-    save_network(place / "run", network(0), TINY)
-
-    def save() -> None:
-        for seed in [draw.randrange(5) for _ in range(10)]:
-            save_network(place / "run", network(seed), TINY)
-
-    child, allowed, looks = _begun(save), set(before.values()), 0
-    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-        assert digest(load_network(place / "run")) in allowed, "a checkpoint that nobody saved"
-        looks += 1
-    assert os.waitstatus_to_exitcode(ended[1]) == 0 and looks, f"the writer ended with {ended[1]} after {looks} looks"
+    run = place / "run"
+    save_network(run, before[0], TINY)
+    networks = draw.choices(before, k=10)
+    child, ended = _begun(lambda: [save_network(run, its, TINY) for its in networks]), (0, 0)
+    while ended == (0, 0):
+        _whole(run, *before)
+        ended = os.waitpid(child, os.WNOHANG)
+    status = os.waitstatus_to_exitcode(ended[1])
+    assert status == 0, f"status {status}"
     return "ten checkpoints, each look whole"
 
 
-# Training that is killed, and goes on
+# Training, by two at once, and killed until it is complete
 
 
-def _straight(folder: Path) -> str:
+def _straight(folder: Path) -> tuple[nn.Module, nn.Module]:
+    """A network, which children train, and what it is when it is trained."""
     trained(folder / "run")
-    return digest(load_network(folder / "run"))
+    return network(), load_network(folder / "run")
 
 
-def _training(before: str, draw: random.Random, place: Path) -> str:
-    kills = 0
-    for _ in range(8):
-        number, after = draw.randrange(1, 60), draw.random() < 0.5
-        there = (place / "run" / "checkpoint.json").exists()
-        status = _ended(_begun(lambda number=number, after=after, there=there: (
-            _kill_at(number, after), trained(place / "run", resume=there))))
-        assert status in (0, -signal.SIGKILL), f"status {status}"
-        if status == 0:
-            break
+def _trainings(before: tuple[nn.Module, nn.Module], draw: random.Random, place: Path) -> str:
+    """Two processes train in one folder: one does, the other is refused."""
+    fresh, expected = before
+    found = _together(draw, 0.05, *2 * [partial(trained, place / "run", fresh)])
+    assert sorted(found) == [0, 2], f"statuses {found}"
+    _whole(place / "run", expected)
+    return "one trained, one refused"
+
+
+def _training(before: tuple[nn.Module, nn.Module], draw: random.Random, place: Path) -> str:
+    run, (fresh, expected), kills, status = place / "run", before, -1, -signal.SIGKILL
+    while status:
         kills += 1
-    else:
-        trained(place / "run", resume=(place / "run" / "checkpoint.json").exists())
-    _whole(place / "run", {before})
-    assert len(list((place / "run").iterdir())) == 2, "left behind"
+        number, after, there = draw.randrange(1, 60), draw.random() < 0.5, (run / "checkpoint.json").exists()
+        status = _ended(_begun(lambda number=number, after=after, there=there, alive=kills == 8: (
+            alive or _kill_at(number, after), trained(run, fresh, resume=there))))
+        assert status in (0, -signal.SIGKILL), f"status {status}"
+    _whole(run, expected)
+    _two_files(run)
     return f"killed {'once' if kills == 1 else 'twice or more' if kills else 'never'}; bit for bit the same"
 
 
@@ -394,6 +408,9 @@ WORDS = ("-1", "0", "1", "2", "3", "7", "0.5", "1e400", "nan", "1" * 30, "184467
          "regular", "elbo", "evidence", "point", "--help", "--", "-o", "out", "/dev/null", "a b", "*", "'", "\x07")
 
 
+SOURCES = cache(inspect.getsource)  # where docstrings of options are read, which takes longer than all else
+
+
 def _options(command: type) -> list[str]:
     own = [its for its in fields(command)]
     inner = [its for group in own if is_dataclass(group.default) for its in fields(group.default)]
@@ -421,7 +438,8 @@ def _command(before: Any, draw: random.Random, place: Path) -> str:
     work = dict.fromkeys(("fit", "execute", "evaluate_task", "step_speed"), _interrupted)
     os.chdir(place)
     try:
-        with patch.multiple(commands, **work), redirect_stdout(StringIO()), redirect_stderr(StringIO()) as said:
+        with (patch.multiple(commands, **work), patch("inspect.getsource", SOURCES), redirect_stdout(StringIO()),
+              redirect_stderr(StringIO()) as said):
             status = cli.main(typed)
     finally:
         os.chdir(here)
@@ -479,17 +497,67 @@ def _threads(before: Any, draw: random.Random, place: Path) -> str:
     return "twelve predictions, each as alone"
 
 
+# Workers
+
+
+class Runs(NamedTuple):
+    """A study on workers, the folder with the orders to die, and the records of runs that nobody disturbed."""
+
+    study: Study
+    orders: Path
+    expected: list[dict]
+
+
+def _runs(folder: Path) -> Runs:
+    orders = folder / "orders"
+    orders.mkdir()
+    run = FunctionRun(mortal.__name__, (("orders", str(orders)),))
+    study = Study("Mortal", "none", run, ({"a": (1, 2, 3, 4)},), (0,), "a")
+    return Runs(study, orders, [_lasting(record) for record in execute(study, folder / "work")])
+
+
+def _lasting(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key != "evaluation_seconds"}
+
+
+def _workers(before: Runs, draw: random.Random, place: Path) -> str:
+    """A worker of two is killed during one of four runs or soon after it, once, or each time the run is done."""
+    get_reusable_executor().shutdown(kill_workers=True)  # those of the try before, which a late kill may still await
+    study, orders, expected = before
+    often, doomed, names = draw.choice(("once", "always")), draw.randrange(4), [its["name"] for its in expected]
+    order = orders / str(1 + doomed)
+    order.write_text(f"{often} {draw.random() * 0.04}")
+    said, lines = "", []
+    try:
+        found = execute(study, place, jobs=2, report=lines.append)
+        assert list(map(_lasting, found)) == expected, "other records"
+    except Refusal as refusal:
+        said = refusal.got
+    finally:
+        order.unlink(missing_ok=True)
+    lost = [k for k in range(4) if not (place / f"{names[k]}.json").exists()]
+    assert bool(said) == bool(lost), f"runs {lost} are lost, and this is said: {said}"
+    assert not lost or often == "always", f"lost after one kill: {said}"
+    assert lost == [k for k in range(4) if f"a {1 + k}" in said], f"runs {lost} are lost, and others named: {said}"
+    again = execute(study, place, jobs=2)
+    assert list(map(_lasting, again)) == expected, "other records after all"
+    return ("named; all others kept, and it too when done again" if lost
+            else f"killed {often}, and done again" if any("has died" in line for line in lines)
+            else f"killed {often}, too late for the runs")
+
+
 KINDS = [Kind(f"damaged files: {name}", _prepared(name), _damage(name)) for name in TARGETS] + [
     Kind(f"mutated records: {name}", _prepared(name), _mutate(name))
     for name in ("checkpoint", "run", "results", "study")
 ] + [
-    Kind("a writer killed at an operation on files", _networks, _kill, 4),
+    Kind("a writer killed at an operation on files", _networks, _kill, 15),
     Kind("a disk that is full", _networks, _full),
-    Kind("two writers in one folder", _networks, _writers, 10),
-    Kind("two trainings in one folder", _straight, _trainings, 20),
-    Kind("a reader beside a writer", _networks, _reader, 20),
-    Kind("training killed, and resumed", _straight, _training, 20),
-    Kind("command lines", lambda folder: None, _command, 4),
+    Kind("two writers in one folder", _networks, _writers, 6),
+    Kind("two trainings in one folder", _straight, _trainings, 3),
+    Kind("a reader beside a writer", _networks, _reader, 3),
+    Kind("training killed, and resumed", _straight, _training, 3),
+    Kind("command lines", lambda folder: None, _command, 15),
     Kind("odd places for outputs", lambda folder: None, _output),
-    Kind("threads that share a network", _threaded, _threads, 5),
+    Kind("threads that share a network", _threaded, _threads, 12),
+    Kind("workers that are killed", _runs, _workers, 1, 100),  # new ones import torch: seven seconds
 ]

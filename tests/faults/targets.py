@@ -40,9 +40,9 @@ def digest(net: nn.Module) -> str:
     return hashlib.sha256(b"".join(value.numpy().tobytes() for value in net.state_dict().values())).hexdigest()
 
 
-def trained(folder: Path, epochs: int = 3, **others) -> Any:
-    """A short training run with its checkpoint in this folder."""
-    return train(network(), DATA, epochs=epochs, folder=folder, architecture=TINY, **SETTINGS, **others)
+def trained(folder: Path, its: nn.Module | None = None, **others) -> Any:
+    """A short training run, of this network or a new one, with its checkpoint in this folder."""
+    return train(its or network(), DATA, epochs=3, folder=folder, architecture=TINY, **SETTINGS, **others)
 
 
 def toy(seed: int, a: float) -> dict:

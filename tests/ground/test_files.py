@@ -240,6 +240,22 @@ def test_writers_wait_for_nobody_and_exclude_each_other(tmp_path):
     assert set(refused) <= {"a folder that nobody else writes into"}
 
 
+@pytest.mark.parametrize("action", [
+    lambda folder: check_folder(folder, 0), lambda folder: write_file(folder / "file", b"")])
+def test_a_folder_that_another_writer_removes_in_between_is_made_again(tmp_path, monkeypatch, action):
+    named, times = files._temporary, [1, 2]
+
+    def removed(path):
+        if times:
+            times.pop()
+            path.parent.rmdir()
+        return named(path)
+
+    monkeypatch.setattr(files, "_temporary", removed)
+    action(tmp_path / "run")
+    assert not times
+
+
 def test_a_killed_writer_holds_nothing_and_its_temporary_files_go(tmp_path):
     code = """
 import os, signal, sys
