@@ -78,8 +78,9 @@ def arrangement_of(network: nn.Module) -> Arrangement | None:
             "expand(network, action, arrangement).network.load_state_dict(state), with the whole state")
     return cast(Arrangement, names[0]) if names else None
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #1261abc6-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #c7e856fd-0
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # layers from one channel class to another; the others are norms
+_EXPANDED = (*_WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
 
 
 def _exponent(group: Group) -> int:
@@ -258,7 +259,7 @@ def _widen(layer: nn.Module, read: int, written: int) -> None:
         first, *rest = layer.normalized_shape
         layer.normalized_shape = (written * first, *rest)
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #cf6e5869-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #ffd4a413-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
     require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
@@ -300,6 +301,18 @@ def _listed(items: Set[tuple[str, tuple[int, ...]]]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in sorted(items)[:3]) or "none"
 
 
+def _check_kinds(network: nn.Module, action: NetworkAction) -> None:
+    """`Refusal` for weights of layers that no expansion is known for."""
+    modules = dict(modules_outside(network))
+    for plain in action.parameters:
+        name = plain.rpartition(".")[0]
+        require(name not in modules or (name in action.layers and isinstance(modules[name], _EXPANDED)),
+                f"weights of layers that can be widened, {', '.join(its.__name__ for its in _EXPANDED)}",
+                f"{plain!r} of a {type(modules.get(name)).__name__}",
+                "a layer whose copies no rule is known for, or a parameter outside layers",
+                "average(...), tie(...) or a mixture of the network, which take any network that has an action")
+
+
 def _check_layers(network: nn.Module, action: NetworkAction) -> None:
     """`Refusal` unless every layer of the network can be expanded."""
 
@@ -310,6 +323,10 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
     owners: dict[int, str] = {}
     for name, (source, target) in action.layers.items():
         layer = network.get_submodule(name)
+        require({source, target} <= set(action.channels), "layers that read and write the channels of one class",
+                f"layer {name!r} from {source!r} to {target!r}", "features of several layers side by side, as behind torch.cat, "
+                "or channels in groups", "average(...), tie(...) or a mixture of the network, which take any network that has an "
+                "action; or sums in place of torch.cat")
         require(not (isinstance(layer, _WEIGHTED) and (source == "output" or target == "input")),
                 "a first layer that leaves the input's channels, and a last layer that makes the output's",
                 f"layer {name!r} from {source} to {target}", "a residual sum with the input or the output, whose "
@@ -323,7 +340,7 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
                     f"one tensor in {owners[id(tensor)]!r} and {name!r}", "weights tied by assignment, which an "
                     "expansion would untie", f"layer {owners[id(tensor)]!r} called twice in forward, in place of two")
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #f714f17f-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #32d8a752-0
 class Expanded(NamedTuple):
     """An expanded network, and how the group acts on it."""
 
@@ -351,9 +368,10 @@ def expand(
     """
     check_acting(network, action)
     _check_arrangement(arrangement, action)
+    _check_kinds(network, action)
     _check_tensors(network, action)
-    _check_own(network, action)
     _check_layers(network, action)
+    _check_own(network, action)
     expansion = _Expansion(action, arrangement, _depths(network, action, arrangement))
     expanded = copy_network(network)
     for name, layer in list(expanded.named_modules()):

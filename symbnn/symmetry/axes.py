@@ -175,7 +175,7 @@ def merge_grids(coarse: Grid, fine: Grid) -> Grid:
                                    (coarse.pixels * fine.pixels,) * coarse.space.ndim)
     return Grid(whole, coarse.axis, coarse.pixels * fine.pixels, ("merged", coarse.copy))
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #5f7817fa-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #811b13ed-0
 class Uncoupled(Exception):
     """An axis without the one that some element exchanges it with."""
 
@@ -291,7 +291,7 @@ class AxesAction(Action):
         y = y.permute(*range(lead), *(lead + source for source, _ in reads))
         for k, (_, moves) in enumerate(reads):
             y = y if moves is None else moves(y, lead + k)
-        return y.reshape(x.shape)
+        return y.reshape(x.shape).contiguous()
 
     def flattened(self) -> Action:
         """The same action on the flattened tensor, of shape `(n,)`."""

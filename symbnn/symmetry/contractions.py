@@ -19,7 +19,7 @@ from .operations import add, alike, as_features, broadcast, fresh_labels, labels
 from .operations import scaled
 from .views import Stacked, cat, index_select
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #7ec7ba78-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #f5b7bbfd-0
 SUM_OVER = "sums over it"
 TOGETHER = ("nn.Flatten(1) before a linear layer, all axes together that are exchanged with each other, or a group that keeps "
             "them apart, such as flips()")
@@ -61,7 +61,9 @@ def layer_of(parameter: str) -> str:
 def note_layer(site: Site, weight: Features, reads: Axis, writes: Axis) -> None:
     """Note which channels the layer of this weight reads and writes."""
     if weight.parameter:
-        site.ledger.layers.setdefault(layer_of(weight.parameter), (reads, writes))
+        own = layer_of(weight.parameter)
+        tied = bool(site.layer) and not f"{own}.".startswith(f"{site.layer}.")  # the tensor has its name from another layer
+        site.ledger.layers.setdefault(site.layer if tied else own, (reads, writes))
 
 
 def with_bias(site: Site, y: Features, bias: Any, dim: int = -1) -> Features:

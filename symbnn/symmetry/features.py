@@ -17,7 +17,7 @@ from .axes import Unknown, absolute, axis_size, grid_moves, is_still, leaves, sp
 from .groups import Element, Group
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/07_features.ipynb #6137a009-0
+# %% ../../nbs/1_symmetry/07_features.ipynb #7923f2cd-0
 class Features(NamedTuple):
     """A tensor on an edge of a network's graph: how each of its axes is moved."""
 
@@ -41,6 +41,7 @@ class Site(NamedTuple):
     operator: str  # by torch's name
     label: str  # of the layer or function, for refusals
     line: str = ""  # where it is called
+    layer: str = ""  # the module that calls it
 
     def refuse(self, received: str, cause: str, fix: str) -> NoReturn:
         """Raise the `Refusal` that names this operation and what it received."""

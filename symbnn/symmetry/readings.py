@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Hidden', 'check_channels', 'Reading']
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #43903e7e-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #fa420c74-0
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..errors import Refusal, check_choice, require, shortened
 from .actions import Action, check_action, regular_channels
-from .axes import Absolute, Atom, Axis, Batch, Known, Still, Uncoupled, Unknown, action_on, axes_of
+from .axes import Absolute, Atom, Axis, Batch, Known, Parts, Still, Uncoupled, Unknown, action_on, axes_of
 from .axes import leaves
 from .features import Features, Ledger, Site, describe
 from .fields import FieldAction
@@ -22,7 +22,7 @@ from .groups import Group
 from .reductions import Places, refuse_opened
 from .tracing import Graph, read
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #9ee50da0-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #54cf71da-0
 Hidden = str | Mapping[str, Action] | Callable[[str, int], Action]
 
 
@@ -36,8 +36,12 @@ def _whole(name: str) -> str:
 
 
 def _class_name(axis: Axis) -> str:
-    """The name of the channels along an axis."""
-    return next((atom.name for atom in map(_bare, leaves(axis)) if isinstance(atom, (Known, Unknown)) and atom.name), "")
+    """The name of the channels along an axis; the names of all pieces where several are one behind the other."""
+    atoms = list(map(_bare, leaves(axis)))
+    pieces = [_class_name(piece) for atom in atoms if isinstance(atom, Parts) for piece in atom.pieces]
+    own = [_whole(atom.name) if isinstance(atom, Known) else atom.name for atom in atoms
+           if isinstance(atom, (Known, Unknown)) and atom.name][:1]
+    return " + ".join(own or dict.fromkeys(name for name in pieces if name))
 
 
 def _check_names(hidden: Mapping[str, Action], known: set[str]) -> None:
@@ -72,7 +76,7 @@ def check_channels(action: Action, group: Group, name: str, size: int) -> None:
                       fix=f"Action.trivial(action.group, ({size},)), or an action of that group on {size} channels")
     check_action(action)
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #86d22c1c-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #ed43fc06-0
 class Reading:
     """What is known of a network while its action is derived."""
 
@@ -81,7 +85,7 @@ class Reading:
         sources = tree_leaves(source)
         self.group: Group = sources[0].group
         self.ledger = Ledger(self.group)
-        self.named = ["input"] if len(sources) == 1 else [f"input[{k}]" for k in range(len(sources))]
+        self.named = ["input"] if len(sources) == 1 else [f"input {k}" for k in range(len(sources))]
         entries = [Features(((Batch(2),), *axes_of(its, name, name))) for its, name in zip(sources, self.named)]
         require(len(graph.inputs) == len(entries), f"{len(graph.inputs)} inputs, as the network takes",
                 f"{len(entries)} actions", "an action for some of the inputs alone",

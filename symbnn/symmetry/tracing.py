@@ -69,7 +69,7 @@ def _call_layer(module: nn.Module, number: int, *inputs: Any) -> Tensor:
             "settings that are passed to the layer's __init__")
     return _layer_operator(list(inputs), list(_named(module).values()), number)
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #c7761f31-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #8c7c1c48-0
 class Graph(NamedTuple):
     """A traced forward pass."""
 
@@ -105,7 +105,12 @@ def network_graph(network: nn.Module, example: tuple[Any, ...], options: Mapping
     except Exception as error:  # anything that the network's own code raises
         raise _untraced(network, module, example, options or {}, error) from error
     signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    first = {}
+    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        first.setdefault(id(tensor), name)
+    own = {name: first[id(tensor)] for name, tensor in [*module.named_parameters(remove_duplicate=False),
+                                                        *module.named_buffers(remove_duplicate=False)]}
+    names = {key: own.get(name, name) for key, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()}
     state = {**dict(module.named_buffers(remove_duplicate=False))}
     tensors = {key: state[name] for key, name in signature.inputs_to_buffers.items() if name in state}
     tensors |= {key: program.constants[name] for key, name in signature.inputs_to_lifted_tensor_constants.items()}
@@ -148,7 +153,7 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shortened(lines[0], 300) if lines else ''}"
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #60ad3bc0-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #eae58e61-0
 def read(graph: Graph, ledger: Ledger, inputs: Sequence[Features | Any]) -> tuple[dict[str, Features], list[Any]]:
     """Walk along a graph; the features of each parameter that was met, and those that the network returns."""
     parameters: dict[str, Features] = {}
@@ -216,7 +221,7 @@ def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwa
     if not _has_features((args, dict(kwargs))):
         return node.target(*args, **kwargs)  # type: ignore[operator]
     name = _operator(node)
-    site = Site(ledger, name, _label(graph, node, name), _line(node))
+    site = Site(ledger, name, _label(graph, node, name), _line(node), _path(node)[0])
     if node.target is torch.ops.symbnn.layer.default:
         return _apply_layer(site, *args)
     key = f"{name}.{node.target._overloadname}" if hasattr(node.target, "_overloadname") else name
@@ -264,10 +269,15 @@ def _check_operands(site: Site, name: str, value: Any) -> None:
             _check_operands(site, name, its)
 
 
+def _path(node: fx.Node) -> tuple[str, Any]:
+    """The module that calls an operator, by its name, and its type."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1] if stack else ("", "")
+
+
 def _label(graph: Graph, node: fx.Node, name: str) -> str:
     """The layer that calls an operator, with its settings where it is one of torch's."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, kind = stack[-1] if stack else ("", "")
+    path, kind = _path(node)
     try:
         module = graph.network.get_submodule(path)
     except AttributeError:
