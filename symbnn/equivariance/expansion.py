@@ -259,7 +259,7 @@ def _widen(layer: nn.Module, read: int, written: int) -> None:
         first, *rest = layer.normalized_shape
         layer.normalized_shape = (written * first, *rest)
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #ffd4a413-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #dcccc4b4-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
     require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
@@ -323,18 +323,18 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
     owners: dict[int, str] = {}
     for name, (source, target) in action.layers.items():
         layer = network.get_submodule(name)
-        require({source, target} <= set(action.channels), "layers that read and write the channels of one class",
-                f"layer {name!r} from {source!r} to {target!r}", "features of several layers side by side, as behind torch.cat, "
-                "or channels in groups", "average(...), tie(...) or a mixture of the network, which take any network that has an "
-                "action; or sums in place of torch.cat")
+        require(getattr(layer, "groups", 1) == 1, "convolutions with groups=1, which mix the copies",
+                f"layer {name!r} with groups={getattr(layer, 'groups', 1)}", "a grouped or depthwise convolution",
+                f"groups=1 in layer {name!r}")
         require(not (isinstance(layer, _WEIGHTED) and (source == "output" or target == "input")),
                 "a first layer that leaves the input's channels, and a last layer that makes the output's",
                 f"layer {name!r} from {source} to {target}", "a residual sum with the input or the output, whose "
                 "channels keep their number",
                 "a layer of its own before the first residual sum, and one behind the last")
-        require(getattr(layer, "groups", 1) == 1, "convolutions with groups=1, which mix the copies",
-                f"layer {name!r} with groups={getattr(layer, 'groups', 1)}", "a grouped or depthwise convolution",
-                f"groups=1 in layer {name!r}")
+        require({source, target} <= set(action.channels), "layers that read and write the channels of one class",
+                f"layer {name!r} from {source!r} to {target!r}", "features of several layers side by side, as behind torch.cat, "
+                "or channels in groups", "average(...), tie(...) or a mixture of the network, which take any network that has an "
+                "action; or sums in place of torch.cat")
         for tensor in layer.parameters():
             require(owners.setdefault(id(tensor), name) == name, "weights that belong to one layer each",
                     f"one tensor in {owners[id(tensor)]!r} and {name!r}", "weights tied by assignment, which an "
