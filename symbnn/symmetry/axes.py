@@ -22,7 +22,7 @@ from .fields import FieldAction, GridAction, SpatialAction, field
 from .groups import Element, Group
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #834ef56e-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #b4432c17-0
 @dataclass(eq=False)
 class Unknown:
     """A part of an axis whose action is not chosen yet; once chosen, or tied to others, `value` says what it is."""
@@ -123,6 +123,8 @@ def absolute(atom: Atom) -> Atom:
         return Absolute(atom)
     if isinstance(atom, Parts):
         return Parts(tuple(tuple(map(absolute, leaves(piece))) for piece in atom.pieces))
+    if isinstance(atom, Joint) and not atom.action.is_unsigned():
+        return atom._replace(action=atom.action.absolute(), copy=("unsigned", atom.copy))
     return atom
 
 
@@ -175,7 +177,7 @@ def merge_grids(coarse: Grid, fine: Grid) -> Grid:
                                    (coarse.pixels * fine.pixels,) * coarse.space.ndim)
     return Grid(whole, coarse.axis, coarse.pixels * fine.pixels, ("merged", coarse.copy))
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #811b13ed-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #9118b090-0
 class Uncoupled(Exception):
     """An axis without the one that some element exchanges it with."""
 
@@ -271,6 +273,8 @@ class AxesAction(Action):
                 source, moves = k, atom.action(g) if isinstance(atom, Known) else None
             plain = moves is None or moves.is_unsigned and bool((moves.index == torch.arange(moves.size)).all())
             result.append((source, None if plain else moves))
+        if len({source for source, _ in result}) < len(result):  # two grids of which it is not known which axes belong together
+            raise Uncoupled(next(atom for atom in self.factors if isinstance(atom, Grid)))
         return result
 
     def _table(self, g: Element) -> SignedPermutation:
@@ -286,9 +290,9 @@ class AxesAction(Action):
 
     def _move(self, g: Element, x: Tensor) -> Tensor:
         lead = x.ndim - len(self.shape)
-        y = x.reshape(*x.shape[:lead], *(atom.size for atom in self.factors))
+        y = x.reshape((*x.shape[:lead], *(atom.size for atom in self.factors)))
         reads = self.reads(g)
-        y = y.permute(*range(lead), *(lead + source for source, _ in reads))
+        y = y.permute((*range(lead), *(lead + source for source, _ in reads)))
         for k, (_, moves) in enumerate(reads):
             y = y if moves is None else moves(y, lead + k)
         return y.reshape(x.shape).contiguous()
@@ -332,7 +336,8 @@ def action_on(group: Group, axes: Sequence[Axis], name: str = "axes") -> Action:
     first, *rest = whole.axes or ((),)
     grids = [axis[0] for axis in rest if len(axis) == 1 and isinstance(axis[0], Grid)]
     if rest and len(grids) == len(rest) == grids[0].space.ndim and not any(isinstance(atom, Grid) for atom in first) and (
-            [(its.axis, its.copy, its.border) for its in grids] == [(k, grids[0].copy, (0, 0)) for k in range(len(rest))]):
+            [(its.axis, its.copy, its.border) for its in grids] == [(k, grids[0].copy, (0, 0)) for k in range(len(rest))]) and (
+            all(grid_moves(its) == grid_moves(its._replace(space=grids[0].space)) for its in grids)):
         return field(grids[0].space, whole.shape, action_on(group, (first,)))
     if len(whole.axes) == 1 and len(whole.factors) == 1 and isinstance(whole.factors[0], Known) and (
             whole.factors[0].action.shape == whole.shape):

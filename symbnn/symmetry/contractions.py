@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SUM_OVER', 'TOGETHER', 'GATES', 'ORDER', 'contract', 'letters', 'layer_of', 'note_layer', 'with_bias', 'linear',
-           'matmul', 'addmm', 'outer', 'einsum', 'bilinear', 'attention', 'embedding', 'recurrent', 'recurrent_cell']
+           'inner', 'matmul', 'addmm', 'addbmm', 'outer', 'einsum', 'bilinear', 'attention', 'embedding', 'recurrent',
+           'recurrent_cell']
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #133376da-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #2f8742f5-0
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -16,10 +17,10 @@ from torch import Tensor
 from .axes import Axis, Still, axis_size
 from .features import Features, Site
 from .operations import add, alike, as_features, broadcast, fresh_labels, labels_of, relabelled, rule
-from .operations import scaled
-from .views import Stacked, cat, index_select
+from .operations import not_random, scaled
+from .views import Stacked, cat, expand, index_select
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #f5b7bbfd-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #f08bb1eb-0
 SUM_OVER = "sums over it"
 TOGETHER = ("nn.Flatten(1) before a linear layer, all axes together that are exchanged with each other, or a group that keeps "
             "them apart, such as flips()")
@@ -81,13 +82,24 @@ def linear(site: Site, x: Any, weight: Any, bias: Any = None) -> Features:
     x, weight = as_features(site, x), as_features(site, weight)
     lead = letters(len(x.axes) - 1)
     if len(weight.axes) == 1:
-        return contract(site, x, lead + "i", weight, "i", lead)
+        y = contract(site, x, lead + "i", weight, "i", lead)
+        if bias is not None:
+            site.ledger.unsigned(site, y.axes, "a bias that is the same for features with signs")
+        return y
     y = contract(site, x, lead + "i", weight, "oi", lead + "o")
     note_layer(site, weight, x.axes[-1], weight.axes[0])
     return with_bias(site, y, bias)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner", "__matmul__")
+@rule("inner")
+def inner(site: Site, x: Any, y: Any) -> Features:
+    """Products of all vectors along the last axes of two tensors."""
+    x, y = as_features(site, x), as_features(site, y)
+    first, second = letters(len(x.axes) - 1), letters(len(y.axes) - 1, len(x.axes))
+    return contract(site, x, first + "i", y, second + "i", first + second)
+
+
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "__matmul__")
 def matmul(site: Site, x: Any, y: Any) -> Features:
     """A product of matrices, over all leading axes."""
     x, y = as_features(site, x), as_features(site, y)
@@ -115,10 +127,16 @@ def _led(site: Site, x: Features, a: int, y: Features, b: int) -> tuple[Features
     return tuple(found)  # type: ignore[return-value]
 
 
-@rule("addmm", "baddbmm", "addmv", "addbmm")
+@rule("addmm", "baddbmm", "addmv")
 def addmm(site: Site, bias: Any, x: Any, y: Any, **options: object) -> Features:
     """A sum with a product of matrices."""
     return add(site, matmul(site, x, y), bias)
+
+
+@rule("addbmm")
+def addbmm(site: Site, bias: Any, x: Any, y: Any, **options: object) -> Features:
+    """A sum with the sum of several products of matrices."""
+    return add(site, contract(site, as_features(site, x), "bri", as_features(site, y), "bic", "rc"), bias)
 
 
 @rule("outer", "ger")
@@ -145,12 +163,23 @@ def einsum(site: Site, equation: str, tensors: Sequence[Any], **options: object)
         if len(set(terms[k])) < len(terms[k]):
             site.refuse(f"the equation {equation!r}", "a diagonal, which is no rule's", "torch.diagonal, or other letters")
     out = out.replace("...", names)
+    operands = _expanded(site, operands, terms)
     result, letters_ = operands[0], terms[0]
     for k, (other, term) in enumerate(zip(operands[1:], terms[1:]), 1):
         later = set(out).union(*terms[k + 1:])
         kept = "".join(letter for letter in dict.fromkeys(letters_ + term) if letter in later)
         result, letters_ = contract(site, result, letters_, other, term, kept), kept
     return contract(site, result, letters_, Features(()), "", out) if letters_ != out else result
+
+
+def _expanded(site: Site, operands: Sequence[Features], terms: Sequence[str]) -> list[Features]:
+    """Operands whose axes of length one are repeated where another operand has more under the same letter."""
+    sizes: dict[str, int] = {}
+    for its, term in zip(operands, terms):
+        for letter, size in zip(term, its.shape):
+            sizes[letter] = size if sizes.get(letter, 1) == 1 else sizes[letter]
+    return [its if its.shape == (want := tuple(sizes[letter] for letter in term)) else expand(site, its, want)
+            for its, term in zip(operands, terms)]
 
 
 @rule("bilinear")
@@ -166,6 +195,7 @@ def attention(site: Site, q: Features, k: Features, v: Features, mask: Any = Non
               causal: bool = False, **options: Any) -> Features:
     """softmax(q k^T) v: tokens are permuted for every weight, and the units of q and k, and those of v, by actions of their own."""
     ledger = site.ledger
+    not_random(site, dropout, True)
     q, k, v = (as_features(site, its) for its in (q, k, v))
     if options.get("enable_gqa") and q.shape[-3] != k.shape[-3]:
         for its in (q, k, v):
@@ -187,6 +217,8 @@ def attention(site: Site, q: Features, k: Features, v: Features, mask: Any = Non
 def embedding(site: Site, weight: Any, index: Any, *unused: object, **options: object) -> Features:
     """Rows of a table by their numbers: nothing may move along the numbers, as a group acts on places and not on values."""
     weight = as_features(site, weight)
+    if isinstance(index, Features):
+        site.ledger.unsigned(site, index.axes, "numbers of rows, which have no sign")
     if isinstance(index, Tensor) and index.ndim != 1:
         rows = index_select(site, weight, 0, index.reshape(-1, index.shape[-1])[0]) if _rows_alike(index) else None
         if rows is not None:
@@ -200,7 +232,7 @@ def _rows_alike(index: Tensor) -> bool:
     flat = index.reshape(-1, index.shape[-1])
     return bool((flat == flat[:1]).all())
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #5a7b477d-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #2d6c851e-0
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 ORDER = "a recurrent layer, which depends on the order along time"
 
@@ -215,7 +247,7 @@ def recurrent(site: Site, x: Features, states: Any, weights: Sequence[Features],
         site.refuse("packed sequences", "sequences of several lengths in one tensor", "padded sequences")
     ledger.still(site, x.axes[1 if batch_first else 0], ORDER, "a group that leaves time as it is")
     directions, read, last, cells = 1 + bidirectional, x.axes[2], [], []
-    given = list(states) if isinstance(states, (list, tuple)) else [states]
+    given = _listed(states)
     each = len(weights) // (num_layers * directions)
     for layer in range(num_layers):
         written = []
@@ -228,7 +260,9 @@ def recurrent(site: Site, x: Features, states: Any, weights: Sequence[Features],
             cells.append(cell)
         read = written[0] if directions == 1 else cat(site, [Features((axis,)) for axis in written]).axes[0]
     batch = x.axes[0 if batch_first else 1]
-    _tie_states(site, given, (last, cells))
+    if train and dropout and num_layers > 1:
+        not_random(site, dropout, train)
+    _tie_states(site, given, (last, cells), batch)
     outputs = Features((x.axes[0], x.axes[1], read))
     ends = [Stacked([Features((batch, axis)) for axis in axes]) for axes in (last, cells)]
     return (outputs, *ends) if kind == "lstm" else (outputs, ends[0])
@@ -256,25 +290,35 @@ def _cell(site: Site, kind: str, read: Axis, weights: Sequence[Features], has_bi
     return state, hidden
 
 
-def _tie_states(site: Site, given: Sequence[Any], written: tuple[list[Axis], list[Axis]]) -> None:
-    """What layers start from is moved as what they write; nothing is asked of zeros."""
+def _listed(states: Any) -> list:
+    """The state, or state and cell, as a list; features are a tuple too."""
+    return list(states) if isinstance(states, (list, tuple)) and not isinstance(states, Features) else [states]
+
+
+def _tie_states(site: Site, given: Sequence[Any], written: tuple[list[Axis], list[Axis]], batch: Axis) -> None:
+    """What layers start from is moved as what they write, and layers stay apart; nothing is asked of zeros."""
     for value, axes in zip(given, written):
         if isinstance(value, Tensor) and not bool(value.any()):
             continue
-        start = value.items if isinstance(value, Stacked) else [Features(as_features(site, value).axes[1:])] * len(axes)
-        for its, axis in zip(start, axes):
-            site.ledger.tie(site, axis, its.axes[-1])
+        if not isinstance(value, Stacked):
+            value = as_features(site, value)
+            site.ledger.still(site, value.axes[0], "the states of several layers", "a state for each layer")
+            value = Stacked([Features(value.axes[1:])] * len(axes))
+        for its, axis in zip(value.items, axes):
+            site.ledger.tie(site, batch, its.axes[0])
+            site.ledger.tie(site, axis, its.axes[1])
 
 
 @rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def recurrent_cell(site: Site, x: Features, states: Any, *weights: Any) -> Any:
     """One step of a recurrent layer."""
     kind = next(name for name in GATES if name in site.operator)
-    given = list(states) if isinstance(states, (list, tuple)) else [states]
+    given = _listed(states)
     found = [as_features(site, its) for its in weights if its is not None]
     state, cell = _cell(site, kind, x.axes[-1], found, len(found) > 2)
     for value, axis in zip(given, (state, cell)):
         if isinstance(value, Features) or bool(value.any()):
-            site.ledger.tie(site, axis, as_features(site, value).axes[-1])
+            for own, its in zip((*x.axes[:-1], axis), as_features(site, value).axes):
+                site.ledger.tie(site, own, its)
     result = Features((*x.axes[:-1], state))
     return (result, Features((*x.axes[:-1], cell))) if kind == "lstm" else result

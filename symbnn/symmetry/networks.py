@@ -197,7 +197,7 @@ def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> Network
         unknown.value = (Known(natural(unknown.name, unknown.size), unknown.name),)
     return NetworkAction(group, unmoved(group), *reading.assemble())
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #d0eb8fad-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #699b6bcd-0
 def intertwining_error(network: nn.Module, action: NetworkAction, x: Any, elements: Sequence[Element] | None = None, *,
                        tensors: Mapping[str, Tensor] | None = None,
                        forward: Callable[[Any, Mapping[str, Tensor]], Any] | None = None) -> float:
@@ -244,7 +244,7 @@ def _act(action: Any, g: Element, x: Any) -> Any:
 
 
 def _largest(a: Any, b: Any) -> float:
-    return max((float((x - y).abs().max()) for x, y in zip(tree_leaves(a), tree_leaves(b))), default=0.0)
+    return max((float((x - y).abs().max()) for x, y in zip(tree_leaves(a), tree_leaves(b)) if x.numel()), default=0.0)
 
 
 def _forward(network: nn.Module, x: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Hidden', 'check_channels', 'Reading']
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #fa420c74-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #b4f37bb3-0
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +16,11 @@ from ..errors import Refusal, check_choice, require, shortened
 from .actions import Action, check_action, regular_channels
 from .axes import Absolute, Atom, Axis, Batch, Known, Parts, Still, Uncoupled, Unknown, action_on, axes_of
 from .axes import leaves
-from .features import Features, Ledger, Site, describe
+from .features import Features, Ledger, Site, describe, of_batch
 from .fields import FieldAction
 from .groups import Group
-from .reductions import Places, refuse_opened
+from .operations import Places
+from .reductions import refuse_opened
 from .tracing import Graph, read
 
 # %% ../../nbs/1_symmetry/15_readings.ipynb #54cf71da-0
@@ -76,7 +77,7 @@ def check_channels(action: Action, group: Group, name: str, size: int) -> None:
                       fix=f"Action.trivial(action.group, ({size},)), or an action of that group on {size} channels")
     check_action(action)
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #ed43fc06-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #26a5da40-0
 class Reading:
     """What is known of a network while its action is derived."""
 
@@ -132,12 +133,11 @@ class Reading:
         if result.opened:
             refuse_opened(self.site, result)
         first, *rest = ([*leaves(axis)] for axis in result.axes) if result.axes else ([],)
-        if len(first) == 1 and isinstance(first[0], Batch):
-            return result.axes[1:]
-        if any(isinstance(atom, Batch) for axis in (first, *rest) for atom in axis):
+        whole = len(first) == 1 and isinstance(first[0], Batch)
+        if any(of_batch(atom) for axis in (rest if whole else (first, *rest)) for atom in axis):
             self.site.refuse(f"an output of shape {result.shape} from two inputs", "a batch that is not the first axis of the output",
                              "nn.Flatten(1), torch.flatten(x, 1), or batch_first=True, which keep the batch as the first axis")
-        return result.axes
+        return result.axes[1:] if whole else result.axes
 
     def _end(self, axes: tuple[Axis, ...], action: Action) -> None:
         shape = Features(axes).shape
@@ -218,10 +218,15 @@ class Reading:
     def assemble(self) -> tuple[Any, dict[str, Action], dict[str, tuple[str, str]], dict[str, Action]]:
         """The actions on outputs, parameters and channels, and what layers read and write, once everything is chosen."""
         self.free()
-        for check in self.ledger.checks:
-            check()
+        try:
+            for check in self.ledger.checks:
+                check()
+            outputs = [action_on(self.group, axes, "output") for axes in self.ends]
+        except Uncoupled as error:
+            self.site.refuse("features of which one axis goes on without the other one", str(error),
+                             "one operation for both axes, such as x.mean((-2, -1)), or flips() or half_turns(), which "
+                             "keep the axes")
         parameters = self._all_names({name: self._action(name, features.axes) for name, features in self.parameters.items()})
-        outputs = [action_on(self.group, axes, "output") for axes in self.ends]
         result = tree_unflatten(outputs, self.graph.structure)
         layers = {name: (_class_name(reads), _class_name(writes)) for name, (reads, writes) in self.ledger.layers.items()}
         return result, parameters, layers, self._channels()
