@@ -7,7 +7,7 @@ __all__ = ['SUM_OVER', 'TOGETHER', 'GATES', 'ORDER', 'contract', 'letters', 'lay
            'inner', 'matmul', 'addmm', 'addbmm', 'outer', 'einsum', 'bilinear', 'attention', 'embedding', 'recurrent',
            'recurrent_cell']
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #2f8742f5-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #1ef48ccf-0
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -18,7 +18,8 @@ from .axes import Axis, Still, axis_size
 from .features import Features, Site
 from .operations import add, alike, as_features, broadcast, fresh_labels, labels_of, relabelled, rule
 from .operations import not_random, scaled
-from .views import Stacked, cat, expand, index_select
+from .pieces import Stacked, cat, index_select
+from .views import expand
 
 # %% ../../nbs/1_symmetry/10_contractions.ipynb #f08bb1eb-0
 SUM_OVER = "sums over it"

@@ -7,7 +7,7 @@ __all__ = ['NO_MAXIMUM', 'SIGNED_SUM', 'CENTRED', 'reduced', 'refuse_opened', 's
            'softmax', 'gated', 'cosine_similarity', 'pairwise_distance', 'batch_norm', 'instance_norm', 'layer_norm',
            'rms_norm', 'group_norm', 'weight_norm']
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #46d51aa4-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #4e5713e5-0
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,8 @@ from .axes import Axis, Grid, Joint, absolute, axis_size, grid_moves, leaves
 from .contractions import TOGETHER, contract, letters, note_layer
 from .features import Features, Site
 from .operations import Places, add, as_features, multiply, pointwise, rule, together
-from .views import expand, positions, regrouped, split
+from .pieces import split
+from .views import expand, positions, regrouped
 
 # %% ../../nbs/1_symmetry/11_reductions.ipynb #4d3c5e1a-0
 NO_MAXIMUM = "a maximum does not commute with a change of sign"

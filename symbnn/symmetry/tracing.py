@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRESH', 'KEEPS_APART', 'Graph', 'network_graph', 'read']
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #a50e853d-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #477f16f4-0
 import copy
 import itertools
 import logging
@@ -26,7 +26,7 @@ from ..binding import Placeholder, copy_tree, plain_network
 from ..errors import Refusal, require, shortened
 from .features import Features, Ledger, Site
 from .operations import LAYER_RULES, RULES, Places
-from . import contractions, filters, reductions, views  # noqa: F401
+from . import contractions, filters, pieces, reductions, views  # noqa: F401
 
 # %% ../../nbs/1_symmetry/14_tracing.ipynb #21e175fb-0
 _OPAQUE: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
@@ -185,7 +185,7 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shortened(lines[0], 300) if lines else ''}"
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #177d8c74-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #e6d356e9-0
 def read(graph: Graph, ledger: Ledger, inputs: Sequence[Features | Any]) -> tuple[dict[str, Features], list[Any]]:
     """Walk along a graph; the features of each parameter that was met, and those that the network returns."""
     parameters: dict[str, Features] = {}
@@ -272,7 +272,7 @@ def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwa
                     "torch.cat or torch.stack of the pieces")
     _check_operands(site, name, (args, kwargs))
     if name not in KEEPS_APART:
-        args = [its.together(site) if isinstance(its, views.Stacked) else its for its in args]
+        args = [its.together(site) if isinstance(its, pieces.Stacked) else its for its in args]
     try:
         result = found(site, *args, **kwargs)
         _check_shapes(site, result, node.meta.get("val"))
@@ -312,7 +312,7 @@ def _has_features(value: Any) -> bool:
         return any(map(_has_features, value.values()))
     if isinstance(value, (list, tuple)) and not isinstance(value, Features):
         return any(map(_has_features, value))
-    return isinstance(value, (Features, views.Stacked, Places))
+    return isinstance(value, (Features, pieces.Stacked, Places))
 
 
 def _check_operands(site: Site, name: str, value: Any) -> None:
