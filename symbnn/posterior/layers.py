@@ -6,7 +6,7 @@
 __all__ = ['Scale', 'VariationalTensor', 'with_posteriors', 'posterior_mean_network', 'is_variational', 'variational_tensors',
            'kl_sum', 'kl_per_datum']
 
-# %% ../../nbs/2_posterior/09_layers.ipynb #6ff116df-0
+# %% ../../nbs/2_posterior/09_layers.ipynb #bcf45529-0
 from collections.abc import Callable, Iterator
 from numbers import Real
 
@@ -18,8 +18,8 @@ from ..binding import Placeholder, copy_network, keep_order, plain_network, put_
 from ..errors import Refusal, SIZE_LIMIT, check_kind, require, shortened
 from .family import Family
 from .independent import MeanFieldGaussian
-from .priors import Prior, isotropic
-from .selection import Choices, chosen, places
+from .priors import FanIn, Prior, isotropic
+from .selection import Choices, Place, chosen, places
 from ..symmetry.networks import check_network
 
 # %% ../../nbs/2_posterior/09_layers.ipynb #1939d527-0
@@ -84,7 +84,7 @@ class VariationalTensor(Placeholder):
             "apply_weights(network, x, mean_weights(network)) for the posterior mean",
         )
 
-# %% ../../nbs/2_posterior/09_layers.ipynb #1cf32e5a-0
+# %% ../../nbs/2_posterior/09_layers.ipynb #57fdc6e3-0
 def _put(module: nn.Module, key: str, value: nn.Module | nn.Parameter) -> None:
     """Replace the parameter, or the posterior of a parameter, that a module has under this name."""
     keep_order(module)
@@ -124,6 +124,20 @@ def _built(prior: Prior, name: str, posterior: Family) -> Family:
     return made
 
 
+_OUTPUTS_FIRST = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+
+
+def _check_layout(place: Place, prior: Prior | None) -> None:
+    """`Refusal` of a prior that reads the fan-in from the shape of a tensor that may have it elsewhere."""
+    usual = isinstance(place.module, _OUTPUTS_FIRST) and place.key.startswith(("weight", "bias", "in_proj"))
+    transposed = isinstance(place.module, nn.modules.conv._ConvTransposeNd)
+    require(not isinstance(prior, FanIn) or place.parameter.ndim < 2 or (usual and not transposed),
+            "tensors whose first axis is the outputs of a layer, for prior=per_tensor()",
+            f"{place.plain!r} of a {type(place.module).__name__}", "an embedding, a transposed convolution, or a bare "
+            "parameter, whose fan-in does not follow from the shape",
+            f"prior=isotropic(1.0), or skip=[{place.plain!r}]")
+
+
 def with_posteriors(
     module: nn.Module, family: type[Family] = MeanFieldGaussian, scale: Scale = 0.05, prior: Prior | None = None, *,
     only: Choices = None, skip: Choices = None,
@@ -149,7 +163,10 @@ def with_posteriors(
         check_kind(scale, (int, float, Tensor), "The scale", "scale=0.05")
     require(prior is None or callable(prior), "a builder as the prior", f"{prior!r}", "a number, or a family",
             "prior=isotropic(1.0)")
-    names = {place.name for place in chosen(module, only, skip)}
+    found = chosen(module, only, skip)
+    for place in found:
+        _check_layout(place, prior)
+    names = {place.name for place in found}
     prior, network, made = prior or isotropic(), copy_network(module), {}
     for name, layer, key, parameter, _ in places(network):
         if name in names and key in layer._parameters:
@@ -194,7 +211,7 @@ def is_variational(network: nn.Module) -> bool:
 
 
 def _named_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, VariationalTensor]]:
-    """(name, tensor) in the order of `named_parameters` (a module's own before those of its parts), under every name."""
+    """(name, tensor) under every name, in the order of `named_parameters`: a module's own before those of its parts."""
     for key, child in module._modules.items():
         if isinstance(child, VariationalTensor):
             yield prefix + key, child

@@ -98,7 +98,7 @@ def _nothing_chosen(network: nn.Module) -> Refusal:
         'with_posteriors(network, only=["*"]) of one with other trainable tensors',
     )
 
-# %% ../../nbs/2_posterior/08b_selection.ipynb #f9f1e901-0
+# %% ../../nbs/2_posterior/08b_selection.ipynb #1e94a97a-0
 Choice = str | type[nn.Module] | nn.Module | nn.Parameter | Callable[[str, nn.Parameter], bool]
 Choices = Choice | Sequence[Choice] | None
 
@@ -119,7 +119,7 @@ def _listed(choices: Choices, argument: str) -> list[Choice]:
 
 def _matches(choice: Choice, place: Place, argument: str) -> bool:
     if isinstance(choice, str):
-        return fnmatchcase(place.plain, choice) or fnmatchcase(place.name, choice)
+        return any(name == choice or fnmatchcase(name, choice) for name in (place.plain, place.name))
     if isinstance(choice, type):
         return any(isinstance(module, choice) for module in place.path)
     if isinstance(choice, nn.Module):
@@ -154,7 +154,7 @@ def _no_such_name(choice: str, found: list[Place], argument: str) -> Refusal:
                    cause="the name of a module, of a parametrised weight, or a misspelt one",
                    fix=f"{argument}=[{near[0]!r}]" if near else f"no {argument}= for a network without tensors")
 
-# %% ../../nbs/2_posterior/08b_selection.ipynb #51e43be4-0
+# %% ../../nbs/2_posterior/08b_selection.ipynb #781b3ac8-0
 def chosen(network: nn.Module, only: Choices = None, skip: Choices = None) -> list[Place]:
     """The places whose tensors get a posterior, under every name, in the order of the modules.
 
@@ -195,7 +195,8 @@ def _by_choice(choices: list[Choice], found: list[Place], left: list[Place]) -> 
             f"{shortened(unused[0] if unused else choices)}, which chooses none of "
             f"{shortened([place.plain for place in found], 200)}",
             "a type or a module that the network does not have, or an empty list", 'only=["*"], or no only=')
-    require(bool(asked), "a tensor to train in only=", f"{shortened([place.plain for place in meant], 200)}, all frozen",
+    require(bool(asked), "a tensor to train in only=",
+            f"{shortened([place.plain for place in meant], 200)}, all frozen",
             "requires_grad=False, which keeps tensors deterministic unless only= has their full names",
             f"only={[place.plain for place in meant]!r}, or network.requires_grad_(True)")
     kept = [place for place in asked if place in left]
