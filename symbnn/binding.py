@@ -250,7 +250,7 @@ def bind(network: nn.Module, tensors: Mapping[str, Tensor], *, evaluating: bool 
             "{name: weight[0] for name, weight in sample_weights(network, 1).items()}")
     return copy_tree(network, {id(slots[name]): tensor for name, tensor in tensors.items()}, evaluating=evaluating)
 
-# %% ../nbs/0_ground/04_binding.ipynb #0e583fe1-0
+# %% ../nbs/0_ground/04_binding.ipynb #b493b7e3-0
 def copy_network(network: nn.Module) -> nn.Module:
     """A deep copy in which functions, too, that close over parts of the network close over those of the copy.
 
@@ -286,7 +286,7 @@ def _not_copied(network: nn.Module) -> str:
                 if key not in OF_EVERY_MODULE:
                     deepcopy(value)
             except (RuntimeError, TypeError):
-                return ".".join(filter(None, ("network", name, key)))
+                return f"network.get_submodule({name!r}).{key}" if name else f"network.{key}"
     return "one of its tensors"
 
 # %% ../nbs/0_ground/04_binding.ipynb #5686c272-0

@@ -53,11 +53,13 @@ def by_order():
     """Its forward pass goes through its own parameters, whatever they are called."""
     network = nn.Linear(4, 4)
     network.extra = nn.Parameter(torch.randn(4))
-    return Written(lambda m, x: sum((i + 1) * (x * p.sum()) ** (i + 1) for i, p in enumerate(m.a.parameters())), a=network)
+    return Written(lambda m, x: sum((i + 1) * (x * p.sum()) ** (i + 1) for i, p in enumerate(m.a.parameters())),
+                   a=network)
 
 
 def kept_in_lists():
-    network = Written(lambda m, x: x @ m.all[0] + m.all[1], a=nn.Parameter(torch.randn(4, 3)), b=nn.Parameter(torch.randn(3)))
+    network = Written(lambda m, x: x @ m.all[0] + m.all[1], a=nn.Parameter(torch.randn(4, 3)),
+                      b=nn.Parameter(torch.randn(3)))
     network.all = [network.a, network.b]
     return network
 
@@ -67,8 +69,8 @@ BROUGHT = {  # name: (network, shape of the inputs; two numbers: tokens, plan)
     "embedding": (embedding, TOKENS, ROWS),
     "embedding with a largest norm": (lambda: embedding(max_norm=0.5), TOKENS, APART),
     "embedding bag": (lambda: nn.EmbeddingBag(10, 4), TOKENS, APART),
-    "lstm": (lambda: Written(lambda m, x: m.a(x)[0], a=nn.LSTM(4, 3, 2, bidirectional=True, batch_first=True)), SEQUENCE,
-             APART),
+    "lstm": (lambda: Written(lambda m, x: m.a(x)[0], a=nn.LSTM(4, 3, 2, bidirectional=True, batch_first=True)),
+             SEQUENCE, APART),
     "lstm with projections": (lambda: Written(lambda m, x: m.a(x)[0], a=nn.LSTM(4, 5, proj_size=3)), SEQUENCE, APART),
     "gru": (lambda: Written(lambda m, x: m.a(x)[0], a=nn.GRU(4, 3, batch_first=True)), SEQUENCE, APART),
     "rnn": (lambda: Written(lambda m, x: m.a(x)[1][0], a=nn.RNN(4, 3, bias=False, batch_first=True)), SEQUENCE, APART),
@@ -86,8 +88,8 @@ BROUGHT = {  # name: (network, shape of the inputs; two numbers: tokens, plan)
     "transposed 2": (lambda: nn.ConvTranspose2d(4, 4, 3, groups=2, stride=2), (6, 4, 5, 5), ROWS),
     "transposed 3": (lambda: nn.ConvTranspose3d(2, 3, 2), (3, 2, 4, 4, 4), ROWS),
     "volumes": (lambda: nn.Conv3d(2, 3, 2, padding=1), (3, 2, 4, 4, 4), ROWS),
-    "norms": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.Linear(4, 4), nn.BatchNorm1d(4)),
-              VECTOR, ROWS),
+    "norms": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.Linear(4, 4),
+                                    nn.BatchNorm1d(4)), VECTOR, ROWS),
     "norms of channels": (lambda: nn.Sequential(nn.Conv1d(5, 4, 1), nn.GroupNorm(2, 4), nn.PReLU(4), nn.InstanceNorm1d(
         4, affine=True)), SEQUENCE, ROWS),
     "bare": (lambda: Written(lambda m, x: m.a(x + m.place) * m.scale, place=nn.Parameter(torch.randn(5, 4)),
@@ -96,8 +98,8 @@ BROUGHT = {  # name: (network, shape of the inputs; two numbers: tokens, plan)
     "weight norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))), VECTOR, APART),
     "spectral norm": (lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))), VECTOR, APART),
     "orthogonal": (lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 3))), VECTOR, APART),
-    "list of parameters": (lambda: Written(lambda m, x: sum((i + 1) * (x @ w) for i, w in enumerate(m.a)), a=nn.ParameterList(
-        [torch.randn(4, 3) for _ in range(3)])), VECTOR, APART),
+    "list of parameters": (lambda: Written(lambda m, x: sum((i + 1) * (x @ w) for i, w in enumerate(m.a)),
+                                           a=nn.ParameterList([torch.randn(4, 3) for _ in range(3)])), VECTOR, APART),
     "dictionary of parameters": (lambda: Written(lambda m, x: x @ m.a["u"] - 2 * (x @ m.a["v"]), a=nn.ParameterDict(
         {"v": torch.randn(4, 3), "u": torch.randn(4, 3)})), VECTOR, APART),
     "tied": (tied, TOKENS, ROWS),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Output', 'Batch', 'Inputs', 'as_inputs', 'check_call']
 
-# %% ../../nbs/2_posterior/09c_calls.ipynb #32b99c95-0
+# %% ../../nbs/2_posterior/09c_calls.ipynb #2c62f16d-0
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 
 from ..binding import plain_network
 from ..errors import Refusal, check_kind, require, shortened
-from .structures import check_output, leaves, rebuilt
+from .structures import check_structure, leaves, rebuilt
 
-# %% ../../nbs/2_posterior/09c_calls.ipynb #e8d53d38-0
+# %% ../../nbs/2_posterior/09c_calls.ipynb #42338b14-0
 Output = str | int | Callable[[Any], Any] | None  # the part of an output that is meant
 
 
 class Inputs:
     """The arguments of one call of a network, `network(*args, **kwargs)`; `len` is the number of examples.
 
-    Wherever inputs are expected, a tensor stands for `Inputs(tensor)`, a tuple for positional arguments and a
-    dictionary for keyword arguments; `Inputs(x, mask=mask)` has both, and `Inputs([a, b])` or `Inputs({"x": a})` is one
-    argument that is a list or a dictionary. Arguments are tensors, structures of tensors, and anything else.
+    Wherever inputs are expected, a tensor or a named tuple `x` stands for `Inputs(x)`, a plain tuple for positional
+    arguments and a dictionary for keyword arguments; `Inputs(x, mask=mask)` has both, and `Inputs([a, b])` or
+    `Inputs({"x": a})` is one argument that is a list or a dictionary. Arguments are tensors, structures of tensors, and
+    anything else.
 
     >>> import torch
     >>> from torch import nn
@@ -38,7 +39,8 @@ class Inputs:
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.args, self.kwargs, self.output = args, kwargs, None
+        self.args, self.kwargs = args, kwargs
+        self.output: Output = None
         found = self.leaves()
         rows = [len(leaf) for leaf in found if _is_dense(leaf) and leaf.ndim]
         self.count = rows[0] if rows else 0
@@ -98,7 +100,7 @@ class Inputs:
 
     def into(self, network: Callable[..., Any]) -> Any:
         """What the network makes of them, or the part of it that is meant. `Refusal` unless it is made of tensors."""
-        return check_output(_part(network(*self.args, **self.kwargs), self.output))
+        return check_structure(_part(network(*self.args, **self.kwargs), self.output))
 
 
 def _is_dense(leaf: object) -> bool:
@@ -131,7 +133,7 @@ def _suggested(y: object) -> str:
     return repr(names[0][1:].split(".")[0].split("[")[0]) if names else "0" if isinstance(y, (tuple, list)) else (
         "None, which is the whole output")
 
-# %% ../../nbs/2_posterior/09c_calls.ipynb #cb7cc07b-0
+# %% ../../nbs/2_posterior/09c_calls.ipynb #8c3229d6-0
 Batch = Tensor | tuple | Mapping[str, Any] | Inputs
 
 
@@ -158,7 +160,7 @@ def _inputs(x: Any) -> Inputs:
     if isinstance(x, Inputs):
         return x
     if isinstance(x, tuple):
-        return Inputs(*x)
+        return Inputs(x) if hasattr(x, "_fields") else Inputs(*x)  # a named tuple is one batch
     if isinstance(x, Mapping) and all(isinstance(key, str) for key in x):
         return Inputs(**x)
     if isinstance(x, Tensor):

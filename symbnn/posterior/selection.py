@@ -154,7 +154,7 @@ def _no_such_name(choice: str, found: list[Place], argument: str) -> Refusal:
                    cause="the name of a module, of a parametrised weight, or a misspelt one",
                    fix=f"{argument}=[{near[0]!r}]" if near else f"no {argument}= for a network without tensors")
 
-# %% ../../nbs/2_posterior/08b_selection.ipynb #781b3ac8-0
+# %% ../../nbs/2_posterior/08b_selection.ipynb #39f2c4dc-0
 def chosen(network: nn.Module, only: Choices = None, skip: Choices = None) -> list[Place]:
     """The places whose tensors get a posterior, under every name, in the order of the modules.
 
@@ -210,7 +210,7 @@ def _check_sizes(network: nn.Module) -> None:
     for name, module in modules_outside(network):
         if not isinstance(module, torch.jit.ScriptModule):
             for key, value in (*module._parameters.items(), *module._buffers.items()):
-                require(not is_lazy(value), "layers that know their sizes",
+                require(value is None or not is_lazy(value), "layers that know their sizes",
                         f"{f'{name}.{key}'.removeprefix('.')!r} of a {type(module).__name__}, which has no size yet",
                         "a lazy layer that has not seen an input",
                         "network(x) once on a batch, then with_posteriors(network)")

@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers import seeded
 from helpers_networks import BROUGHT, D, brought, by_definition, kept_in_lists
-from helpers_posterior import KINDS, UNSEEN, Written, linear
+from helpers_posterior import KINDS, UNSEEN, Written, linear, refused
 from symbnn.errors import Refusal
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.layers import kl_sum, posterior_mean_network, variational_tensors, with_posteriors
@@ -95,14 +95,16 @@ def test_divergences_are_the_sum_by_hand_and_the_elbo_has_gradients(name):
 def test_estimators_run_or_say_which_does(name, estimator):
     _, network, x, plan = made(name)
     network.eval()
+    refusal = None
     try:
         outputs = forward(network, x, 2, estimator, seeded())
-    except Refusal as refusal:
-        assert "whole" in refusal.fix
-    else:
-        rows = x.shape[0]
-        assert outputs.shape[:2] == (2 if estimator == "flipout" else 1, rows)
+    except Refusal as found:
+        refusal = found
+    if refusal is None:
+        assert outputs.shape[:2] == (2 if estimator == "flipout" else 1, x.shape[0])
         assert estimator == "split" or plan == "all draws at once"
+    else:
+        assert "whole" in refusal.fix
 
 
 def test_split_is_the_plain_network_on_each_run_of_rows():
@@ -113,8 +115,9 @@ def test_split_is_the_plain_network_on_each_run_of_rows():
     assert_close(forward(network, x, 3, "split", seeded(1))[0], torch.cat(runs), UNSEEN)
 
 
-@pytest.mark.parametrize("layer", [nn.ConvTranspose1d(2, 4, 3, groups=2), nn.Conv3d(2, 2, 2), nn.ConvTranspose2d(2, 3, 2)],
-                         ids=["transposed", "volumes", "images"])
+@pytest.mark.parametrize("layer", [
+    nn.ConvTranspose1d(2, 4, 3, groups=2), nn.Conv3d(2, 2, 2), nn.ConvTranspose2d(2, 3, 2),
+], ids=["transposed", "volumes", "images"])
 def test_flipout_has_the_moments_of_draws(layer):
     """Mean and variance of each output, within standard errors; the variance in closed form since layers are linear."""
     network = with_posteriors(layer.to(D), only="*", scale=0.3)
@@ -155,8 +158,8 @@ def test_half_precision_and_partial_choices():
     assert list(variational_tensors(network)) == ["0.weight", "2.bias"]
     assert all(p.requires_grad for p in network[1].parameters()) and network[2].weight.requires_grad
     weights = sample_weights(network, 3, seeded())
-    assert_close(predict(network, x, weights=weights).float(), torch.stack(by_definition(plain, (x,), weights)[0]).float(),
-                 2e-2)
+    expected = torch.stack(by_definition(plain, (x,), weights)[0])
+    assert_close(predict(network, x, weights=weights).float(), expected.float(), 2e-2)
 
 
 def test_one_part_after_the_other_with_families_of_their_own():
@@ -186,6 +189,32 @@ def test_parameters_that_a_module_keeps_in_a_list():
     expected = torch.stack([x @ a + b for a, b in zip(weights["a"], weights["b"])])
     assert_close(predict(network, x, weights=weights), expected, UNSEEN)
     assert_close(posterior_mean_network(network)(x), plain(x), 0)
+
+
+@pytest.mark.parametrize("only", ["a.weight", "a.bias", "a.extra", ["a.extra", "a.weight"]])
+def test_a_forward_pass_meets_parameters_in_the_order_of_the_plain_network(only):
+    plain, x, _ = brought("parameters by order")
+    network = with_posteriors(plain, only=only, scale=0.2)
+    weights = sample_weights(network, 3, seeded())
+    assert_close(predict(network, x, weights=weights), torch.stack(by_definition(plain, (x,), weights)[0]), UNSEEN)
+    back = posterior_mean_network(network)
+    assert [name for name, _ in back.named_parameters()] == [name for name, _ in plain.named_parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_norms_of_weights_by_hooks():
+    """Older forms of reparametrisation: a hook computes the weight before each pass."""
+    for build, names in ((nn.utils.weight_norm, ["0.bias", "0.weight_g", "0.weight_v"]),
+                         (nn.utils.spectral_norm, ["0.bias", "0.weight_orig"])):
+        torch.manual_seed(0)
+        plain, x = nn.Sequential(build(nn.Linear(4, 3))).eval(), torch.randn(6, 4)
+        if build is nn.utils.weight_norm:
+            fix = refused(lambda plain=plain: with_posteriors(plain, only="*")).fix
+            exec(fix.partition(", or")[0], {"network": plain})
+        network = with_posteriors(plain, only="*", scale=0.2)
+        assert list(variational_tensors(network)) == names
+        weights = sample_weights(network, 3, seeded())
+        assert_close(predict(network, x, weights=weights), torch.stack(by_definition(plain, (x,), weights)[0]), 1e-6)
 
 
 def test_compiled_networks():

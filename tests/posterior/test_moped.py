@@ -28,8 +28,8 @@ def test_moped_is_what_the_paper_says(family):
         assert_close(tensor.prior.variance, torch.full_like(w, 0.25), 1e-12)
     if family is None:
         normal = torch.distributions.Normal
-        by_hand = sum(torch.distributions.kl_divergence(normal(w, (0.2 * w.abs()).clamp_min(1e-2)), normal(w, 0.5)).sum()
-                      for w in pretrained.values())
+        kl = torch.distributions.kl_divergence
+        by_hand = sum(kl(normal(w, (0.2 * w.abs()).clamp_min(1e-2)), normal(w, 0.5)).sum() for w in pretrained.values())
         assert_close(kl_sum(network), by_hand.detach(), 1e-10)
 
 
@@ -57,7 +57,8 @@ def test_scales_and_priors_of_a_name_and_a_tensor():
     (lambda net: with_posteriors(net, scale=lambda name, w: float("nan")), "positive"),
     (lambda net: with_posteriors(net, LogNormal, **moped()), "signs"),
     (lambda net: with_posteriors(nn.Conv2d(2, 2, 3), BlockGaussian, **moped()), "broadcasts"),
-    (lambda net: moped(0.0), "positive"), (lambda net: moped(floor=-1), "positive"), (lambda net: moped(deviation=0), "positive"),
+    (lambda net: moped(0.0), "positive"), (lambda net: moped(floor=-1), "positive"),
+    (lambda net: moped(deviation=0), "positive"),
     (lambda net: centred(float("inf")), "positive"),
 ])
 def test_scales_that_are_none_are_refused(call, said):

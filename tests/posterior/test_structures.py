@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers_networks import Answer
 from helpers_posterior import refused
-from symbnn.posterior.structures import check_output, combined, each_tensor, leaves, one_tensor, stacked
+from symbnn.posterior.structures import check_structure, combined, each_tensor, leaves, one_tensor, stacked
 from tolerances import assert_close
 
 Pair = namedtuple("Pair", "a b")
@@ -46,8 +46,9 @@ MADE = {
     "tensor": lambda a, b: a, "tuple": lambda a, b: (a, b), "list": lambda a, b: [a, (b, None, 3, "c", True, 0.5)],
     "dictionary": lambda a, b: {"a": a, 3: b}, "ordered": lambda a, b: OrderedDict(b=b, a=a),
     "named": lambda a, b: Pair(a, [b]), "of a class": lambda a, b: Named(a=a, b=b),
-    "user": lambda a, b: UserDict(a=a, b=b), "frozen": lambda a, b: Frozen(a, {"b": b}), "slots": lambda a, b: Slots(a, b),
-    "checked": lambda a, b: Checked(a, b), "namespace": lambda a, b: SimpleNamespace(a=a, b=b),
+    "user": lambda a, b: UserDict(a=a, b=b), "frozen": lambda a, b: Frozen(a, {"b": b}),
+    "slots": lambda a, b: Slots(a, b), "checked": lambda a, b: Checked(a, b),
+    "namespace": lambda a, b: SimpleNamespace(a=a, b=b),
     "as Hugging Face": lambda a, b: Answer(a, (b, b)), "nested": lambda a, b: {"x": [Frozen(a, Pair(b, None))]},
     "of torch": lambda a, b: torch.max(torch.stack([a, b]), 0), "shape": lambda a, b: (a, b.shape, torch.float32),
     "not a number": lambda a, b: (a, float("nan")),
@@ -85,7 +86,8 @@ def test_attributes_and_entries_of_an_answer_agree():
 @pytest.mark.parametrize(("values", "said"), [
     ([(torch.zeros(2), 1), (torch.zeros(2), 2)], r"1 and 2 as output\[1\]"),
     ([{"a": torch.zeros(2), "loss": 0.1}, {"a": torch.zeros(2), "loss": 0.2}], r"output\['loss'\]"),
-    ([(torch.zeros(2), None), (torch.zeros(2), torch.zeros(2))], "None"), ([(torch.zeros(2), 1), (torch.zeros(2), 1.0)], "1.0"),
+    ([(torch.zeros(2), None), (torch.zeros(2), torch.zeros(2))], "None"),
+    ([(torch.zeros(2), 1), (torch.zeros(2), 1.0)], "1.0"),
     ([{"a": torch.zeros(2)}, {"b": torch.zeros(2)}], "parts"), ([torch.zeros(2), (torch.zeros(2),)], "parts"),
     ([torch.zeros(2), torch.zeros(3)], "shapes"), ([(torch.zeros(2),), (torch.zeros(3),)], "shapes"),
 ])
@@ -99,11 +101,11 @@ def test_what_differs_between_draws_is_refused(values, said):
     {torch.zeros(1)}, (torch.zeros(2), object()), nn.Linear(2, 2),
 ])
 def test_outputs_without_tensors_or_with_foreign_objects_are_refused(y):
-    assert "returns one tensor" in refused(lambda: check_output(y)).expected
+    assert "returns one tensor" in refused(lambda: check_structure(y)).expected
 
 
 def test_one_tensor_where_one_is_needed():
     x = torch.zeros(2)
-    assert one_tensor(x) is x and check_output((x, None))[0] is x
+    assert one_tensor(x) is x and check_structure((x, None))[0] is x
     assert "output=" in refused(lambda: one_tensor({"logits": x})).fix
     assert combined(torch.cat, [x, x]).shape == (4,)
