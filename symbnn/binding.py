@@ -60,7 +60,7 @@ def eager(function: Function) -> Function:
 
     return cast(Function, call)
 
-# %% ../nbs/0_ground/04_binding.ipynb #4052875f-0
+# %% ../nbs/0_ground/04_binding.ipynb #34e0d31a-0
 Change = Callable[[nn.Module, nn.Module], None]  # of a copy, given the module that it was copied from
 OF_EVERY_MODULE = nn.Module().__dict__.keys()  # attributes that torch itself keeps
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -141,9 +141,10 @@ def keep_order(module: nn.Module) -> None:
 def put_in_order(module: nn.Module) -> None:
     """Parameters in the order that was noted: code that goes through `module.parameters()` counts on it."""
     parameters, names = module._parameters, module.__dict__.get(_ORDER, ())
-    for name in [*names, *parameters] if list(parameters) != list(names) else ():
-        if name in parameters:
-            parameters[name] = parameters.pop(name)
+    if names and list(parameters) != list(names):
+        for name in [*names, *(name for name in parameters if name not in names)]:
+            if name in parameters:
+                parameters[name] = parameters.pop(name)
 
 
 def _own_attributes(module: nn.Module) -> list[str]:
@@ -250,7 +251,7 @@ def bind(network: nn.Module, tensors: Mapping[str, Tensor], *, evaluating: bool 
             "{name: weight[0] for name, weight in sample_weights(network, 1).items()}")
     return copy_tree(network, {id(slots[name]): tensor for name, tensor in tensors.items()}, evaluating=evaluating)
 
-# %% ../nbs/0_ground/04_binding.ipynb #b493b7e3-0
+# %% ../nbs/0_ground/04_binding.ipynb #0e583fe1-0
 def copy_network(network: nn.Module) -> nn.Module:
     """A deep copy in which functions, too, that close over parts of the network close over those of the copy.
 
@@ -286,7 +287,7 @@ def _not_copied(network: nn.Module) -> str:
                 if key not in OF_EVERY_MODULE:
                     deepcopy(value)
             except (RuntimeError, TypeError):
-                return f"network.get_submodule({name!r}).{key}" if name else f"network.{key}"
+                return ".".join(filter(None, ("network", name, key)))
     return "one of its tensors"
 
 # %% ../nbs/0_ground/04_binding.ipynb #5686c272-0
