@@ -191,6 +191,16 @@ def test_parameters_that_a_module_keeps_in_a_list():
     assert_close(posterior_mean_network(network)(x), plain(x), 0)
 
 
+def test_attention_without_dropout_is_not_random():
+    plain, x, _ = brought("encoder")
+    network = with_posteriors(plain, only=["linear1.*", "norm2.*"], scale=0.2).eval()
+    plan = execution_plan(network, x)
+    assert plan.together, plan
+    weights = sample_weights(network, 3, seeded())
+    expected = torch.stack(by_definition(plain.eval(), (x,), weights)[0])
+    assert_close(apply_weights(network, x, weights), expected, UNSEEN)
+
+
 @pytest.mark.parametrize("only", ["a.weight", "a.bias", "a.extra", ["a.extra", "a.weight"]])
 def test_a_forward_pass_meets_parameters_in_the_order_of_the_plain_network(only):
     plain, x, _ = brought("parameters by order")

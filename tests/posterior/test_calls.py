@@ -268,3 +268,11 @@ def test_copies_are_the_networks_own():
     for memory in (1, 2000, None):
         same(predict(network, (X, t), weights=weights, memory=memory), expected)
     assert torch.equal(t, TABLE)
+
+
+def test_what_has_rows_is_decided_once():
+    """A shared tensor of one row stays shared where a piece of the batch has one row."""
+    inputs = Inputs(X, TABLE[:1], [3])
+    for part in (*inputs.split(1), inputs.split(4)[1], inputs.clone(), inputs.each_row(lambda rows: rows[:1])):
+        assert part.batched == [True, False, False] and part.args[1].shape == (1, 3)
+    assert len(inputs.split(1)[0]) == 1 and [len(part) for part in inputs.split(4)] == [4, 2]
