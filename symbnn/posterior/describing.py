@@ -96,7 +96,7 @@ def _names(network: nn.Module) -> dict[int, list[str]]:
         found.setdefault(id(module), []).append(name)
     return found
 
-# %% ../../nbs/2_posterior/15b_describing.ipynb #a5487628-0
+# %% ../../nbs/2_posterior/15b_describing.ipynb #f78cd34e-0
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     """The shortest of three runs, after one that is not counted."""
     def timed() -> float:
@@ -115,7 +115,8 @@ def _expected_cost(network: nn.Module) -> str:
     apart = drawn_apart(network)
     if apart:
         more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
-        return f"draws: one at a time, S draws cost S passes of the plain network ({apart[0]}{more})"
+        return (f"draws: one at a time, S draws cost S passes of the plain network beside drawing the weights "
+                f"({apart[0]}{more})")
     return "draws: all in one pass over S times the rows, if describe(network, x) finds no reason against it"
 
 
