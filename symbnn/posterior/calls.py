@@ -17,7 +17,7 @@ from ..binding import plain_network
 from ..errors import Refusal, check_kind, require, shortened
 from .structures import check_structure, leaves, rebuilt
 
-# %% ../../nbs/2_posterior/09c_calls.ipynb #42338b14-0
+# %% ../../nbs/2_posterior/09c_calls.ipynb #dc0022b5-0
 Output = str | int | Callable[[Any], Any] | None  # the part of an output that is meant
 
 
@@ -56,7 +56,11 @@ class Inputs:
 
     def leaves(self) -> list[Any]:
         """Tensors and whatever else the arguments are made of."""
-        return list(leaves((self.args, self.kwargs)).values())
+        return [self.args[0]] if self.is_one_tensor() else list(leaves((self.args, self.kwargs)).values())
+
+    def is_one_tensor(self) -> bool:
+        """Whether this is the usual call, for which nothing has to be taken apart."""
+        return len(self.args) == 1 and not self.kwargs and isinstance(self.args[0], Tensor)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, in order."""
@@ -84,7 +88,8 @@ class Inputs:
 
     def _of(self, found: list) -> "Inputs":
         made = object.__new__(Inputs)
-        made.args, made.kwargs = rebuilt((self.args, self.kwargs), iter(found))
+        one = self.is_one_tensor()
+        made.args, made.kwargs = ((found[0],), {}) if one else rebuilt((self.args, self.kwargs), iter(found))
         made.output, made.batched = self.output, self.batched
         made.count = next((len(leaf) for leaf, has_rows in zip(found, self.batched) if has_rows), 0)
         return made

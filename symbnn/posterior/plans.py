@@ -20,7 +20,7 @@ from .calls import Batch, Inputs, as_inputs
 from .structures import leaves
 from .trials import ROWS_TRIED, Plan, find_plan
 
-# %% ../../nbs/2_posterior/13_plans.ipynb #4ad57553-0
+# %% ../../nbs/2_posterior/13_plans.ipynb #01287dad-0
 _KEPT = 64  # plans for one network
 _LOG = logging.getLogger("symbnn")
 _PLANS: WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = WeakKeyDictionary()
@@ -90,7 +90,8 @@ def _layout(x: Inputs) -> tuple:
     tensors = tuple((value.shape[1:] if has_rows else value.shape, has_rows, value.dtype, value.device,
                      value.requires_grad) if isinstance(value, Tensor) else _token(value)
                     for value, has_rows in zip(x.leaves(), x.batched))
-    return tuple(leaves((x.args, x.kwargs))), tensors, _function_token(x.output)
+    places = () if x.is_one_tensor() else tuple(leaves((x.args, x.kwargs)))
+    return places, tensors, _function_token(x.output)
 
 
 def _function_token(function: object) -> object:

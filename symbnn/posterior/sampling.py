@@ -265,7 +265,7 @@ def _estimate(
                          for s, piece in enumerate(pieces)], 1)
     return each_tensor(lambda y: y[:, : len(x)], found)
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #80ce8342-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #ffb0a948-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
@@ -285,7 +285,7 @@ class _Copies:
 
 def _bytes_per_row(bound: _Bound, x: Inputs, weights: Weights) -> int:
     """Three times the largest input plus output of a leaf module for one input and one draw, in bytes."""
-    one = x.split(1)[0]
+    one = x.each_row(lambda rows: rows[:1])
     largest = [sum(rows.nbytes for rows in one.rows())]
 
     def note(module, arguments, output):
