@@ -8,7 +8,8 @@ exchanged.
 
 Posteriors: `bayesianize` makes a torch network Bayesian, with a symmetry or without; families `MeanFieldGaussian`,
 `Laplace`, `LogNormal`, `BlockGaussian`, `FullGaussian`, `PointMass`; priors `isotropic`, `per_tensor`, `random_means`;
-`predict`, `variational_tensors`, `posterior_mean_network`.
+`moped` starts at a pretrained network; `predict` (with several `Inputs`), `describe`, `variational_tensors`,
+`posterior_mean_network`.
 
 Objectives: `elbo`, `Categorical`, `Gaussian`; `violations` says which condition of invariance fails.
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from symbnn.layerwise.precisions import learned_equivariance as learned_equivariance
     from symbnn.layerwise.relaxed_networks import relaxed_network as relaxed_network
     from symbnn.posterior.block_gaussian import BlockGaussian as BlockGaussian
+    from symbnn.posterior.calls import Inputs as Inputs
+    from symbnn.posterior.describing import describe as describe
     from symbnn.posterior.elbo import elbo as elbo
     from symbnn.posterior.full_gaussian import FullGaussian as FullGaussian
     from symbnn.posterior.independent import Laplace as Laplace, MeanFieldGaussian as MeanFieldGaussian
@@ -50,6 +53,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     )
     from symbnn.posterior.likelihoods import Categorical as Categorical, Gaussian as Gaussian
     from symbnn.posterior.log_normal import LogNormal as LogNormal
+    from symbnn.posterior.moped import moped as moped
     from symbnn.posterior.point_mass import PointMass as PointMass
     from symbnn.posterior.priors import (
         isotropic as isotropic,
@@ -89,12 +93,15 @@ _NAMES = {  # the same by module; a test compares the two
     "layerwise.precisions": "learned_equivariance",
     "layerwise.relaxed_networks": "relaxed_network",
     "posterior.block_gaussian": "BlockGaussian",
+    "posterior.calls": "Inputs",
+    "posterior.describing": "describe",
     "posterior.elbo": "elbo",
     "posterior.full_gaussian": "FullGaussian",
     "posterior.independent": "Laplace MeanFieldGaussian",
     "posterior.layers": "posterior_mean_network variational_tensors",
     "posterior.likelihoods": "Categorical Gaussian",
     "posterior.log_normal": "LogNormal",
+    "posterior.moped": "moped",
     "posterior.point_mass": "PointMass",
     "posterior.priors": "isotropic per_tensor random_means",
     "posterior.sampling": "predict",

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Function', 'Change', 'OF_EVERY_MODULE', 'Placeholder', 'modules_outside', 'plain_network', 'eager', 'no_change',
-           'copy_tree', 'layer_with', 'lead_over', 'bind', 'copy_network', 'own_buffers', 'seeded_world']
+           'copy_tree', 'keep_order', 'put_in_order', 'layer_with', 'lead_over', 'bind', 'copy_network', 'redirect',
+           'own_buffers', 'seeded_world']
 
 # %% ../nbs/0_ground/04_binding.ipynb #dffa3bc1-0
 import weakref
@@ -59,7 +60,7 @@ def eager(function: Function) -> Function:
 
     return cast(Function, call)
 
-# %% ../nbs/0_ground/04_binding.ipynb #38ce39ea-0
+# %% ../nbs/0_ground/04_binding.ipynb #34e0d31a-0
 Change = Callable[[nn.Module, nn.Module], None]  # of a copy, given the module that it was copied from
 OF_EVERY_MODULE = nn.Module().__dict__.keys()  # attributes that torch itself keeps
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -121,11 +122,29 @@ def _adapt(
             copy._modules[name] = copies[id(child)]
     for name, parameter in parameters.items():
         parameters[name] = tensors.get(id(parameter), parameter)
+    put_in_order(copy)
     if own_buffers or any(id(buffer) in tensors for buffer in copy._buffers.values()):
         copy.__dict__["_buffers"] = {name: tensors.get(id(value), value) for name, value in copy._buffers.items()}
     hooked = [key for key in _HOOKS if copy.__dict__.get(key)]
     for name in (*hooked, *(copy.__dict__.keys() - OF_EVERY_MODULE)):
         copy.__dict__[name] = lead_over(copy.__dict__[name], known, isolated)
+
+
+_ORDER = "_parameter_order"  # attribute of a module some of whose parameters gave way to placeholders
+
+
+def keep_order(module: nn.Module) -> None:
+    """Note in which order a module has its parameters, before one of them gives way to a placeholder."""
+    module.__dict__.setdefault(_ORDER, tuple(module._parameters))
+
+
+def put_in_order(module: nn.Module) -> None:
+    """Parameters in the order that was noted: code that goes through `module.parameters()` counts on it."""
+    parameters, names = module._parameters, module.__dict__.get(_ORDER, ())
+    if names and list(parameters) != list(names):
+        for name in [*names, *(name for name in parameters if name not in names)]:
+            if name in parameters:
+                parameters[name] = parameters.pop(name)
 
 
 def _own_attributes(module: nn.Module) -> list[str]:
@@ -232,7 +251,7 @@ def bind(network: nn.Module, tensors: Mapping[str, Tensor], *, evaluating: bool 
             "{name: weight[0] for name, weight in sample_weights(network, 1).items()}")
     return copy_tree(network, {id(slots[name]): tensor for name, tensor in tensors.items()}, evaluating=evaluating)
 
-# %% ../nbs/0_ground/04_binding.ipynb #f00b1da2-0
+# %% ../nbs/0_ground/04_binding.ipynb #0e583fe1-0
 def copy_network(network: nn.Module) -> nn.Module:
     """A deep copy in which functions, too, that close over parts of the network close over those of the copy.
 
@@ -248,12 +267,16 @@ def copy_network(network: nn.Module) -> nn.Module:
                       got=f"{type(network).__name__}, where {where} cannot be: {error}".split("\n")[0],
                       cause="an activation with its graph, a lock or an open file that is kept as an attribute",
                       fix=f"del {where}, or keep a detached copy there") from error
-    known = {key: value for key, value in memo.items() if isinstance(value, (nn.Module, Tensor))}
-    for _, module in modules_outside(copied):
+    redirect(copied, {key: value for key, value in memo.items() if isinstance(value, (nn.Module, Tensor))})
+    return copied
+
+
+def redirect(network: nn.Module, known: Mapping[int, Any]) -> None:
+    """Let all attributes of a network's modules that hold an object with an id in `known` hold what is known for it."""
+    for _, module in modules_outside(network):
         if not isinstance(module, torch.jit.ScriptModule) and "_orig_mod" not in module._modules:
             for name in _own_attributes(module):
                 module.__dict__[name] = lead_over(module.__dict__[name], known)
-    return copied
 
 
 def _not_copied(network: nn.Module) -> str:

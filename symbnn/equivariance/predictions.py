@@ -6,7 +6,7 @@
 __all__ = ['Probabilities', 'Mode', 'Single', 'Predictor', 'OrbitPredictions', 'check_probabilities', 'check_labels',
            'Equivariance', 'check_predictions', 'orbit_predictions']
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #d3ec3350-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #390dfc1f-0
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,6 +26,7 @@ from ..errors import Kinds, Refusal, check_choice, check_count, check_kind, chec
 from ..errors import SIZE_LIMIT
 from ..posterior.layers import is_variational
 from ..posterior.sampling import predict, sample_weights
+from ..posterior.structures import one_tensor
 from ..symmetry.actions import Action
 from ..symmetry.fields import SpatialAction
 from ..symmetry.groups import Element, Group
@@ -149,7 +150,7 @@ class Equivariance:
         """The group that acts on both."""
         return self.input.group
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #9940ef81-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #b0e580fa-0
 Single = nn.Module | Callable[[Tensor], Tensor]  # from inputs (B, ...) to logits (B, C)
 Predictor = Single | Sequence[Single]  # a network or a function; several of them are an ensemble
 
@@ -166,7 +167,8 @@ def _members(predictor: Predictor) -> list[Single]:
 def _draw(predictor: Predictor, draws: int, generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
     """One set of draws, as a function from a batch (B, ...) to the outputs of each draw (S, B, C)."""
     if _is_bayesian(predictor):
-        return partial(predict, predictor, weights=sample_weights(predictor, draws, generator))
+        weights = sample_weights(predictor, draws, generator)
+        return lambda x: one_tensor(predict(predictor, x, weights=weights))
     members = _members(predictor)
     return partial(_each, [bind(f, {}, evaluating=True) if isinstance(f, nn.Module) else f for f in members])
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Symmetry', 'Symmetric', 'bayesianize']
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #bb29c492-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #7f98b51c-0
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,8 +29,9 @@ from ..errors import Refusal, check_kind, check_shape, require
 from ..estimates import Estimate, rounding_tolerance
 from ..posterior.family import Family
 from ..posterior.independent import MeanFieldGaussian
-from ..posterior.layers import is_variational, variational_tensors, with_posteriors
+from ..posterior.layers import Scale, is_variational, variational_tensors, with_posteriors
 from ..posterior.priors import Prior
+from ..posterior.selection import Choices
 from ..symmetry.actions import Action
 from ..symmetry.fields import SpatialAction, field
 from ..symmetry.groups import Group
@@ -204,27 +205,31 @@ class Symmetric:
         """How far all parameters are from those that the group leaves in place: `drift`."""
         return drift(self.network, self.action)
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #f48dca5b-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #9ff6f5a8-0
 @overload
 def bayesianize(network: nn.Module, symmetry: None = None, shape: None = None, *,
-                family: type[Family] = MeanFieldGaussian, scale: float = 0.05,
-                prior: Prior | None = None) -> nn.Module: ...
+                family: type[Family] = MeanFieldGaussian, scale: Scale = 0.05, prior: Prior | None = None,
+                only: Choices = None, skip: Choices = None) -> nn.Module: ...
 
 
 @overload
 def bayesianize(network: nn.Module, symmetry: Symmetry, shape: Sequence[int] | None = None, *,
-                family: type[Family] = MeanFieldGaussian, scale: float = 0.05, prior: Prior | None = None,
-                hidden: Hidden = "trivial", output: Action | None = None) -> Symmetric: ...
+                family: type[Family] = MeanFieldGaussian, scale: Scale = 0.05, prior: Prior | None = None,
+                only: Choices = None, skip: Choices = None, hidden: Hidden = "trivial",
+                output: Action | None = None) -> Symmetric: ...
 
 
 def bayesianize(network: nn.Module, symmetry: Symmetry | None = None, shape: Sequence[int] | None = None, *,
-                family: type[Family] = MeanFieldGaussian, scale: float = 0.05, prior: Prior | None = None,
-                hidden: Hidden = "trivial", output: Action | None = None) -> nn.Module | Symmetric:
+                family: type[Family] = MeanFieldGaussian, scale: Scale = 0.05, prior: Prior | None = None,
+                only: Choices = None, skip: Choices = None, hidden: Hidden = "trivial",
+                output: Action | None = None) -> nn.Module | Symmetric:
     """A Bayesian copy of a torch network; with a symmetry of its inputs the pair of both, `Symmetric`.
 
-    `family`, `scale` and `prior` are as in `with_posteriors`; `symmetry`, `shape`, `hidden` and `output` as in
-    `Symmetric`. Example: `bayesianize(network, rotations(), (1, 28, 28))`. Raises `Refusal` as both do, and for a shape
-    or an action on channels without a symmetry.
+    `family` gives each chosen tensor its posterior, centred at the weight, with `scale`: a number, or a function
+    `scale(name, weight)`. `prior` builds its prior. `only` and `skip` choose tensors, by default the weights and biases
+    of linear layers and convolutions: a pattern of names ("head.*"), a type of modules, a module, a question
+    `question(name, parameter)`, or a list of those. See `with_posteriors`; `symmetry`, `shape`, `hidden` and `output`
+    are as in `Symmetric`. Raises `Refusal` as both do, and for a shape or an action on channels without a symmetry.
 
     >>> import torch
     >>> from torch import nn
@@ -233,6 +238,9 @@ def bayesianize(network: nn.Module, symmetry: Symmetry | None = None, shape: Seq
     >>> network = sb.bayesianize(plain)
     >>> sb.predict(network, torch.rand(5, 1, 8, 8), draws=3).shape
     torch.Size([3, 5, 10])
+    >>> recurrent = sb.bayesianize(nn.GRU(8, 4), only=["weight*"], scale=lambda name, weight: 0.1 * weight.std())
+    >>> sorted(sb.variational_tensors(recurrent))
+    ['weight_hh_l0', 'weight_ih_l0']
     >>> pair = sb.bayesianize(plain, sb.rotations(), (1, 8, 8))
     >>> pair.group.order
     4
@@ -244,9 +252,10 @@ def bayesianize(network: nn.Module, symmetry: Symmetry | None = None, shape: Seq
                 "a symmetry beside a shape or actions on channels",
                 f"shape={shape}, hidden={hidden!r}, output={output} without one", "an argument left out",
                 usual)
-        return with_posteriors(network, family, scale, prior)
+        return with_posteriors(network, family, scale, prior, only=only, skip=skip)
     check_kind(symmetry, (SpatialAction, Action, NetworkAction), "The symmetry of the inputs", usual, {
         type: "bayesianize(network, family=MeanFieldGaussian), by its name",
         (float, int): "bayesianize(network, scale=0.05), by its name",
         Group: "an action of the group: bayesianize(network, rotations(), (1, 28, 28))"})
-    return Symmetric(with_posteriors(network, family, scale, prior), symmetry, shape, hidden=hidden, output=output)
+    bayesian = with_posteriors(network, family, scale, prior, only=only, skip=skip)
+    return Symmetric(bayesian, symmetry, shape, hidden=hidden, output=output)

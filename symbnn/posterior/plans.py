@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['execution_plan', 'run_draw_by_draw']
 
-# %% ../../nbs/2_posterior/13_plans.ipynb #c208d8fe-0
+# %% ../../nbs/2_posterior/13_plans.ipynb #b174bc9a-0
 import logging
 from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
@@ -13,13 +13,14 @@ from types import SimpleNamespace
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..binding import OF_EVERY_MODULE, modules_outside, plain_network
+from .calls import Batch, Inputs, as_inputs
+from .structures import leaves
 from .trials import ROWS_TRIED, Plan, find_plan
 
-# %% ../../nbs/2_posterior/13_plans.ipynb #5fab8167-0
+# %% ../../nbs/2_posterior/13_plans.ipynb #01287dad-0
 _KEPT = 64  # plans for one network
 _LOG = logging.getLogger("symbnn")
 _PLANS: WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = WeakKeyDictionary()
@@ -62,13 +63,14 @@ def _state(network: nn.Module, evaluating: bool) -> tuple:
     return tuple(found)
 
 
-def execution_plan(network: nn.Module, x: Float[Tensor, "B ..."], evaluating: bool = False) -> Plan:
+def execution_plan(network: nn.Module, x: Batch, evaluating: bool = False) -> Plan:
     """How the draws of a Bayesian network may be run on inputs like these; printed, it says why.
 
     `evaluating` asks about the network in evaluation mode, as in `predict`. Tried on up to eight rows the first time,
     remembered afterwards; a network whose draws run one at a time is named in a line of the log "symbnn". Raises
     `Refusal` for a plain network, and the network's own error where it does not take the inputs.
     """
+    x = as_inputs(x)
     inner, signature = plain_network(network), _signature(network, x, evaluating)
     known = _PLANS.setdefault(inner, {})
     plan = known.get(signature)
@@ -78,10 +80,27 @@ def execution_plan(network: nn.Module, x: Float[Tensor, "B ..."], evaluating: bo
     return plan
 
 
-def _signature(network: nn.Module, x: Tensor, evaluating: bool) -> tuple:
+def _signature(network: nn.Module, x: Inputs, evaluating: bool) -> tuple:
     state, gradients = _state(plain_network(network), evaluating), torch.is_grad_enabled() and not evaluating
-    return (x.shape[1:], min(len(x), ROWS_TRIED), x.dtype, x.device, x.requires_grad, evaluating, state,
-            torch.is_autocast_enabled(x.device.type), gradients)
+    return (_layout(x), min(len(x), ROWS_TRIED), evaluating, state, torch.is_autocast_enabled(x.device.type), gradients)
+
+
+def _layout(x: Inputs) -> tuple:
+    """What of a call the way of rows may depend on: its structure, shapes but for the number of rows, and constants."""
+    tensors = tuple((value.shape[1:] if has_rows else value.shape, has_rows, value.dtype, value.device,
+                     value.requires_grad) if isinstance(value, Tensor) else _token(value)
+                    for value, has_rows in zip(x.leaves(), x.batched))
+    places = () if x.is_one_tensor() else tuple(leaves((x.args, x.kwargs)))
+    return places, tensors, _function_token(x.output)
+
+
+def _function_token(function: object) -> object:
+    """What a function does, also where one is written anew for every call: its code, and what it closes over."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return _token(function)
+    cells = tuple(_token(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ())
+    return code, cells, _token(getattr(function, "__defaults__", None))
 
 
 def _remember(network: nn.Module, signature: tuple, plan: Plan) -> None:
@@ -93,7 +112,7 @@ def _remember(network: nn.Module, signature: tuple, plan: Plan) -> None:
         _LOG.warning("%s: %s", type(plain_network(network)).__name__, plan)
 
 
-def run_draw_by_draw(network: nn.Module, x: Tensor, evaluating: bool, reason: str) -> Plan:
+def run_draw_by_draw(network: nn.Module, x: Inputs, evaluating: bool, reason: str) -> Plan:
     """Remember that draws of the network must not run together, for a reason that only a call could show."""
     plan = replace(execution_plan(network, x, evaluating), together=False, in_pieces=False, reason=reason)
     _remember(network, _signature(network, x, evaluating), plan)

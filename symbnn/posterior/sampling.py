@@ -6,25 +6,26 @@
 __all__ = ['Weights', 'Estimator', 'sample_weights', 'mean_weights', 'check_inputs', 'apply_weights', 'forward', 'try_step',
            'predict']
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #d5dbcebc-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #7a407f1d-0
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..binding import copy_tree, eager, own_buffers, plain_network, seeded_world
 from ..errors import Refusal, SIZE_LIMIT, check_choice, check_count, check_kind, require
 from ..memory import check_memory
-from .folding import Rule, apply_draws, bind_together, fold, one_tensor, uses_batch_statistics
+from .calls import Batch, Inputs, Output, as_inputs, check_call
+from .folding import LINEAR, Rule, apply_draws, bind_together, drawn_apart, fold, uses_batch_statistics
 from .layers import variational_tensors
 from .plans import execution_plan, run_draw_by_draw
 from .row_noise import Flipout, Local
+from .structures import combined, each_tensor, stacked
 from .trials import Plan, has_hooks, watch_hooks, without_hooks
 from ..symmetry.networks import check_network
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #5c6fdc78-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #44815870-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
@@ -46,22 +47,12 @@ def mean_weights(network: nn.Module) -> Weights:
     return {name: tensor.posterior.mean[None] for name, tensor in variational_tensors(network).items()}
 
 
-def check_inputs(x: Float[Tensor, "B ..."]) -> None:
-    """`Refusal` unless inputs are one dense tensor with a non-empty axis of examples."""
-    kind = type(x).__name__
-    if not isinstance(x, Tensor):
-        loads = hasattr(x, "__iter__") and not isinstance(x, (dict, tuple, list, str, bytes, nn.Module))
-        fix = ("torch.as_tensor(x)" if hasattr(x, "__array__") else "predict(network, x, draws=32), in this order" if
-               isinstance(x, nn.Module) else "call it for each batch: for x, y in loader" if loads else
-               "one tensor; for several, a network that takes them apart: x = torch.cat([a, b], 1), a = x[:, :k]")
-        raise Refusal("inputs in one torch tensor, examples on its first axis", got=f"a {kind}",
-                      cause="an array, a data loader, or several inputs", fix=fix)
-    require(x.layout == torch.strided or x.is_nested, "inputs in a dense tensor", f"a tensor of layout {x.layout}",
-            "a sparse tensor", "x.to_dense()")
-    require(not x.is_nested, "inputs in a dense tensor", "a NestedTensor",
-            "sequences of different lengths", "x.to_padded_tensor(0.0), and a mask where padding must not count")
-    require(x.ndim > 0 and len(x) > 0, "a batch of at least one input", f"inputs of shape {tuple(x.shape)}",
-            "a split or a selection that leaves nothing", "x[:1] of inputs that are not empty, for one of them")
+def check_inputs(network: nn.Module, x: Batch, output: Output = None) -> Inputs:
+    """The inputs of a call. `Refusal` unless they are dense tensors with examples, as the forward pass takes them."""
+    check_network(network)
+    inputs = as_inputs(x, output)
+    check_call(network, inputs)
+    return inputs
 
 
 def _check_weights(network: nn.Module, weights: Weights) -> int:
@@ -91,24 +82,33 @@ def _part(weights: Weights, start: int, count: int) -> Weights:
     return {name: weight[start : start + count] for name, weight in weights.items()}
 
 
-def _unfold(y: Float[Tensor, "rows ..."], draws: int, batch: int) -> Float[Tensor, "draws B ..."]:
-    y = one_tensor(y)
-    if y.ndim == 0 or len(y) != draws * batch:
-        raise Refusal(
-            "a network that maps each row of the batch to one row, in order",
-            got=f"{draws * batch} rows in, and an output of shape {tuple(y.shape)}",
-            cause="a network that drops or joins rows, depending on their values",
-            fix="forward(network, x, draws=1), or a network that keeps the first axis for examples",
-        )
-    return y.unflatten(0, (draws, batch))
+def _unfold(y: Any, draws: int, batch: int) -> Any:
+    """Outputs for folded rows (draws * batch, ...) as (draws, batch, ...), every tensor of them."""
+
+    def unfold(rows: Tensor) -> Tensor:
+        if rows.ndim == 0 or len(rows) != draws * batch:
+            raise Refusal(
+                "a network that maps each row of the batch to one row, in order",
+                got=f"{draws * batch} rows in, and an output of shape {tuple(rows.shape)}",
+                cause="a network that drops or joins rows, depending on their values",
+                fix="forward(network, x, draws=1), or a network that keeps the first axis for examples",
+            )
+        return rows.unflatten(0, (draws, batch))
+
+    return each_tensor(unfold, y)
+
+
+def _joined(outputs: list, axis: int) -> Any:
+    """Outputs of several runs of rows (axis 1) or blocks of draws (axis 0) as one."""
+    return outputs[0] if len(outputs) == 1 else combined(lambda found: torch.cat(found, axis), outputs)
 
 
 class _Altered(Exception):
     """A forward hook changed what it saw, so it may have mixed the rows of several draws."""
 
 
-def _with_hooks(call: Callable[[], Tensor], network: nn.Module, x: Tensor, evaluating: bool,
-                generator: torch.Generator | None) -> Tensor:
+def _with_hooks(call: Callable[[], Any], network: nn.Module, x: Inputs, evaluating: bool,
+                generator: torch.Generator | None) -> Any:
     """A call, which is done again draw by draw if a hook turns out to change what it sees."""
     if not has_hooks(network):
         return call()
@@ -129,8 +129,7 @@ def _with_hooks(call: Callable[[], Tensor], network: nn.Module, x: Tensor, evalu
 class _Bound:
     """A network for one call: how its draws run, and what takes the place of its own tensors."""
 
-    def __init__(self, network: nn.Module, x: Tensor, evaluating: bool = False, keep_buffers: bool = False):
-        check_inputs(x)
+    def __init__(self, network: nn.Module, x: Inputs, evaluating: bool = False, keep_buffers: bool = False):
         self.network, self.evaluating = network, evaluating
         self.plan: Plan = execution_plan(network, x, evaluating)
         self.tensors = own_buffers(plain_network(network)) if evaluating or keep_buffers else {}
@@ -142,43 +141,42 @@ class _Bound:
         own = own_buffers(plain_network(self.network)) if self.plan.writes_buffers else self.tensors
         return copy_tree(self.network, {**own, **chosen}, evaluating=self.evaluating, **options)
 
-    def all(self, weights: Weights, rule: Rule = apply_draws) -> Callable[[Tensor], Tensor]:
+    def all(self, weights: Weights, rule: Rule = apply_draws) -> Callable[[Inputs], Any]:
         """The network that applies all draws to folded rows; not compiled where layers draw noise of their own."""
         altered: list[str] = []
         network = bind_together(self.network, weights, rule=rule, tensors=self.tensors, evaluating=self.evaluating,
                                 compiled=rule is apply_draws, settle=lambda copy, _: watch_hooks(copy, altered))
 
-        def run(folded: Tensor) -> Tensor:
+        def run(folded: Inputs) -> Any:
             try:
-                return network(folded)
+                return folded.into(network)
             finally:
                 if altered:  # also where what they changed led to an error
                     raise _Altered(", ".join(sorted(set(altered))))
 
         return run
 
-    def fold(self, x: Float[Tensor, "B ..."], draws: int) -> Float[Tensor, "rows ..."]:
+    def fold(self, x: Inputs, draws: int) -> Inputs:
         """`draws` copies of the batch, in the layout of the plan."""
-        return fold(x, draws, self.plan.channels_last)
+        return x.each_row(lambda rows: fold(rows, draws, self.plan.channels_last), torch.clone)
 
-    def every_draw(self, x: Float[Tensor, "B ..."], weights: Weights) -> Float[Tensor, "S ..."]:
+    def every_draw(self, x: Inputs, weights: Weights) -> Any:
         """The outputs of every draw for the whole batch."""
         draws = len(next(iter(weights.values())))
         if self.plan.together:
             return _unfold(self.all(weights)(self.fold(x, draws)), draws, len(x))
-        return torch.stack([one_tensor(self.one(weights, s)(x.clone())) for s in range(draws)])
+        return stacked([x.clone().into(self.one(weights, s)) for s in range(draws)])
 
 
 @eager
-def apply_weights(network: nn.Module, x: Float[Tensor, "B ..."], weights: Weights) -> Float[Tensor, "S ..."]:
+def apply_weights(network: nn.Module, x: Batch, weights: Weights, *, output: Output = None) -> Any:
     """Every draw on every input: the loop over draws with the plain network. `weights` as from `sample_weights` or
-    `mean_weights`. A network whose outputs have no axis of examples gives (S, *outputs)."""
-    check_network(network)
-    check_inputs(x)
+    `mean_weights`, inputs and `output` as in `predict`. An output without an axis of examples becomes (S, *shape)."""
+    inputs = check_inputs(network, x, output)
     _check_weights(network, weights)
-    return _with_hooks(lambda: _Bound(network, x).every_draw(x, weights), network, x, False, None)
+    return _with_hooks(lambda: _Bound(network, inputs).every_draw(inputs, weights), network, inputs, False, None)
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #aeb9c63f-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #b955c7f0-0
 Estimator = Literal["whole", "split", "flipout", "local"]
 
 
@@ -193,6 +191,10 @@ def _check_estimator(network: nn.Module, bound: _Bound, estimator: Estimator) ->
                 f"a {kind}: {plan.reason}", "a network that moves, joins or compares examples",
                 'estimator="split", or estimator="whole"')
     if estimator == "flipout":
+        others = drawn_apart(network, LINEAR)
+        require(not others, 'posteriors in layers that are linear in weights and inputs, for estimator="flipout"',
+                f"a posterior of {others[:1]}", "an embedding, or a norm with a posterior",
+                'estimator="split", estimator="local", or estimator="whole"')
         for name, tensor in variational_tensors(network).items():
             require(tensor.posterior.symmetric, "posteriors that do not change when signs of single deviations do, "
                     'for estimator="flipout"', f"a {type(tensor.posterior).__name__} for {name!r}",
@@ -206,10 +208,12 @@ def _run_count(network: nn.Module, rows: int, draws: int) -> int:
 
 @eager
 def forward(
-    network: nn.Module, x: Float[Tensor, "B ..."], draws: int = 1, estimator: Estimator = "whole",
-    generator: torch.Generator | None = None,
-) -> Float[Tensor, "S ..."]:
+    network: nn.Module, x: Batch, draws: int = 1, estimator: Estimator = "whole",
+    generator: torch.Generator | None = None, *, output: Output = None,
+) -> Any:
     """Differentiable outputs with drawn weights; the mean of a loss over the first two axes is an unbiased estimate.
+
+    Inputs and `output` are as in `predict`; every tensor of the output comes as (S, B, ...).
 
     "whole": the whole batch sees each of `draws` draws, S = draws. "split": the batch is cut into `draws` runs of
     rows, each with its own draw, S = 1, at the cost of one pass. "flipout" (arXiv 1803.04386): each input sees `draws`
@@ -222,28 +226,26 @@ def forward(
     """
     check_choice(estimator, get_args(Estimator), "the gradient estimator")
     check_count(draws, "The number of samples", "draws=8")
-    check_network(network)
-    check_inputs(x)
+    inputs = check_inputs(network, x, output)
     check_kind(generator, (torch.Generator, type(None)), "The generator", "generator=torch.Generator().manual_seed(0)")
-    return _with_hooks(lambda: _estimate(_Bound(network, x), x, draws, estimator, generator), network, x, False,
-                       generator)
+    return _with_hooks(lambda: _estimate(_Bound(network, inputs), inputs, draws, estimator, generator), network, inputs,
+                       False, generator)
 
 
-def try_step(
-    network: nn.Module, x: Float[Tensor, "B ..."], draws: int = 1, estimator: Estimator = "whole"
-) -> Float[Tensor, "S ..."]:
+def try_step(network: nn.Module, x: Batch, draws: int = 1, estimator: Estimator = "whole") -> Any:
     """What `forward` would give, in the modes that the network is in, with every buffer and generator left as it is."""
-    check_inputs(x)
-    def once() -> Tensor:
-        return _estimate(_Bound(network, x, keep_buffers=True), x, draws, estimator, None)
+    inputs = check_inputs(network, x)
 
-    with seeded_world(x.device, 0):
-        return _with_hooks(once, network, x, False, None).detach()
+    def once() -> Any:
+        return _estimate(_Bound(network, inputs, keep_buffers=True), inputs, draws, estimator, None)
+
+    with seeded_world(inputs.device, 0):
+        return each_tensor(torch.detach, _with_hooks(once, network, inputs, False, None))
 
 
 def _estimate(
-    bound: _Bound, x: Tensor, draws: int, estimator: Estimator, generator: torch.Generator | None
-) -> Float[Tensor, "S ..."]:
+    bound: _Bound, x: Inputs, draws: int, estimator: Estimator, generator: torch.Generator | None
+) -> Any:
     network = bound.network
     _check_estimator(network, bound, estimator)
     if estimator == "whole":
@@ -253,15 +255,17 @@ def _estimate(
         return _unfold(bound.all(weights, Flipout(draws * len(x), generator))(bound.fold(x, draws)), draws, len(x))
     runs = _run_count(network, len(x), draws)
     weights = sample_weights(network, runs, generator)
-    padded = torch.cat([x, x[: -len(x) % runs]])
-    if not bound.plan.together:
-        pieces = enumerate(padded.chunk(runs))
-        return torch.cat([_unfold(bound.one(weights, s)(piece.clone()), 1, len(piece)) for s, piece in pieces], 1)[
-            :, : len(x)]
-    rule = apply_draws if estimator == "split" else Local(len(padded), generator)
-    return _unfold(bound.all(weights, rule)(bound.fold(padded, 1)), 1, len(padded))[:, : len(x)]
+    padded = x.each_row(lambda rows: torch.cat([rows, rows[: -len(rows) % runs]]))
+    if bound.plan.together:
+        rule = apply_draws if estimator == "split" else Local(len(padded), generator)
+        found = _unfold(bound.all(weights, rule)(bound.fold(padded, 1)), 1, len(padded))
+    else:
+        pieces = padded.split(len(padded) // runs)
+        found = _joined([_unfold(piece.clone().into(bound.one(weights, s)), 1, len(piece))
+                         for s, piece in enumerate(pieces)], 1)
+    return each_tensor(lambda y: y[:, : len(x)], found)
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #03672488-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #ffb0a948-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
@@ -269,19 +273,20 @@ _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want lar
 class _Copies:
     """Copies of a batch for many calls of a network: made once, or for each call of one that writes into its input."""
 
-    def __init__(self, x: Tensor, draws: int, plan: Plan):
-        self.x, self.draws, self.plan, self.folded = x, draws, plan, None
+    def __init__(self, x: Inputs, draws: int, bound: _Bound):
+        self.x, self.draws, self.bound, self.folded = x, draws, bound, None
 
-    def first(self, draws: int) -> Float[Tensor, "rows ..."]:
+    def first(self, draws: int) -> Inputs:
         """The first `draws` copies, as `fold` gives them."""
-        if self.folded is None or self.plan.writes_input:
-            self.folded = fold(self.x, self.draws, self.plan.channels_last)
-        return self.folded[: draws * len(self.x)]
+        if self.folded is None or self.bound.plan.writes_input:
+            self.folded = self.bound.fold(self.x, self.draws)
+        return self.folded.each_row(lambda rows: rows[: draws * len(self.x)])
 
 
-def _bytes_per_row(bound: _Bound, x: Tensor, weights: Weights) -> int:
+def _bytes_per_row(bound: _Bound, x: Inputs, weights: Weights) -> int:
     """Three times the largest input plus output of a leaf module for one input and one draw, in bytes."""
-    largest = [x[:1].nbytes]
+    one = x.each_row(lambda rows: rows[:1])
+    largest = [sum(rows.nbytes for rows in one.rows())]
 
     def note(module, arguments, output):
         tensors = [value for value in (*arguments, output) if isinstance(value, Tensor)]
@@ -292,24 +297,30 @@ def _bytes_per_row(bound: _Bound, x: Tensor, weights: Weights) -> int:
         if not any(isinstance(child, nn.Module) for child in copy._modules.values()):
             copy.register_forward_hook(note)
 
-    bound.one(weights, 0, compiled=False, change=listen)(x[:1].clone())
+    one.clone().into(bound.one(weights, 0, compiled=False, change=listen))
     return 3 * max(largest)
 
 
 @eager
 @torch.no_grad()
 def predict(
-    network: nn.Module, x: Float[Tensor, "B ..."], *, draws: int | None = None, weights: Weights | None = None,
-    memory: int | None = None, generator: torch.Generator | None = None,
-) -> Float[Tensor, "S ..."]:
+    network: nn.Module, x: Batch, *, draws: int | None = None, weights: Weights | None = None,
+    memory: int | None = None, generator: torch.Generator | None = None, output: Output = None,
+) -> Any:
     """Outputs of every draw for every input, without gradients, in pieces whose activations fit `memory` bytes.
+
+    Inputs are a tensor (B, ...), a tuple of several, a dictionary of several by keyword, or `Inputs(x, mask=mask)`,
+    which has both. A network that returns one tensor gives (S, B, ...); one that returns a tuple, a dictionary or a
+    data class gives the same, with the axis of draws first on every tensor, or the part that `output` names: a key, an
+    index or an attribute, or a function of the whole output.
 
     The network is evaluated: dropout and batch statistics are off, whatever mode its modules are in, and neither modes
     nor buffers change. Give either `draws`, a number of fresh draws (independent of the budget for a given generator),
     or `weights` as from `sample_weights` or `mean_weights`. The budget covers activations; the result, the weights and
     one copy of the inputs come on top. By default it is 12 MiB on the CPU, where pieces that stay in the caches are
     fastest, and 1 GiB elsewhere. Where rows depend on each other the batch is not cut, whatever the budget. Raises
-    `Refusal` for both or neither of draws and weights, and for numbers below one.
+    `Refusal` for both or neither of draws and weights, for numbers below one, for inputs that the forward pass does
+    not take, and for outputs that are not made of tensors, or that differ between draws in anything else.
 
     >>> import torch
     >>> from torch import nn
@@ -318,11 +329,13 @@ def predict(
     >>> logits = sb.predict(network, torch.rand(5, 3), draws=8)
     >>> logits.shape, logits.softmax(-1).mean(0).shape
     (torch.Size([8, 5, 2]), torch.Size([5, 2]))
+    >>> recurrent = sb.bayesianize(nn.LSTM(3, 2, batch_first=True), only=["*"])
+    >>> sb.predict(recurrent, torch.rand(5, 7, 3), draws=8, output=0).shape
+    torch.Size([8, 5, 7, 2])
     """
-    check_network(network)
-    check_inputs(x)
+    inputs = check_inputs(network, x, output)
     check_kind(generator, (torch.Generator, type(None)), "The generator", "generator=torch.Generator().manual_seed(0)")
-    memory = _BUDGET.get(x.device.type, 2**30) if memory is None else memory
+    memory = _BUDGET.get(inputs.device.type, 2**30) if memory is None else memory
     check_count(memory, "The memory of a prediction in bytes", "memory=2**30, or none for the default", most=SIZE_LIMIT)
     require((draws is None) != (weights is None), "either a number of draws or weights, and not both",
             "both" if weights is not None else "neither", "a call that leaves open which weights are meant",
@@ -330,24 +343,24 @@ def predict(
     if draws is not None:
         check_count(draws, "The number of samples", "draws=32")
 
-    def once() -> Tensor:
-        bound, pieces, found = _Bound(network, x, evaluating=True), None, []
+    def once() -> Any:
+        bound, pieces, found = _Bound(network, inputs, evaluating=True), None, []
         for block in _blocks(network, draws, weights, generator):
-            pieces = pieces or _pieces(bound, x, block, memory)
+            pieces = pieces or _pieces(bound, inputs, block, memory)
             found.append(_predict_block(bound, pieces, block))
-        return torch.cat(found)
+        return _joined(found, 0)
 
-    return _with_hooks(once, network, x, True, generator)
+    return _with_hooks(once, network, inputs, True, generator)
 
 
-def _pieces(bound: _Bound, x: Tensor, weights: Weights, memory: int) -> list[_Copies]:
+def _pieces(bound: _Bound, x: Inputs, weights: Weights, memory: int) -> list[_Copies]:
     """The batch cut in pieces, each with room for the copies that fit the budget."""
     if not bound.plan.in_pieces:
-        return [_Copies(x, 1, bound.plan)]
+        return [_Copies(x, 1, bound)]
     fitting = max(1, memory // _bytes_per_row(bound, x, weights))
     batch, draws = min(len(x), fitting), len(next(iter(weights.values())))
     copies = min(draws, max(1, fitting // batch)) if bound.plan.together else 1
-    return [_Copies(piece, copies, bound.plan) for piece in x.split(batch)]
+    return [_Copies(piece, copies, bound) for piece in x.split(batch)]
 
 
 def _blocks(
@@ -362,16 +375,14 @@ def _blocks(
             yield sample_weights(network, min(_DRAW_BLOCK, draws - start), generator)
 
 
-def _predict_block(bound: _Bound, pieces: list[_Copies], weights: Weights) -> Tensor:
+def _predict_block(bound: _Bound, pieces: list[_Copies], weights: Weights) -> Any:
     """All draws of one block for every piece of the inputs, as many draws at a time as there are copies of a piece."""
     draws, step = len(next(iter(weights.values()))), pieces[0].draws
     if not bound.plan.together:
-        kept = [None if bound.plan.writes_buffers else bound.one(weights, s) for s in range(draws)]
-        rows = [torch.stack([one_tensor((network or bound.one(weights, s))(piece.x.clone()))
-                             for s, network in enumerate(kept)]) for piece in pieces]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        kept = {} if bound.plan.writes_buffers else {s: bound.one(weights, s) for s in range(draws)}
+        return _joined([stacked([piece.x.clone().into(kept[s] if kept else bound.one(weights, s))
+                                 for s in range(draws)]) for piece in pieces], 1)
     parts = [_part(weights, start, step) for start in range(0, draws, step)]
     networks = [(bound.all(part), len(next(iter(part.values())))) for part in parts]
-    rows = (torch.cat([_unfold(network(piece.first(count)), count, len(piece.x)) for network, count in networks])
-            for piece in pieces)
-    return torch.cat(list(rows), 1)
+    return _joined([_joined([_unfold(network(piece.first(count)), count, len(piece.x)) for network, count in networks],
+                            0) for piece in pieces], 1)

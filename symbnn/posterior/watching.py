@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# %% ../../nbs/2_posterior/11_watching.ipynb #5c5faf6a-0
+# %% ../../nbs/2_posterior/11_watching.ipynb #0f480f25-0
 class _Followed:
     """Tensors that come from some others, by their memory, which is kept while they are followed."""
 
@@ -39,6 +39,12 @@ def _strided(values: object) -> list[Tensor]:
     return [leaf for leaf in leaves if leaf.numel()]
 
 
+def _given(function, given: dict, name: str, otherwise: object):
+    """An argument of an operation: as given, by its default, or, where the operation has none, otherwise."""
+    its = next((argument for argument in function._schema.arguments if argument.name == name), None)
+    return given.get(name, its.default_value if its is not None and its.has_default_value() else otherwise)
+
+
 _REDUCING = ("mean", "sum", "prod", "amax", "amin", "max", "min", "median", "nanmedian", "nansum", "std", "var", "any",
              "var_mean", "std_mean", "logsumexp", "all", "argmax", "argmin", "linalg_vector_norm", "norm", "aminmax",
              "mode", "cumsum", "cumprod", "cummax", "cummin", "sort", "topk", "kthvalue")
@@ -50,10 +56,11 @@ class Watch(TorchDispatchMode):
     """Notes what a forward pass does that a trial on some rows cannot settle: it looks at values that come from inputs
     or weights, joins rows, or draws random numbers."""
 
-    def __init__(self, rows: Tensor, weights: Iterable[Tensor]) -> None:
+    def __init__(self, rows: Tensor | list[Tensor], weights: Iterable[Tensor]) -> None:
         super().__init__()
-        self.count = len(rows)
-        self.from_rows, self.followed = _Followed([rows]), _Followed([rows, *weights])
+        rows = [rows] if isinstance(rows, Tensor) else rows
+        self.count = len(rows[0])
+        self.from_rows, self.followed = _Followed(rows), _Followed([*rows, *weights])
         self.noted: list[str] = []
         self.random = self.drew = False  # dropout included, and left out
 
@@ -66,7 +73,7 @@ class Watch(TorchDispatchMode):
             self.noted.append(name)
         elif of_rows and self._joins(function, name, given):
             self.noted.append(f"{name} over rows")
-        if torch.Tag.nondeterministic_seeded in function.tags and given.get("dropout_p", 1.0):
+        if torch.Tag.nondeterministic_seeded in function.tags and _given(function, given, "dropout_p", 1.0):
             self.random = self.drew = True
         result = function(*args, **kwargs)
         for followed, found in ((self.from_rows, of_rows), (self.followed, follows)):
@@ -90,9 +97,7 @@ class Watch(TorchDispatchMode):
             return isinstance(first, Tensor) and first in self.from_rows and self._has_rows(value, given.get("values"))
         if name not in _REDUCING + _INDEXING or (name in _INDEXING and given.get("index") not in self.from_rows):
             return False
-        schema = {argument.name: argument for argument in function._schema.arguments}
-        axis = schema.get("dim")
-        chosen = given.get("dim", axis.default_value if axis is not None and axis.has_default_value() else None)
+        chosen = _given(function, given, "dim", None)
         axes = range(value.ndim) if chosen is None or chosen == [] else [chosen] if isinstance(chosen, int) else chosen
         return self._has_rows(value, given.get("source", given.get("src"))) and any(
             axis % max(value.ndim, 1) == 0 for axis in axes)

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGE', 'Value', 'Seconds', 'BACKENDS', 'JOBS_PER_CPU', 'PATIENCE', 'Tasks', 'Results', 'Pool', 'code_version',
            'RunRecord', 'stored', 'predictions', 'forget_checkpoints', 'check_workers', 'check', 'execute', 'headline']
 
-# %% ../../nbs/8_studies/06_store.ipynb #40a12143-0
+# %% ../../nbs/8_studies/06_store.ipynb #58fd71a4-0
 import ast
 import hashlib
 import json
@@ -38,7 +38,7 @@ from ..errors import Refusal, check_choice, check_count, optional, require, shor
 from ..files import check_folder, sole_writer, write_file
 from ..records import read_record, write_record
 from ..signals import ending
-from .grids import Study, describe
+from .grids import Study, run_in_words
 from .methods import start_folder
 from .runs import Finished, NetworkRun, Run, learn, run_from_json
 
@@ -363,7 +363,7 @@ def _given_out(tasks: Tasks, begun: list[str]) -> Iterator[Callable[[], Any]]:
 def _in_line(error: BaseException) -> str:
     return " ".join(str(error).split())[-160:] or type(error).__name__
 
-# %% ../../nbs/8_studies/06_store.ipynb #8c479fe5-0
+# %% ../../nbs/8_studies/06_store.ipynb #4039d36f-0
 def _named(title: str, job: Callable[[], Finished]) -> Finished:
     try:
         return job()
@@ -410,7 +410,7 @@ def execute(
     ready()
     _report_there(report, len(found), sum((work / f"{name}.json").exists() for name in left), len(kept))
     before = {first.name(root): first for run in left.values() if place and (first := run.first())}
-    titles = {name: describe(study, run) for name, run in left.items()} | {
+    titles = {name: run_in_words(study, run) for name, run in left.items()} | {
         name: f"{run.label}, seed {run.seed}, that others begin with" for name, run in before.items()}
     with ending(), sole_writer(work) if left else nullcontext(), _backend(backend, jobs, address) as pool:
         try:

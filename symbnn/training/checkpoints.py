@@ -202,7 +202,7 @@ def check_continued(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
             "the folder of another run, or settings that were changed since",
             "the values in the checkpoint, or another folder")
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #29e4e54a-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #77668f3d-0
 def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the network's `state_dict`. Raises `Refusal` unless names, shapes and dtypes all agree.
 
@@ -369,10 +369,18 @@ def _built(checkpoint: Checkpoint) -> nn.Module:
         )
     known = parse_value(described, Architecture, f"the architecture in {checkpoint.folder}", _AGAIN)
     try:
-        return with_posteriors(build(known, torch.Generator()), FAMILIES[family])
+        plain = build(known, torch.Generator())
+        return with_posteriors(plain, FAMILIES[family], only=_random_names(checkpoint, plain) or None)
     except RuntimeError as error:  # one that no memory holds
         found = f"the architecture {described}"
         raise _refuse(checkpoint.folder, found, "another release, or an edited file") from error
+
+
+def _random_names(checkpoint: Checkpoint, network: nn.Module) -> list[str]:
+    """The names of the network's tensors that have posteriors in the checkpoint."""
+    tensors = checkpoint.part("best") or checkpoint.part("network")
+    random = {name.partition(".posterior.")[0] for name in tensors if ".posterior." in name}
+    return [name for name, _ in network.named_parameters() if name in random]
 
 
 def _shape_priors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

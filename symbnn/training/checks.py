@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_device', 'check_split', 'training_modes', 'check_task', 'check_arguments', 'check_run_folder']
 
-# %% ../../nbs/7_training/04_checks.ipynb #722f9f79-0
+# %% ../../nbs/7_training/04_checks.ipynb #3d166971-0
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..errors import Refusal, check_kind, require
 from ..files import check_folder
 from ..posterior.layers import variational_tensors
 from ..posterior.sampling import try_step
+from ..posterior.structures import one_tensor
 from ..symmetry.actions import Action
 from ..symmetry.fields import SpatialAction
 from ..symmetry.networks import NetworkAction, check_network
@@ -96,7 +97,7 @@ def training_modes(network: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
 
-# %% ../../nbs/7_training/04_checks.ipynb #01fcf6b4-0
+# %% ../../nbs/7_training/04_checks.ipynb #b4e60bb8-0
 def check_task(
     network: nn.Module, data: Split, validation: Split | None, config: TrainingConfig, rows: int = 2
 ) -> None:
@@ -130,7 +131,7 @@ def _tried(network: nn.Module, data: Split, config: TrainingConfig, rows: int) -
     """The outputs (draws, rows, ...) of one step, in the modes of training."""
     try:
         with training_modes(network):
-            return try_step(network, data.inputs[:rows], min(config.draws, rows), config.estimator)
+            return one_tensor(try_step(network, data.inputs[:rows], min(config.draws, rows), config.estimator))
     except Refusal:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:

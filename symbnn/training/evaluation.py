@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAWS', 'Scores', 'evaluate']
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #7dfe8860-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #a4d72896-0
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from ..equivariance.symmetric import Symmetric
 from ..errors import check_kind, check_seed
 from ..posterior.layers import is_variational
 from ..posterior.sampling import predict
+from ..posterior.structures import one_tensor
 from ..symmetry.actions import Action
 from ..symmetry.groups import Cyclic
 from ..symmetry.networks import NetworkAction
@@ -49,7 +50,7 @@ class Scores(Mapping[str, float]):
             parts.append(f"defect {self['defect_plugin']:.5f}")
         return ", ".join(parts)
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #ef75f608-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #e4c9a153-0
 DRAWS = 64  # of the weights of a Bayesian network, where the caller says nothing
 
 
@@ -58,7 +59,7 @@ def _still(predictor: Predictor, data: Split) -> Equivariance:
     one = data.inputs[:1]
     if isinstance(predictor, nn.Module):
         with torch.no_grad():
-            outputs = predict(predictor, one, draws=1)[0] if is_variational(predictor) else predictor(one)
+            outputs = one_tensor(predict(predictor, one, draws=1))[0] if is_variational(predictor) else predictor(one)
     else:
         first = predictor[0] if isinstance(predictor, Sequence) else predictor
         outputs = first(one)

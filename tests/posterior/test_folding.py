@@ -15,7 +15,7 @@ from symbnn.posterior.sampling import apply_weights, forward, mean_weights, pred
 from tolerances import assert_close, exact64
 
 
-@pytest.mark.parametrize("output", [lambda y: {"logits": y}, lambda y: (y, y), lambda y: [y], lambda y: None])
+@pytest.mark.parametrize("output", [lambda y: {"logits": 1.0}, lambda y: (y, {y}), lambda y: [], lambda y: None])
 def test_outputs_of_other_kinds_are_refused_with_a_way_that_works(output):
     network, x = with_posteriors(Written(lambda m, x: output(m.a(x)), a=linear())), torch.randn(4, 3)
     for call in (lambda: predict(network, x, draws=2), lambda: forward(network, x, 2), lambda: forward(

@@ -6,7 +6,7 @@ import pytest
 
 from helpers_studies import BASE, TINY
 from symbnn.errors import Refusal
-from symbnn.studies.grids import DEMO, Comparison, Panel, Study, describe, words
+from symbnn.studies.grids import DEMO, Comparison, Panel, Study, run_in_words, words
 from symbnn.studies.methods import METHODS, Average, Expansion
 from symbnn.studies.runs import FunctionRun, task_of
 from symbnn.studies.simulations import SIMULATIONS
@@ -78,7 +78,7 @@ def test_grids_give_every_combination_once_and_in_order():
     assert [run.seed for run in TINY.runs()] == [0, 1] * 4
     calls = Study("B", "none", FunctionRun("toy"), ({"a": (1, 2)}, {"a": (3,), "b": (0, 1)}), (0, 2), x="a")
     assert [dict(run.given) for run in calls.points()] == [{"a": 1}, {"a": 2}, {"a": 3, "b": 0}, {"a": 3, "b": 1}]
-    assert calls.columns == ("a", "b") and describe(calls, calls.runs()[-1]) == "a 3, b 1, seed 2"
+    assert calls.columns == ("a", "b") and run_in_words(calls, calls.runs()[-1]) == "a 3, b 1, seed 2"
 
 
 def test_words_name_what_has_no_name_of_its_own():
@@ -86,7 +86,7 @@ def test_words_name_what_has_no_name_of_its_own():
     assert words(names, ("geometric", 20, True, False, None)) == "geometric, trigger 20, keep moments"
     assert words(("training.epochs", "before.epochs"), (11, 40)) == "epochs 11, epochs before 40"
     study = replace(TINY, grids=({"setup.channels": ((3,), (2, 4))},), seeds=(0,), x="setup.channels", series=())
-    assert [describe(study, run) for run in study.runs()] == ["channels 3, seed 0", "channels 2 4, seed 0"]
+    assert [run_in_words(study, run) for run in study.runs()] == ["channels 3, seed 0", "channels 2 4, seed 0"]
 
 
 # Equal budget
