@@ -171,7 +171,7 @@ def check_action(action: Action, pairs: int = 64) -> None:
                       fix="the group of the rule's own order, such as Cyclic(3) for the shifts of three things, or "
                           "rule(g).inverse() in place of rule(g)")
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #5d6b8569-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #f8e8d91e-0
 def natural_action(group: Permutations | Signed | Subgroup) -> Action:
     """A group of (signed) permutations moving its `n` coordinates: `g` moves coordinate `i` to place `g[i]`.
 
@@ -207,7 +207,8 @@ def symmetric_tensors(action: Action) -> Action:
     axis.
     """
     check_kind(action, Action, "the action on vectors", "natural_action(Signed(3))")
-    require(len(action.shape) == 1, "an action on vectors, of one axis", f"{action!r}", "an action on images or weights",
+    require(len(action.shape) == 1, "an action on vectors, of one axis", f"{action!r}",
+            "an action on images or weights",
             "natural_action(Signed(3))")
     n = action.numel
     return Action(action.group, (n * (n + 1) // 2,), partial(_on_pairs, action), f"symmetric tensors, {action.name}")

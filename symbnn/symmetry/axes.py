@@ -7,12 +7,12 @@ __all__ = ['Atom', 'Axis', 'Unknown', 'Still', 'Batch', 'Known', 'Grid', 'Joint'
            'leaves', 'grid_moves', 'is_still', 'split_grid', 'merge_grids', 'Uncoupled', 'AxesAction', 'axes_of',
            'action_on']
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #72f4d356-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #75b7518c-0
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .fields import FieldAction, GridAction, SpatialAction, field
 from .groups import Element, Group
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #b4432c17-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #598eca46-0
 @dataclass(eq=False)
 class Unknown:
     """A part of an axis whose action is not chosen yet; once chosen, or tied to others, `value` says what it is."""
@@ -108,7 +108,7 @@ class Parts(NamedTuple):
         return sum(map(axis_size, self.pieces))
 
 
-Atom = Union[Unknown, Still, Known, Grid, Joint, Absolute, Parts]
+Atom = Unknown | Still | Known | Grid | Joint | Absolute | Parts
 Axis = tuple[Atom, ...]  # the product of its atoms, the first one slowest; empty for an axis of one coordinate
 
 
@@ -177,12 +177,13 @@ def merge_grids(coarse: Grid, fine: Grid) -> Grid:
                                    (coarse.pixels * fine.pixels,) * coarse.space.ndim)
     return Grid(whole, coarse.axis, coarse.pixels * fine.pixels, ("merged", coarse.copy))
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #9118b090-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #b1812d7c-0
 class Uncoupled(Exception):
     """An axis without the one that some element exchanges it with."""
 
     def __init__(self, atom: "Grid | Joint") -> None:
-        super().__init__(f"axis {atom.axis} of a grid under '{_mover(atom).name}', without the axes it is exchanged with")
+        super().__init__(f"axis {atom.axis} of a grid under '{_mover(atom).name}', without the axes it is exchanged "
+                         f"with")
         self.atom = atom
 
 
@@ -192,8 +193,9 @@ def _mover(atom: "Grid | Joint") -> "SpatialAction | Action":
 
 def _along(atom: Grid, g: Element) -> SignedPermutation:
     """How the pixels along one axis are read, once the axis that it comes from is in its place."""
-    sense, shift, places = int(atom.space.point(g).sign[atom.axis]), atom.space.shift(g)[atom.axis], torch.arange(atom.size)
-    if atom.border != (0, 0) and (shift % atom.pixels or sense < 0 and atom.border[0] != atom.border[1]):
+    sense, shift = int(atom.space.point(g).sign[atom.axis]), atom.space.shift(g)[atom.axis]
+    places = torch.arange(atom.size)
+    if atom.border != (0, 0) and (shift % atom.pixels or (sense < 0 and atom.border[0] != atom.border[1])):
         raise Uncoupled(atom)
     read = places if atom.border != (0, 0) else (places - shift) % atom.size
     read = read if sense > 0 else atom.size - 1 - read
@@ -245,8 +247,8 @@ class AxesAction(Action):
             if isinstance(atom, Joint):
                 ndim = len(atom.action.shape)
                 found = self.factors[k:k + ndim]
-                if [its for its in found if isinstance(its, Joint) and its.copy == atom.copy] != found or (
-                        [its.axis for its in found] != list(range(ndim))):
+                if [(its.copy, its.axis) for its in found if isinstance(its, Joint)] != [
+                        (atom.copy, axis) for axis in range(ndim)]:
                     raise Uncoupled(atom)
                 self.factors[k:k + ndim] = [Known(atom.action.flattened())]
                 self._axis_of[k:k + ndim] = [self._axis_of[k]]
@@ -256,9 +258,9 @@ class AxesAction(Action):
         """For a factor of a grid: the factors of the same copy by their axes, those of the same axis first."""
         if not isinstance(atom, Grid):
             return {}
-        others = [(self._axis_of[k] != self._axis_of[number], k) for k, its in enumerate(self.factors)
+        others = [(self._axis_of[k] != self._axis_of[number], k, its.axis) for k, its in enumerate(self.factors)
                   if isinstance(its, Grid) and its.copy == atom.copy]
-        return {self.factors[k].axis: k for _, k in sorted(others, reverse=True)} | {atom.axis: number}
+        return {axis: k for _, k, axis in sorted(others, reverse=True)} | {atom.axis: number}
 
     def reads(self, g: Element) -> list[tuple[int, SignedPermutation | None]]:
         """For each factor the one that it is read from, and the map of its coordinates (None: as they are)."""
@@ -271,9 +273,10 @@ class AxesAction(Action):
                 moves = _along(atom, g)
             else:
                 source, moves = k, atom.action(g) if isinstance(atom, Known) else None
-            plain = moves is None or moves.is_unsigned and bool((moves.index == torch.arange(moves.size)).all())
+            plain = moves is None or (moves.is_unsigned and bool((moves.index == torch.arange(moves.size)).all()))
             result.append((source, None if plain else moves))
-        if len({source for source, _ in result}) < len(result):  # two grids of which it is not known which axes belong together
+        if len({source for source,
+                _ in result}) < len(result):  # two grids of which it is not known which axes belong together
             raise Uncoupled(next(atom for atom in self.factors if isinstance(atom, Grid)))
         return result
 
@@ -326,7 +329,8 @@ def axes_of(action: Action, name: str, copy: object = 0) -> tuple[Axis, ...]:
     if len(action.shape) == 1:
         return ((Known(action, name),),)
     if is_still(Known(action.flattened())):
-        return tuple((Known(Action.trivial(action.group, (size,)), f"{name}[{k}]"),) for k, size in enumerate(action.shape))
+        return tuple((Known(Action.trivial(action.group, (size,)), f"{name}[{k}]"),) for k,
+                     size in enumerate(action.shape))
     return tuple((Joint(action, axis, copy),) for axis in range(len(action.shape)))
 
 
@@ -335,8 +339,10 @@ def action_on(group: Group, axes: Sequence[Axis], name: str = "axes") -> Action:
     whole = AxesAction(group, axes, name)
     first, *rest = whole.axes or ((),)
     grids = [axis[0] for axis in rest if len(axis) == 1 and isinstance(axis[0], Grid)]
-    if rest and len(grids) == len(rest) == grids[0].space.ndim and not any(isinstance(atom, Grid) for atom in first) and (
-            [(its.axis, its.copy, its.border) for its in grids] == [(k, grids[0].copy, (0, 0)) for k in range(len(rest))]) and (
+    if rest and len(grids) == len(rest) == grids[0].space.ndim and not any(isinstance(atom,
+                                                                                      Grid) for atom in first) and (
+            [(its.axis, its.copy, its.border) for its in grids] == [(k, grids[0].copy,
+                                                                     (0, 0)) for k in range(len(rest))]) and (
             all(grid_moves(its) == grid_moves(its._replace(space=grids[0].space)) for its in grids)):
         return field(grids[0].space, whole.shape, action_on(group, (first,)))
     if len(whole.axes) == 1 and len(whole.factors) == 1 and isinstance(whole.factors[0], Known) and (

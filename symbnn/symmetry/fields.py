@@ -126,7 +126,7 @@ def _move_pixels(space: SpatialAction, size: Sequence[int], shifted: bool, g: El
         target = target * length + (pixel + space.shift(g)[axis] * shifted) % length
     return SignedPermutation.sending(target.flatten())
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #7a5b9940-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #330533d5-0
 _TURN, _FLIP = SignedPermutation([1, 0], [-1, 1]), SignedPermutation([0, 1], [1, -1])
 
 
@@ -209,7 +209,8 @@ def point_symmetries(ndim: int) -> SpatialAction:
     >>> sb.field(point_symmetries(3), (1, 8, 8, 8)).group.order
     48
     """
-    return SpatialAction(Signed(ndim), ndim, sending_with_signs, partial(_no_shift, ndim), f"symmetries of the {ndim}-cube")
+    return SpatialAction(Signed(ndim), ndim, sending_with_signs, partial(_no_shift, ndim),
+                         f"symmetries of the {ndim}-cube")
 
 
 def point_rotations(ndim: int) -> SpatialAction:

@@ -8,15 +8,16 @@ __all__ = ['Rule', 'RULES', 'LAYER_RULES', 'ODD', 'EVEN', 'OTHER', 'NOT_ODD', 'P
            'new', 'like', 'relabelled', 'labels_of', 'fresh_labels', 'object_label', 'broadcast', 'alike', 'scaled',
            'add', 'filled', 'copied', 'multiply', 'together']
 
-# %% ../../nbs/1_symmetry/08_operations.ipynb #85eefe90-0
+# %% ../../nbs/1_symmetry/08_operations.ipynb #9b7d2d91-0
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .axes import Absolute, AxesAction, Axis, Grid, Still, Uncoupled, Unknown, absolute, axis_size, leaves
-from .features import Copies, Features, Site
+from symbnn.symmetry.axes import Absolute, AxesAction, Axis, Grid, Still, Uncoupled, Unknown, absolute, axis_size,
+leaves
+from symbnn.symmetry.features import Copies, Features, Site
 
 # %% ../../nbs/1_symmetry/08_operations.ipynb #89f59fd1-0
 Rule = Callable[..., Any]  # of the site and of the operation's own arguments, to the features that it gives
@@ -62,13 +63,14 @@ def as_features(site: Site, value: Any) -> Features:
     site.ledger.later(check)
     return features
 
-# %% ../../nbs/1_symmetry/08_operations.ipynb #c8bff6de-0
+# %% ../../nbs/1_symmetry/08_operations.ipynb #41999ae6-0
 ODD = ("neg tanh sin asin arcsin atan arctan sinh asinh arcsinh atanh arctanh tan erf erfinv sign sgn trunc fix round "
        "reciprocal contiguous clone detach alias lift_fresh lift_fresh_copy "
        "float double half positive real view_of softshrink hardshrink deg2rad rad2deg "
        "lift _assert_tensor_metadata requires_grad_ conj resolve_conj resolve_neg").split()
 EVEN = "abs absolute cos cosh square sinc".split()
-OTHER = ("relu relu6 leaky_relu rrelu elu selu celu gelu silu mish softplus sigmoid hardsigmoid hardswish log_sigmoid exp exp2 "
+OTHER = ("relu relu6 leaky_relu rrelu elu selu celu gelu silu mish softplus sigmoid hardsigmoid hardswish log_sigmoid "
+         "exp exp2 "
          "expm1 log log2 log10 log1p sqrt rsqrt threshold floor ceil frac acos arccos acosh erfc logit lgamma digamma "
          "logical_not bitwise_not isnan isinf isfinite nan_to_num signbit i0").split()
 
@@ -102,8 +104,10 @@ def dropout(site: Site, x: Any, rate: float = 0.5, train: bool = False) -> Featu
 
 
 def not_random(site: Site, rate: float, train: bool) -> None:
+    """Refuse dropout that draws random numbers in evaluation mode."""
     if train and rate:
-        site.refuse("features of which some are dropped at random", "dropout that is not switched off in evaluation mode",
+        site.refuse("features of which some are dropped at random", "dropout that is not switched off in evaluation "
+                                                                    "mode",
                     "nn.Dropout, or F.dropout(x, training=self.training)")
 
 
@@ -177,7 +181,7 @@ def like(site: Site, x: Features, *numbers: float, **options: object) -> Tensor:
     value = numbers[0] if numbers else 0.0 if "zeros_like" in site.operator else 1.0
     return torch.full(x.shape, value)
 
-# %% ../../nbs/1_symmetry/08_operations.ipynb #72cc89b4-0
+# %% ../../nbs/1_symmetry/08_operations.ipynb #fc00ec3b-0
 def relabelled(axis: Axis, labels: Copies) -> Axis:
     """The axis with the copies of its grids under other labels."""
     return tuple(atom._replace(copy=labels.get(atom.copy, atom.copy)) if isinstance(atom, Grid) else atom
@@ -221,13 +225,15 @@ def broadcast(site: Site, x: Features, y: Features, tie: Callable[..., Axis]) ->
             if many is b:
                 own.append(len(result))
             result.append(many)
-    labels = fresh_labels([result[k] for k in own], labels_of([axis for k, axis in enumerate(result) if k not in own]), copies)
+    labels = fresh_labels([result[k] for k in own], labels_of([axis for k, axis in enumerate(result) if k not in own]),
+                          copies)
     for k in own:
         result[k] = relabelled(result[k], labels)
     return tuple(result), constant
 
 
 def alike(site: Site, a: Axis, b: Axis, copies: Copies) -> Axis:
+    """The axis of a sum of two features, which are moved alike."""
     site.ledger.tie(site, a, b, copies)
     return a
 
@@ -261,13 +267,13 @@ def add(site: Site, x: Any, y: Any, **options: Any) -> Features:
 
 
 def _is_tensor(value: object) -> bool:
-    return isinstance(value, Features) or isinstance(value, Tensor) and value.ndim > 0
+    return isinstance(value, Features) or (isinstance(value, Tensor) and value.ndim > 0)
 
 
 @rule("fill", "zero")
 def filled(site: Site, x: Features, value: Any = 0) -> Features:
     """One number at all places."""
-    if isinstance(value, Features) or isinstance(value, Tensor) and value.ndim or bool(value != 0):
+    if isinstance(value, Features) or (isinstance(value, Tensor) and value.ndim) or bool(value != 0):
         site.ledger.unsigned(site, x.axes, "one number in the place of features with signs")
     return Features(x.axes)
 
@@ -288,8 +294,10 @@ def multiply(site: Site, x: Any, y: Any, *, rounding_mode: str | None = None, **
     return Features(broadcast(site, as_features(site, x), as_features(site, y), scaled)[0])
 
 
-@rule("maximum", "minimum", "max.other", "min.other", "fmax", "fmin", "atan2", "fmod", "remainder", "floor_divide", "lerp",
-      "eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "logical_and", "logical_or", "logical_xor", "where", "hypot",
+@rule("maximum", "minimum", "max.other", "min.other", "fmax", "fmin", "atan2", "fmod", "remainder", "floor_divide",
+      "lerp",
+      "eq", "ne", "lt", "le", "gt", "ge", "greater", "less", "logical_and", "logical_or", "logical_xor", "where",
+      "hypot",
       "bitwise_and", "bitwise_or", "masked_fill", "addcmul", "addcdiv", "logaddexp", "isclose", "copysign", "xlogy")
 def together(site: Site, *operands: Any, **options: Any) -> Features:
     """A function of several numbers at each place: it commutes with permutations."""

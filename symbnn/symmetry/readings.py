@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Hidden', 'check_channels', 'Reading']
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #b4f37bb3-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #86122f85-0
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..errors import Refusal, check_choice, require, shortened
 from .actions import Action, check_action, regular_channels
-from .axes import Absolute, Atom, Axis, Batch, Known, Parts, Still, Uncoupled, Unknown, action_on, axes_of
-from .axes import leaves
+from .axes import Absolute, Atom, Axis, Batch, Known, Parts, Still, Uncoupled, Unknown
+from .axes import action_on, axes_of, leaves
 from .features import Features, Ledger, Site, describe, of_batch
 from .fields import FieldAction
 from .groups import Group
@@ -77,7 +77,7 @@ def check_channels(action: Action, group: Group, name: str, size: int) -> None:
                       fix=f"Action.trivial(action.group, ({size},)), or an action of that group on {size} channels")
     check_action(action)
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #26a5da40-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #e480b06c-0
 class Reading:
     """What is known of a network while its action is derived."""
 
@@ -116,7 +116,8 @@ class Reading:
         for unknown in self.last:
             unknown.name = "output"
         given = [None] * len(self.ends) if output is None else tree_leaves(output)
-        require(len(given) == len(self.ends), f"an action for each of the {len(self.ends)} outputs", f"{len(given)} actions",
+        require(len(given) == len(self.ends), f"an action for each of the {len(self.ends)} outputs",
+                f"{len(given)} actions",
                 "a network that returns several tensors", "output=None, which leaves all of them as they come")
         for axes, action in zip(self.ends, given):
             if action is not None:
@@ -128,20 +129,25 @@ class Reading:
     def _without_batch(self, result: Any) -> tuple[Axis, ...]:
         """The axes of an output behind the batch; all of them where the batch was reduced."""
         if not isinstance(result, Features):
-            self.site.refuse("positions of maxima" if isinstance(result, Places) else f"a result of type {type(result).__name__}",
-                             "a network that returns what is no tensor of features", "a module around it that returns the rest")
+            self.site.refuse("positions of maxima" if isinstance(result,
+                                                                 Places) else f"a result of type "
+                                                                              f"{type(result).__name__}",
+                             "a network that returns what is no tensor of features",
+                             "a module around it that returns the rest")
         if result.opened:
             refuse_opened(self.site, result)
         first, *rest = ([*leaves(axis)] for axis in result.axes) if result.axes else ([],)
         whole = len(first) == 1 and isinstance(first[0], Batch)
         if any(of_batch(atom) for axis in (rest if whole else (first, *rest)) for atom in axis):
-            self.site.refuse(f"an output of shape {result.shape} from two inputs", "a batch that is not the first axis of the output",
-                             "nn.Flatten(1), torch.flatten(x, 1), or batch_first=True, which keep the batch as the first axis")
+            self.site.refuse(f"an output of shape {result.shape} from two inputs",
+                             "a batch that is not the first axis of the output",
+                             "nn.Flatten(1), torch.flatten(x, 1), or batch_first=True, which keep the batch as the "
+                             "first axis")
         return result.axes[1:] if whole else result.axes
 
     def _end(self, axes: tuple[Axis, ...], action: Action) -> None:
         shape = Features(axes).shape
-        if action.group != self.group or action.shape != shape and (action.numel,) != shape:
+        if action.group != self.group or (action.shape != shape and (action.numel,) != shape):
             raise Refusal(f"an action of {self.group.name} on the shape {shape} for the output", got=repr(action),
                           cause="an action that was made for another group or network",
                           fix=f"Action.trivial(action.group, {shape}), or output=None")
@@ -150,9 +156,12 @@ class Reading:
             for own, given in zip(axes, axes_of(action if action.shape == shape else action.flattened(), "output")):
                 self.ledger.tie(self.site, own, given, copies)
         except Refusal as refusal:
-            raise Refusal(f"an action on outputs by which the network's output moves, {' and '.join(map(describe, axes))}",
-                          got=repr(action), cause="a network that ends without a layer of its own, or whose output has spatial "
-                          "axes", fix="network_action(network, input) without output, or nn.Linear as the last layer") from refusal
+            raise Refusal(f"an action on outputs by which the network's output moves, "
+                          f"{' and '.join(map(describe, axes))}",
+                          got=repr(action), cause="a network that ends without a layer of its own, or whose output "
+                                                  "has spatial "
+                          "axes", fix="network_action(network, input) without output, or nn.Linear as the last "
+                              "layer") from refusal
 
     # The channels in between
 
@@ -196,12 +205,14 @@ class Reading:
             order = self.group.order if hidden == "regular" else 1
             able = [piece for piece in found if piece.size % order == 0]
             if not able:
-                site.refuse(f"channels in pieces of {', '.join(str(piece.size) for piece in found)}, of which none has a multiple "
+                site.refuse(f"channels in pieces of {', '.join(str(piece.size) for piece in found)}, of which none "
+                            f"has a multiple "
                             f"of {order}", "groups, heads or gates of channels, which the group has to keep as blocks",
                             f"hidden='trivial', or groups or channels in a multiple of {order}")
             for piece in found:
                 regular = hidden == "regular" and piece is able[0]
-                action = regular_channels(self.group, piece.size // order) if regular else Action.trivial(self.group, (piece.size,))
+                action = regular_channels(self.group, piece.size // order) if regular else Action.trivial(self.group,
+                                                                                                          (piece.size,))
                 piece.value = (Known(action, piece.name),)
             return
         action = _chosen(self.group, whole.name, whole.size, hidden)
@@ -210,13 +221,15 @@ class Reading:
         for piece in before:
             if piece in found and piece.value is None:
                 site.refuse(f"channels under {action!r}, in pieces of {', '.join(str(its.size) for its in found)}",
-                            "an action that tears apart the groups, heads or gates of channels that some operation keeps as blocks",
+                            "an action that tears apart the groups, heads or gates of channels that some operation "
+                            "keeps as blocks",
                             f"hidden={{{found[0].name!r}: ...}}, an action for each piece by its name")
 
     # All together
 
     def assemble(self) -> tuple[Any, dict[str, Action], dict[str, tuple[str, str]], dict[str, Action]]:
-        """The actions on outputs, parameters and channels, and what layers read and write, once everything is chosen."""
+        """The actions on outputs, parameters and channels, and what layers read and write, once everything is "
+        "chosen."""
         self.free()
         try:
             for check in self.ledger.checks:
@@ -226,9 +239,11 @@ class Reading:
             self.site.refuse("features of which one axis goes on without the other one", str(error),
                              "one operation for both axes, such as x.mean((-2, -1)), or flips() or half_turns(), which "
                              "keep the axes")
-        parameters = self._all_names({name: self._action(name, features.axes) for name, features in self.parameters.items()})
+        parameters = self._all_names({name: self._action(name, features.axes) for name,
+                                      features in self.parameters.items()})
         result = tree_unflatten(outputs, self.graph.structure)
-        layers = {name: (_class_name(reads), _class_name(writes)) for name, (reads, writes) in self.ledger.layers.items()}
+        layers = {name: (_class_name(reads), _class_name(writes)) for name,
+                  (reads, writes) in self.ledger.layers.items()}
         return result, parameters, layers, self._channels()
 
     def _action(self, name: str, axes: Sequence[Axis]) -> Action:
@@ -236,7 +251,8 @@ class Reading:
             return action_on(self.group, axes, "axes")
         except Uncoupled as error:
             Site(self.ledger, "parameter", name.rpartition(".")[0] or name).refuse(
-                f"the parameter '{name}', which has {error}", "a parameter along one axis of a grid whose axes are exchanged",
+                f"the parameter '{name}', which has {error}", "a parameter along one axis of a grid whose axes are "
+                                                              "exchanged",
                 "a parameter along both axes, or flips() or half_turns(), which keep the axes")
         raise AssertionError("refused before")
 
@@ -254,7 +270,8 @@ class Reading:
 
     def _all_names(self, parameters: dict[str, Action]) -> dict[str, Action]:
         """In the network's own order, tied tensors under all their names, and counts that nothing moves."""
-        known = {id(tensor): name for name, tensor in self.graph.network.named_parameters(remove_duplicate=False) if name in parameters}
+        known = {id(tensor): name for name,
+                 tensor in self.graph.network.named_parameters(remove_duplicate=False) if name in parameters}
         found = {}
         for name, tensor in self.graph.network.named_parameters(remove_duplicate=False):
             found[name] = parameters[known[id(tensor)]]

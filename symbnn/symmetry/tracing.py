@@ -28,7 +28,7 @@ from .features import Features, Ledger, Site
 from .operations import LAYER_RULES, RULES, Places
 from . import contractions, filters, pieces, reductions, views  # noqa: F401
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #21e175fb-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #d6351c0b-0
 _OPAQUE: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
@@ -64,12 +64,14 @@ def _as_one_operation(network: nn.Module) -> None:
 
 
 def _call_layer(module: nn.Module, number: int, *inputs: Any) -> Tensor:
-    require(all(isinstance(its, Tensor) for its in inputs), f"tensors, by position, for a {type(module).__name__}, which has a rule",
-            f"arguments of the types {', '.join(type(its).__name__ for its in inputs)}", "settings that are passed to forward",
+    require(all(isinstance(its, Tensor) for its in inputs), f"tensors, by position, for a {type(module).__name__}, "
+                                                            f"which has a rule",
+            f"arguments of the types {', '.join(type(its).__name__ for its in inputs)}",
+            "settings that are passed to forward",
             "settings that are passed to the layer's __init__")
     return _layer_operator(list(inputs), list(_named(module).values()), number)
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #62a55e15-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #761e86eb-0
 class Graph(NamedTuple):
     """A traced forward pass."""
 
@@ -88,14 +90,16 @@ def _deterministic(network: nn.Module) -> nn.Module:
     own = {id(p): nn.Parameter(p.detach().clone()) for p in plain.parameters() if p.is_floating_point()}
     for module in plain.modules():
         if isinstance(module, Placeholder):
-            own[id(module)] = nn.Parameter(torch.zeros(module.shape, dtype=module.dtype, device=module.device))  # type: ignore[attr-defined]
+            own[id(module)] = nn.Parameter(torch.zeros(module.shape, dtype=module.dtype,
+                                                       device=module.device))  # type: ignore[attr-defined]
     copied = copy_tree(plain, own, evaluating=True, compiled=False)
     _as_one_operation(copied)
     return copied
 
 
 def network_graph(network: nn.Module, example: tuple[Any, ...], options: Mapping[str, Any] | None = None) -> Graph:
-    """The network's forward pass on inputs like these as a graph of operators. Raises `Refusal` where it is not fixed."""
+    """The network's forward pass on inputs like these as a graph of operators. Raises `Refusal` where it is not "
+    "fixed."""
     from torch.export import export
     module = _deterministic(network)
     try:
@@ -108,11 +112,13 @@ def network_graph(network: nn.Module, example: tuple[Any, ...], options: Mapping
         raise _untraced(network, module, example, options or {}, error) from error
     signature = program.graph_signature
     first = {}
-    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [*module.named_parameters(remove_duplicate=False),
+                         *module.named_buffers(remove_duplicate=False)]:
         first.setdefault(id(tensor), name)
     own = {name: first[id(tensor)] for name, tensor in [*module.named_parameters(remove_duplicate=False),
                                                         *module.named_buffers(remove_duplicate=False)]}
-    names = {key: own.get(name, name) for key, name in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()}
+    names = {key: own.get(name, name) for key, name in {**signature.inputs_to_parameters,
+                                                        **signature.inputs_to_buffers}.items()}
     state = {**dict(module.named_buffers(remove_duplicate=False))}
     tensors = {key: state[name] for key, name in signature.inputs_to_buffers.items() if name in state}
     tensors |= {key: program.constants[name] for key, name in signature.inputs_to_lifted_tensor_constants.items()}
@@ -120,7 +126,8 @@ def network_graph(network: nn.Module, example: tuple[Any, ...], options: Mapping
     kinds = [spec.kind.name for spec in signature.output_specs]
     outputs = [value for value, kind in zip(result, kinds) if kind == "USER_OUTPUT"]
     _check_states(program, outputs)
-    return Graph(program.graph, names, tensors, list(signature.user_inputs), outputs, module, program.call_spec.out_spec)
+    return Graph(program.graph, names, tensors, list(signature.user_inputs), outputs, module,
+                 program.call_spec.out_spec)
 
 
 def _check_states(program: Any, outputs: Sequence[Any]) -> None:
@@ -135,12 +142,15 @@ def _check_states(program: Any, outputs: Sequence[Any]) -> None:
     names = program.graph_signature.inputs_to_buffers
     found = sorted({names[node.name] for node in read_ if node.name in names} & written)
     if found:
-        raise Refusal("a network that gives the same at every call", got=f"one that reads and writes the buffer '{found[0]}'",
-                      cause="a state that is kept from call to call", fix="the state as an input of the network, and as an output")
+        raise Refusal("a network that gives the same at every call", got=f"one that reads and writes the buffer "
+                                                                         f"'{found[0]}'",
+                      cause="a state that is kept from call to call", fix="the state as an input of the network, and "
+                                                                          "as an output")
 
 
-FRESH = ("conv1d conv2d conv3d linear batch_norm layer_norm group_norm instance_norm add sub mul div matmul bmm cat stack "
-         "relu_ add_ sub_ mul_ div_").split()  # operators whose results are no views of other tensors, nor seen by others
+FRESH = ("conv1d conv2d conv3d linear batch_norm layer_norm group_norm instance_norm add sub mul div matmul bmm cat "
+         "stack "
+         "relu_ add_ sub_ mul_ div_").split()  # operators whose results are no views, nor seen by other tensors
 
 
 def _writes_unseen(node: fx.Node) -> bool:
@@ -163,9 +173,11 @@ def _quiet(name: str):
         logger.disabled = before
 
 
-def _untraced(network: nn.Module, module: nn.Module, example: tuple, options: Mapping[str, Any], error: Exception) -> Refusal:
+def _untraced(network: nn.Module, module: nn.Module, example: tuple, options: Mapping[str, Any],
+              error: Exception) -> Refusal:
     """Why a network has no graph: it does not take such inputs, or its forward pass depends on them."""
-    shapes = ", ".join(str(tuple(its.shape)) for its in tree_leaves((example, dict(options))) if isinstance(its, Tensor))
+    shapes = ", ".join(str(tuple(its.shape)) for its in tree_leaves((example, dict(options))) if isinstance(its,
+                                                                                                            Tensor))
     try:
         with torch.no_grad():
             module(*example, **options)
@@ -173,7 +185,8 @@ def _untraced(network: nn.Module, module: nn.Module, example: tuple, options: Ma
         return Refusal(f"a network that takes inputs of the shapes {shapes}, the first axis being the batch",
                        got=f"{type(network).__name__}, which raises {_first_line(own)}",
                        cause="an action on inputs of another shape or number than the network is made for",
-                       fix="field(space, (C, H, W)) for images (C, H, W), one action for each input, and example= for inputs "
+                       fix="field(space, (C, H, W)) for images (C, H, W), one action for each input, and example= for "
+                           "inputs "
                            "that are no floating-point numbers")
     return Refusal("a network whose forward pass is one fixed graph of operations",
                    got=f"{type(network).__name__}, which torch.export cannot trace, {_first_line(error)}",
@@ -185,13 +198,14 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shortened(lines[0], 300) if lines else ''}"
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #e6d356e9-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #ca583825-0
 def read(graph: Graph, ledger: Ledger, inputs: Sequence[Features | Any]) -> tuple[dict[str, Features], list[Any]]:
     """Walk along a graph; the features of each parameter that was met, and those that the network returns."""
     parameters: dict[str, Features] = {}
     values: dict[fx.Node, Any] = {}
     given = dict(zip(graph.inputs, inputs))
-    movable = set(graph.parameters.values()) - {graph.parameters[key] for key in graph.tensors if key in graph.parameters} | (
+    movable = set(graph.parameters.values()) - {graph.parameters[key] for key in graph.tensors
+                                                if key in graph.parameters} | (
         _statistics(graph))
 
     def value_of(node: fx.Node) -> Any:
@@ -215,7 +229,8 @@ def _statistics(graph: Graph) -> set[str]:
     found = set()
     for node in graph.nodes.nodes:
         if node.op == "call_function" and _operator(node) in ("batch_norm", "instance_norm"):
-            found |= {graph.parameters[arg.name] for arg in node.args[3:5] if isinstance(arg, fx.Node) and arg.name in graph.parameters}
+            names = [arg.name for arg in node.args[3:5] if isinstance(arg, fx.Node)]
+            found |= {graph.parameters[name] for name in names if name in graph.parameters}
     return found | {name for name in graph.parameters.values() if "parametrizations." in name}
 
 
@@ -229,7 +244,8 @@ def _placeholder(graph: Graph, ledger: Ledger, node: fx.Node, given: Mapping[str
     layer = name.rpartition(".")[0]
     shape = node.meta["val"].shape
     title = layer if name.rpartition(".")[2] in ("weight", "bias") else name
-    features = Features(tuple((ledger.unknown(size, f"{title}:{k}" if k else title, k > 0),) for k, size in enumerate(shape)), name)
+    features = Features(tuple((ledger.unknown(size, f"{title}:{k}" if k else title, k > 0),) for k,
+                              size in enumerate(shape)), name)
     parameters[name] = features
     return features
 
@@ -252,12 +268,14 @@ def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwa
     site = Site(ledger, name, _label(graph, node, name), _line(node), _path(node)[0])
     if node.target is operator.getitem:
         if isinstance(args[0], Features):
-            site.refuse("one of several results", "an operation of several results, for whose others no action is known",
+            site.refuse("one of several results",
+                        "an operation of several results, for whose others no action is known",
                         "another operation, or a rule of your own: @rule(...)")
         return args[0][args[1]]
     if not _has_features((args, dict(kwargs))):
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            site.refuse("random numbers", "a forward pass that draws random numbers, and gives something else at every call",
+            site.refuse("random numbers", "a forward pass that draws random numbers, and gives something else at "
+                                          "every call",
                         "random numbers as an input of the network, or as a buffer")
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.target is torch.ops.symbnn.layer.default:
@@ -265,10 +283,12 @@ def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwa
     key = f"{name}.{node.target._overloadname}" if hasattr(node.target, "_overloadname") else name
     found = RULES.get(key, RULES.get(name))
     if found is None:
-        site.refuse(f"a call of {name}, for which no action is known", "an operation that moves or mixes features in another way",
+        site.refuse(f"a call of {name}, for which no action is known",
+                    "an operation that moves or mixes features in another way",
                     "layers and functions of torch that a rule is known for, or a rule of your own: @rule(...)")
     if _mutates(node) and not isinstance(args[0], Features):
-        site.refuse("a constant into which features are written", "a tensor that is made in the forward pass and filled in place",
+        site.refuse("a constant into which features are written", "a tensor that is made in the forward pass and "
+                                                                  "filled in place",
                     "torch.cat or torch.stack of the pieces")
     _check_operands(site, name, (args, kwargs))
     if name not in KEEPS_APART:
@@ -277,10 +297,12 @@ def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwa
         result = found(site, *args, **kwargs)
         _check_shapes(site, result, node.meta.get("val"))
         return result
-    except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError, AssertionError, StopIteration) as error:
+    except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError, AssertionError,
+            StopIteration) as error:
         if isinstance(error, Refusal):
             raise
-        site.refuse(f"the arguments {shortened(args[1:])} {shortened(dict(kwargs))}", f"arguments that no rule reads ({error})",
+        site.refuse(f"the arguments {shortened(args[1:])} {shortened(dict(kwargs))}",
+                    f"arguments that no rule reads ({error})",
                     "the layer of torch.nn in place of the function")
 
 
@@ -291,17 +313,19 @@ def _apply_layer(site: Site, inputs: Sequence[Any], parameters: Sequence[Feature
     return LAYER_RULES[type(module)](site, module, *inputs, **named)
 
 
-KEEPS_APART = "select unbind lstm gru rnn_tanh rnn_relu".split()  # operators that take states of several layers one by one
+KEEPS_APART = "select unbind lstm gru rnn_tanh rnn_relu".split()  # these take states of several layers one by one
 
 
 def _check_shapes(site: Site, result: Any, traced: Any) -> None:
     """Refuse where a rule and the network itself do not agree on the shape of what an operator gives."""
     if isinstance(result, Features) and isinstance(traced, Tensor) and result.shape != tuple(traced.shape):
         site.refuse(f"a result of shape {tuple(traced.shape)}, where {result.shape} is expected",
-                    "arguments that its rule does not know", "the operation without optional arguments, or a layer of torch.nn")
+                    "arguments that its rule does not know", "the operation without optional arguments, or a layer of "
+                                                             "torch.nn")
     several = isinstance(result, (list, tuple)) and not isinstance(result, Features)
     if isinstance(traced, Tensor) and several or isinstance(traced, (list, tuple)) and isinstance(result, Features):
-        site.refuse(f"{len(traced)} results", "one result, or several, where its rule knows it otherwise", "a layer of torch.nn")
+        site.refuse(f"{len(traced)} results", "one result, or several, where its rule knows it otherwise",
+                    "a layer of torch.nn")
     if several and isinstance(traced, (list, tuple)):
         for its, own in zip(result, traced):
             _check_shapes(site, its, own)
@@ -317,8 +341,10 @@ def _has_features(value: Any) -> bool:
 
 def _check_operands(site: Site, name: str, value: Any) -> None:
     if isinstance(value, Places):
-        site.refuse("positions of maxima", "the positions of maxima are no features", "the maxima themselves, return_indices=False")
-    if isinstance(value, Features) and value.opened and name not in ("mean", "sum", "amax", "amin", "max", "min", "logsumexp"):
+        site.refuse("positions of maxima", "the positions of maxima are no features",
+                    "the maxima themselves, return_indices=False")
+    if isinstance(value, Features) and value.opened and name not in ("mean", "sum", "amax", "amin", "max", "min",
+                                                                     "logsumexp"):
         reductions.refuse_opened(site, value)
     if isinstance(value, Mapping):
         value = list(value.values())
@@ -341,7 +367,8 @@ def _label(graph: Graph, node: fx.Node, name: str) -> str:
     except AttributeError:
         module = None
     title = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}"
-    if module is not None and title.startswith("torch.nn.modules") and not isinstance(module, (nn.Sequential, nn.ModuleList)):
+    if module is not None and title.startswith("torch.nn.modules") and not isinstance(module,
+                                                                                      (nn.Sequential, nn.ModuleList)):
         described = f"{type(module).__name__}({module.extra_repr()})"
         return f"{path}: {described}" if path else described
     return f"{path}: {name}" if path else name
@@ -350,7 +377,8 @@ def _label(graph: Graph, node: fx.Node, name: str) -> str:
 def _line(node: fx.Node) -> str:
     """The line of the network's own code that calls an operator, as 'file.py:12: y = x + z'."""
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-    frames = [(lines[k].strip(), lines[k + 1].strip()) for k in range(0, len(lines) - 1, 2) if lines[k].strip().startswith("File")]
+    frames = [(lines[k].strip(), lines[k + 1].strip()) for k in range(0, len(lines) - 1,
+                                                                      2) if lines[k].strip().startswith("File")]
     own = [(where, code) for where, code in frames if "/torch/" not in where]
     if not own:
         return ""

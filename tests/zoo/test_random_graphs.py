@@ -508,7 +508,10 @@ def a_sequence(rng, net, x):
     if rng.random() < 0.5:
         return lambda n, y: n.layers[k](y.flatten(1, -2))[0]
     p = parameter(net, options["num_layers"] * (1 + options["bidirectional"]), 1, 4)
-    start = lambda n, y: n.weights[p].expand(-1, len(y), -1).contiguous()
+
+    def start(n, y):
+        return n.weights[p].expand(-1, len(y), -1).contiguous()
+
     return lambda n, y: n.layers[k](y.flatten(1, -2), (start(n, y), start(n, y)) if kind is nn.LSTM else start(n, y))[0]
 
 
