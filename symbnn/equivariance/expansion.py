@@ -259,7 +259,7 @@ def _widen(layer: nn.Module, read: int, written: int) -> None:
         first, *rest = layer.normalized_shape
         layer.normalized_shape = (written * first, *rest)
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #dcccc4b4-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #f15073ab-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
     require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
@@ -332,8 +332,10 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
                 "channels keep their number",
                 "a layer of its own before the first residual sum, and one behind the last")
         require({source, target} <= set(action.channels), "layers that read and write the channels of one class",
-                f"layer {name!r} from {source!r} to {target!r}", "features of several layers side by side, as behind torch.cat, "
-                "or channels in groups", "average(...), tie(...) or a mixture of the network, which take any network that has an "
+                f"layer {name!r} from {source!r} to {target!r}", "features of several layers side by side, as behind "
+                                                                 "torch.cat, "
+                "or channels in groups", "average(...), tie(...) or a mixture of the network, which take any network "
+                                         "that has an "
                 "action; or sums in place of torch.cat")
         for tensor in layer.parameters():
             require(owners.setdefault(id(tensor), name) == name, "weights that belong to one layer each",

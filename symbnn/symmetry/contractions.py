@@ -21,9 +21,10 @@ from .operations import not_random, scaled
 from .pieces import Stacked, cat, index_select
 from .views import expand
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #f08bb1eb-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #60caefbb-0
 SUM_OVER = "sums over it"
-TOGETHER = ("nn.Flatten(1) before a linear layer, all axes together that are exchanged with each other, or a group that keeps "
+TOGETHER = ("nn.Flatten(1) before a linear layer, all axes together that are exchanged with each other, or a group "
+            "that keeps "
             "them apart, such as flips()")
 
 
@@ -64,7 +65,7 @@ def note_layer(site: Site, weight: Features, reads: Axis, writes: Axis) -> None:
     """Note which channels the layer of this weight reads and writes."""
     if weight.parameter:
         own = layer_of(weight.parameter)
-        tied = bool(site.layer) and not f"{own}.".startswith(f"{site.layer}.")  # the tensor has its name from another layer
+        tied = bool(site.layer) and not f"{own}.".startswith(f"{site.layer}.")  # it has its name from another layer
         site.ledger.layers.setdefault(site.layer if tied else own, (reads, writes))
 
 
@@ -153,7 +154,8 @@ def einsum(site: Site, equation: str, tensors: Sequence[Any], **options: object)
     terms = inputs.split(",")
     operands = [as_features(site, tensor) for tensor in tensors]
     free = iter(chr(ord("α") + k) for k in count())
-    dots = max((len(its.axes) - len(term.replace("...", "")) for its, term in zip(operands, terms) if "..." in term), default=0)
+    dots = max((len(its.axes) - len(term.replace("...", "")) for its, term in zip(operands, terms) if "..." in term),
+               default=0)
     names = "".join(next(free) for _ in range(dots))
     if "->" not in equation:
         once = sorted(letter for letter in set(inputs) - {",", "."} if inputs.count(letter) == 1)
@@ -162,7 +164,8 @@ def einsum(site: Site, equation: str, tensors: Sequence[Any], **options: object)
         own = len(its.axes) - len(term.replace("...", ""))
         terms[k] = term.replace("...", names[dots - own:] if own else "")
         if len(set(terms[k])) < len(terms[k]):
-            site.refuse(f"the equation {equation!r}", "a diagonal, which is no rule's", "torch.diagonal, or other letters")
+            site.refuse(f"the equation {equation!r}", "a diagonal, which is no rule's",
+                        "torch.diagonal, or other letters")
     out = out.replace("...", names)
     operands = _expanded(site, operands, terms)
     result, letters_ = operands[0], terms[0]
@@ -194,13 +197,15 @@ def bilinear(site: Site, x: Features, y: Features, weight: Features, bias: Any =
 @rule("scaled_dot_product_attention")
 def attention(site: Site, q: Features, k: Features, v: Features, mask: Any = None, dropout: float = 0.0,
               causal: bool = False, **options: Any) -> Features:
-    """softmax(q k^T) v: tokens are permuted for every weight, and the units of q and k, and those of v, by actions of their own."""
+    """softmax(q k^T) v: tokens are permuted for every weight, and the units of q and k, and those of v, by actions "
+    "of their own."""
     ledger = site.ledger
     not_random(site, dropout, True)
     q, k, v = (as_features(site, its) for its in (q, k, v))
     if options.get("enable_gqa") and q.shape[-3] != k.shape[-3]:
         for its in (q, k, v):
-            ledger.still(site, its.axes[-3], "heads that share keys and values", "as many heads for keys as for queries")
+            ledger.still(site, its.axes[-3], "heads that share keys and values",
+                         "as many heads for keys as for queries")
         groups = q.shape[-3] // k.shape[-3]
         k, v = (Features((*its.axes[:-3], (Still(groups * its.shape[-3]),), *its.axes[-2:])) for its in (k, v))
     scores = matmul(site, q, Features((*k.axes[:-2], k.axes[-1], k.axes[-2])))
@@ -216,7 +221,8 @@ def attention(site: Site, q: Features, k: Features, v: Features, mask: Any = Non
 
 @rule("embedding")
 def embedding(site: Site, weight: Any, index: Any, *unused: object, **options: object) -> Features:
-    """Rows of a table by their numbers: nothing may move along the numbers, as a group acts on places and not on values."""
+    """Rows of a table by their numbers: nothing may move along the numbers, as a group acts on places and not on "
+    "values."""
     weight = as_features(site, weight)
     if isinstance(index, Features):
         site.ledger.unsigned(site, index.axes, "numbers of rows, which have no sign")
@@ -233,7 +239,7 @@ def _rows_alike(index: Tensor) -> bool:
     flat = index.reshape(-1, index.shape[-1])
     return bool((flat == flat[:1]).all())
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #2d6c851e-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #681af45c-0
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 ORDER = "a recurrent layer, which depends on the order along time"
 
@@ -244,7 +250,7 @@ def recurrent(site: Site, x: Features, states: Any, weights: Sequence[Features],
     """Recurrent layers: each permutes its own units, all gates alike; nothing moves along time."""
     ledger, kind = site.ledger, site.operator
     kind = next(name for name in GATES if name in kind)
-    if isinstance(x, Features) and not isinstance(x.axes, tuple) or len(x.axes) != 3:
+    if (isinstance(x, Features) and not isinstance(x.axes, tuple)) or len(x.axes) != 3:
         site.refuse("packed sequences", "sequences of several lengths in one tensor", "padded sequences")
     ledger.still(site, x.axes[1 if batch_first else 0], ORDER, "a group that leaves time as it is")
     directions, read, last, cells = 1 + bidirectional, x.axes[2], [], []

@@ -22,17 +22,19 @@ from .reductions import NO_MAXIMUM
 from .views import as_grid, regrouped
 from .windows import Window, convolution_windows, per_axis, slide
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #1b94aa17-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #83782179-0
 def spatial(site: Site, x: Features, ndim: int, ahead: int = 2) -> list[Grid | Still]:
     """The last axes, along which a window slides."""
     if len(x.axes) != ndim + ahead:
-        site.refuse(f"features of {len(x.axes)} axes", f"the layer needs {ndim} spatial axes behind batch and channels, which "
+        site.refuse(f"features of {len(x.axes)} axes", f"the layer needs {ndim} spatial axes behind batch and "
+                                                       f"channels, which "
                     "are lost by a flattening and not known of an action that is no field",
                     "field(space, (channels, *size)) as the action on inputs, and nn.Flatten after the last such layer")
     axes = [as_grid(site, axis) for axis in x.axes[ahead:]]
     sizes = {(axis.copy, axis.axis): axis.size for axis in axes if isinstance(axis, Grid)}
     for axis in axes:
-        if isinstance(axis, Grid) and any(sizes.get((axis.copy, source), axis.size) != axis.size for source, _, _ in grid_moves(axis)):
+        if isinstance(axis, Grid) and any(sizes.get((axis.copy, source), axis.size) != axis.size for source, _,
+                                          _ in grid_moves(axis)):
             site.refuse(f"features of shape {x.shape}", f"'{axis.space.name}' exchanges axes of different length",
                         "the same size along both axes")
     return axes
@@ -40,12 +42,14 @@ def spatial(site: Site, x: Features, ndim: int, ahead: int = 2) -> list[Grid | S
 
 @rule("im2col")
 def patches(site: Site, x: Features, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Features:
-    """The pixels that a window reads, as channels: channels and places within the window, which are turned and flipped."""
+    """The pixels that a window reads, as channels: channels and places within the window, which are turned and "
+    "flipped."""
     axes = spatial(site, x, 2)
     windows = convolution_windows(per_axis(kernel, 2), stride, padding, dilation)
     behind = slide(site, axes, windows)
-    within = [Grid(axis.space.without_shifts(), axis.axis, window.kernel, ("kernel", axis.copy)) if isinstance(axis, Grid) else
-              Still(window.kernel) for axis, window in zip(axes, windows)]
+    within = [Still(window.kernel) if isinstance(axis, Still) else
+              Grid(axis.space.without_shifts(), axis.axis, window.kernel, ("kernel", axis.copy))
+              for axis, window in zip(axes, windows)]
     return Features((x.axes[0], (*leaves(x.axes[1]), *within), tuple(behind)))
 
 
@@ -65,7 +69,8 @@ def _kernel(site: Site, weight: Features, axes: Sequence[Grid | Still]) -> None:
     copies: dict = {}
     for own, axis in zip(weight.axes[2:], axes):
         size = axis_size(own)
-        site.ledger.tie(site, (Still(size),) if isinstance(axis, Still) or is_still(axis._replace(pixels=size, border=(0, 0),
+        site.ledger.tie(site, (Still(size),) if isinstance(axis,
+                                                           Still) or is_still(axis._replace(pixels=size, border=(0, 0),
                         space=axis.space.without_shifts())) else
                         (Grid(axis.space.without_shifts(), axis.axis, size, ("kernel", axis.copy)),), own, copies)
 
@@ -137,8 +142,8 @@ def transposed_convolution(site: Site, x: Any, weight: Any, bias: Any = None, st
     return with_bias(site, Features((x.axes[0], written, *((axis,) for axis in behind))), bias, dim=1)
 
 
-def _spread(site: Site, axes: Sequence[Grid | Still], settings: list, k: int, axis: Grid | Still, kernel: int, stride: int,
-            padding: int, extra: int, dilation: int) -> Grid | Still:
+def _spread(site: Site, axes: Sequence[Grid | Still], settings: list, k: int, axis: Grid | Still, kernel: int,
+            stride: int, padding: int, extra: int, dilation: int) -> Grid | Still:
     """The axis behind a transposed window, refused where some element notices it."""
     size = axis.pixels if isinstance(axis, Grid) else axis.size
     new = (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra + 1
@@ -151,7 +156,8 @@ def _spread(site: Site, axes: Sequence[Grid | Still], settings: list, k: int, ax
         point, shift = axis.space.point(g), axis.space.shift(g)[axis.axis] % size
         source = places.get(int(point.index[axis.axis]))
         if source is None or settings[source] != settings[k]:
-            site.refuse(where, f"'{axis.space.name}' exchanges axes that have other settings", "the same settings along both axes")
+            site.refuse(where, f"'{axis.space.name}' exchanges axes that have other settings",
+                        "the same settings along both axes")
         if int(point.sign[axis.axis]) < 0 and extra:
             site.refuse(where, f"'{axis.space.name}' reverses an axis, at whose end alone there is output padding",
                         "output_padding=0, with a kernel of the stride's size")
@@ -161,7 +167,7 @@ def _spread(site: Site, axes: Sequence[Grid | Still], settings: list, k: int, ax
     return Grid(axis.space.resampled((size,) * axis.space.ndim, (new,) * axis.space.ndim) if new == size * stride else
                 axis.space, axis.axis, new, axis.copy)
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #366f528c-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #5135b47a-0
 @rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def average_pool(site: Site, x: Features, kernel: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
                  count_include_pad: bool = True, divisor_override: Any = None) -> Features:
@@ -185,7 +191,8 @@ def maximum_pool_with_places(site: Site, x: Features, *arguments: Any, **options
 
 def _no_border(site: Site, axis: Grid, where: str) -> None:
     if axis.border != (0, 0):
-        site.refuse(f"{where} behind circular padding", "pixels that are there twice", "circular padding right before a convolution")
+        site.refuse(f"{where} behind circular padding", "pixels that are there twice",
+                    "circular padding right before a convolution")
 
 
 def _ndim(site: Site) -> int:
@@ -231,16 +238,18 @@ def _adapted(site: Site, axes: Sequence[Grid | Still], new: Sequence[int], k: in
             site.refuse(f"the output size {size} on the size {tuple(map(axis_size, [(its,) for its in axes]))}",
                         f"a shift by {shift} pixels, which is no whole number of outputs",
                         f"output_size=1, or shifts by a multiple of {step} pixels when they come to this layer")
-    return Grid(axis.space.resampled((axis.pixels,) * axis.space.ndim, (new[k],) * axis.space.ndim), axis.axis, new[k], axis.copy)
+    return Grid(axis.space.resampled((axis.pixels,) * axis.space.ndim, (new[k],) * axis.space.ndim), axis.axis, new[k],
+                axis.copy)
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #27d58962-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #57210844-0
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
       "replication_pad2d", "replication_pad3d")
 def pad(site: Site, x: Any, ends: Sequence[int], mode: Any = "constant", value: Any = 0) -> Features:
     """Padding: the same at both ends of an axis that is reversed; around a circle where pixels are shifted."""
     x = as_features(site, x)
     if site.operator != "pad":
-        mode, value = ("constant", 0 if isinstance(mode, str) else mode) if "constant" in site.operator else ("reflect", 0)
+        mode, value = ("constant", 0 if isinstance(mode,
+                                                   str) else mode) if "constant" in site.operator else ("reflect", 0)
     axes = list(x.axes)
     pairs = {len(axes) - 1 - k: (ends[2 * k], ends[2 * k + 1]) for k in range(len(ends) // 2)}
     if mode == "constant" and value not in (0, None):
@@ -264,14 +273,19 @@ def _padded(site: Site, axes: Sequence[Axis], pairs: dict[int, tuple[int, int]],
         return (Still(axis.size + before + after),)
     where = f"padding {before}+{after} on the size {axis.size}"
     _no_border(site, axis, where)
-    others = {leaf.axis: j for j, its in enumerate(axes) for leaf in leaves(its) if isinstance(leaf, Grid) and leaf.copy == axis.copy}
+    others = {leaf.axis: j for j, its in enumerate(axes) for leaf in leaves(its) if isinstance(leaf,
+                                                                                               Grid) and leaf.copy
+              == axis.copy}
     for source, sense, shift in grid_moves(axis):
         if pairs.get(others.get(source, -1), (0, 0)) != (before, after):
-            site.refuse(where, f"'{axis.space.name}' exchanges axes that are padded differently", "the same padding along both axes")
+            site.refuse(where, f"'{axis.space.name}' exchanges axes that are padded differently",
+                        "the same padding along both axes")
         if sense < 0 and before != after and mode != "circular":
-            site.refuse(where, f"'{axis.space.name}' reverses an axis", f"padding that is equal on both sides, such as {before}+{before}")
+            site.refuse(where, f"'{axis.space.name}' reverses an axis",
+                        f"padding that is equal on both sides, such as {before}+{before}")
         if shift and mode != "circular":
-            site.refuse(where, "pixels that a circular shift moves over the border, where other padding is", 'mode="circular"')
+            site.refuse(where, "pixels that a circular shift moves over the border, where other padding is",
+                        'mode="circular"')
     if mode == "circular":
         return (axis._replace(border=(before, after)),)
     return (axis._replace(pixels=axis.size + before + after, border=(0, 0)),)
@@ -291,13 +305,15 @@ def interpolation(site: Site, x: Features, *arguments: Any, **options: Any) -> F
             behind.append(Still(size))
             continue
         _no_border(site, axis, "interpolation")
-        new = Grid(axis.space.resampled((axis.pixels,) * axis.space.ndim, (size,) * axis.space.ndim), axis.axis, size, axis.copy)
+        new = Grid(axis.space.resampled((axis.pixels,) * axis.space.ndim, (size,) * axis.space.ndim), axis.axis, size,
+                   axis.copy)
         _check_resampling(site, axes, k, matrix, new)
         behind.append(new)
     sizes = {axis.axis: its.size for axis, its in zip(axes, behind) if isinstance(axis, Grid)}
     for axis, its in zip(axes, behind):
         if isinstance(axis, Grid) and any(sizes.get(source) != its.size for source, _, _ in grid_moves(axis)):
-            site.refuse(f"the output size {tuple(its.size for its in behind)}", f"'{axis.space.name}' exchanges the axes",
+            site.refuse(f"the output size {tuple(its.size for its in behind)}",
+                        f"'{axis.space.name}' exchanges the axes",
                         "the same factor along both axes")
     return Features((*x.axes[:2], *((axis,) for axis in behind)))
 
@@ -328,4 +344,5 @@ def _check_resampling(site: Site, axes: Sequence[Grid | Still], k: int, matrix: 
         if not exact or not torch.allclose(moved, matrix, atol=1e-9):
             factor = max(1, round(new.pixels / axis.pixels))
             site.refuse(where, f"'{axis.space.name}' moves pixels to which other weights belong",
-                        f"a whole factor, such as scale_factor={factor}, with mode='bilinear' or average pooling where it shrinks")
+                        f"a whole factor, such as scale_factor={factor}, with mode='bilinear' or average pooling "
+                        f"where it shrinks")

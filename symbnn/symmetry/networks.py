@@ -57,7 +57,7 @@ class NetworkAction:
                           fix=f"names among {shortened(sorted(self.parameters), 200)}")
         return {name: self.parameters[name].act(g, tensor) for name, tensor in tensors.items()}
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #f16058bd-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #e76f6a77-0
 def _of_a_pair(value: object, part: str) -> dict[type, str]:
     """What to say to a network with its action where one of them belongs."""
     return {type(value): f"pair.{part}"} if isinstance(getattr(value, "action", None), NetworkAction) else {}
@@ -79,13 +79,15 @@ def _near_actions(action: object) -> dict:
 def check_acting(network: object, action: object) -> None:
     """Raise `Refusal` unless these are a torch network and an action on a whole network of one input and one output."""
     check_network(network)
-    check_kind(action, NetworkAction, "the action on a whole network", "network_action(network, action)", _near_actions(action))
+    check_kind(action, NetworkAction, "the action on a whole network", "network_action(network, action)",
+               _near_actions(action))
     assert isinstance(action, NetworkAction)
     for its, name in ((action.input, "input"), (action.output, "output")):
-        require(isinstance(its, Action), f"a network of one {name} tensor", f"actions on several, {shortened(its, 120)}",
+        require(isinstance(its, Action), f"a network of one {name} tensor",
+                f"actions on several, {shortened(its, 120)}",
                 f"a network with several {name}s", "a module around it, whose forward takes one tensor and returns one")
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #19710caf-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #0ee18216-0
 Actions = Action | Sequence[Action] | Mapping[str, Action]  # of one input, of several, or of inputs by their names
 
 
@@ -131,11 +133,13 @@ def network_action(network: nn.Module, input: Actions, *, hidden: Hidden = "triv
 
 def _each(input: Any) -> list:
     """The actions on the inputs, in the order of the arguments."""
-    return list(input.values()) if isinstance(input, Mapping) else list(input) if isinstance(input, (tuple, list)) else [input]
+    return list(input.values()) if isinstance(input, Mapping) else list(input) if isinstance(input,
+                                                                                             (tuple, list)) else [input]
 
 
 def example_inputs(network: nn.Module, input: Actions, example: Any = None) -> tuple[tuple, dict]:
-    """Positional and named arguments of a call on two inputs: zeros of the network's type, or the first of an example."""
+    """Positional and named arguments of a call on two inputs: zeros of the network's type, or the first of an "
+    "example."""
     like = next((its for its in network.parameters() if its.is_floating_point()), torch.zeros(()))
     given = [None] * len(_each(input)) if example is None else _each(example)
     require(len(given) == len(_each(input)), f"an example of {len(_each(input))} inputs", f"{len(given)} inputs",
@@ -148,8 +152,10 @@ def example_inputs(network: nn.Module, input: Actions, example: Any = None) -> t
 def _two(action: Action, x: Any) -> Tensor:
     """The first two inputs of a batch."""
     check_tensor(x, "an example of inputs", "example")
-    require(tuple(x.shape[1:]) == action.shape and len(x) > 0, f"an example of shape ('batch', {', '.join(map(str, action.shape))})",
-            f"a tensor of shape {tuple(x.shape)}", "an example of one input, without the axis of the batch", "example=x[None]")
+    require(tuple(x.shape[1:]) == action.shape and len(x) > 0, f"an example of shape ('batch', "
+                                                               f"{', '.join(map(str, action.shape))})",
+            f"a tensor of shape {tuple(x.shape)}", "an example of one input, without the axis of the batch",
+            "example=x[None]")
     return x[torch.arange(2) % len(x)]
 
 # %% ../../nbs/1_symmetry/16_networks.ipynb #59497211-0
@@ -197,7 +203,7 @@ def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> Network
         unknown.value = (Known(natural(unknown.name, unknown.size), unknown.name),)
     return NetworkAction(group, unmoved(group), *reading.assemble())
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #699b6bcd-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #8d29a3da-0
 def intertwining_error(network: nn.Module, action: NetworkAction, x: Any, elements: Sequence[Element] | None = None, *,
                        tensors: Mapping[str, Tensor] | None = None,
                        forward: Callable[[Any, Mapping[str, Tensor]], Any] | None = None) -> float:
@@ -211,7 +217,8 @@ def intertwining_error(network: nn.Module, action: NetworkAction, x: Any, elemen
     is nothing to compare.
     """
     check_network(network)
-    check_kind(action, NetworkAction, "the action on a whole network", "network_action(network, action)", _near_actions(action))
+    check_kind(action, NetworkAction, "the action on a whole network", "network_action(network, action)",
+               _near_actions(action))
     for its in _each(x):
         check_tensor(its, "the batch of inputs", "x")
     check_kind(elements, (NoneType, tuple, list), "the elements to compare", "a list of elements, such as [g]")
@@ -219,7 +226,8 @@ def intertwining_error(network: nn.Module, action: NetworkAction, x: Any, elemen
     _act(action.input, group.identity(), x)  # refuses inputs of another shape
     require(all(its.numel() > 0 for its in _each(x)) and (elements is None or len(elements) > 0),
             "at least one input and one element to compare",
-            f"inputs of shape {[tuple(its.shape) for its in _each(x)]} and the elements {elements}", "a batch or a list that came out empty",
+            f"inputs of shape {[tuple(its.shape) for its in _each(x)]} and the elements {elements}",
+            "a batch or a list that came out empty",
             "a batch of at least one input, and elements=None for all of them")
     if elements is None:
         some = (*group.generators(), *group.sample(16, torch.Generator().manual_seed(0)))

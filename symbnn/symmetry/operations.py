@@ -8,16 +8,16 @@ __all__ = ['Rule', 'RULES', 'LAYER_RULES', 'ODD', 'EVEN', 'OTHER', 'NOT_ODD', 'P
            'new', 'like', 'relabelled', 'labels_of', 'fresh_labels', 'object_label', 'broadcast', 'alike', 'scaled',
            'add', 'filled', 'copied', 'multiply', 'together']
 
-# %% ../../nbs/1_symmetry/08_operations.ipynb #9b7d2d91-0
+# %% ../../nbs/1_symmetry/08_operations.ipynb #1bc3c22d-0
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from symbnn.symmetry.axes import Absolute, AxesAction, Axis, Grid, Still, Uncoupled, Unknown, absolute, axis_size,
-leaves
-from symbnn.symmetry.features import Copies, Features, Site
+from .axes import Absolute, AxesAction, Axis, Grid, Still, Uncoupled, Unknown, absolute, axis_size
+from .axes import leaves
+from .features import Copies, Features, Site
 
 # %% ../../nbs/1_symmetry/08_operations.ipynb #89f59fd1-0
 Rule = Callable[..., Any]  # of the site and of the operation's own arguments, to the features that it gives

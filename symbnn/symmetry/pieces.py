@@ -19,7 +19,7 @@ from .features import Features, Site, joined
 from .operations import Places, alike, as_features, broadcast, rule
 from .views import CUT, as_grid, position, positions, regrouped
 
-# %% ../../nbs/1_symmetry/09b_pieces.ipynb #ac5196b8-0
+# %% ../../nbs/1_symmetry/09b_pieces.ipynb #6c286033-0
 @rule("select")
 def select(site: Site, x: Any, dim: int, index: int) -> Any:
     """One place along an axis, which has to stay where it is."""
@@ -82,7 +82,8 @@ def _piece(site: Site, x: Features, dim: int, first: int, last: int) -> Axis:
     if inner is None and (middle := _middle(axis, first, size - last)) is not None:
         return middle
     if inner is None:
-        site.ledger.still(site, axis, CUT, "all of the axis, pieces that the group keeps, or a group that leaves it as it is")
+        site.ledger.still(site, axis, CUT, "all of the axis, pieces that the group keeps, or a group that leaves it "
+                                           "as it is")
         return (Still(last - first),)
     return inner[1]
 
@@ -178,7 +179,8 @@ def _commutes_with_flip(x: Features, chosen: Sequence[int], k: int) -> bool:
     atoms = list(leaves(x.axes[k]))
     if len(atoms) != 1 or not isinstance(atoms[0], Grid) or atoms[0].border != (0, 0):
         return False
-    there = {atom.axis for j in chosen for atom in leaves(x.axes[j]) if isinstance(atom, Grid) and atom.copy == atoms[0].copy}
+    there = {atom.axis for j in chosen for atom in leaves(x.axes[j]) if isinstance(atom,
+                                                                                   Grid) and atom.copy == atoms[0].copy}
     return all(source in there and 2 * shift % atoms[0].pixels == 0 for source, _, shift in grid_moves(atoms[0]))
 
 
@@ -266,7 +268,8 @@ def index(site: Site, x: Any, indices: Sequence[Any]) -> Features:
                               "all places, or a group that leaves this axis as it is")
         shape = torch.broadcast_shapes(*(tuple(indices[k].shape) for k in chosen))
         if any(isinstance(indices[k], Features) for k in chosen):
-            site.refuse("several indices that depend on the input", "a lookup", "torch.gather, or a product with one-hot numbers")
+            site.refuse("several indices that depend on the input", "a lookup",
+                        "torch.gather, or a product with one-hot numbers")
         adjacent = chosen == list(range(chosen[0], chosen[-1] + 1))
         rest = [axis for k, axis in enumerate(x.axes) if k not in chosen]
         at = chosen[0] if adjacent else 0
@@ -275,12 +278,14 @@ def index(site: Site, x: Any, indices: Sequence[Any]) -> Features:
 
 
 @rule("gather", "scatter", "scatter_add", "index_add", "index_put", "argsort", "argmax", "argmin", "masked_select",
-      "nonzero", "unique", "bincount", "one_hot", "bucketize", "searchsorted", "mode", "col2im", "diagonal", "diag", "diag_embed")
+      "nonzero", "unique", "bincount", "one_hot", "bucketize", "searchsorted", "mode", "col2im", "diagonal", "diag",
+      "diag_embed")
 def positional(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
     """What depends on places along its axes: nothing may move but the batch stays."""
     name = site.operator
     site.refuse(f"a call of {name}", "an operation that depends on where features are, for which no rule is known",
-                "a mean or a maximum over the axis, a product with a constant matrix, or a rule of your own: @rule(...)")
+                "a mean or a maximum over the axis, a product with a constant matrix, or a rule of your own: "
+                "@rule(...)")
     raise AssertionError
 
 
@@ -309,6 +314,7 @@ def unfold(site: Site, x: Features, dim: int, size: int, step: int) -> Features:
     if size == step and count * size == x.shape[dim]:
         slow, fast = regrouped(site, list(leaves(x.axes[dim])), [count, size])
     else:
-        site.ledger.still(site, x.axes[dim], "windows that overlap or leave pixels out", f"step={size}, or nn.Unfold for images")
+        site.ledger.still(site, x.axes[dim], "windows that overlap or leave pixels out",
+                          f"step={size}, or nn.Unfold for images")
         slow, fast = (Still(count),), (Still(size),)
     return Features((*x.axes[:dim], slow, *x.axes[dim + 1:], fast))

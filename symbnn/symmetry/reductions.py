@@ -21,7 +21,7 @@ from .operations import Places, add, as_features, multiply, pointwise, rule, tog
 from .pieces import split
 from .views import expand, positions, regrouped
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #4d3c5e1a-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #cab6754c-0
 NO_MAXIMUM = "a maximum does not commute with a change of sign"
 SIGNED_SUM = "a sum over features that change signs"
 
@@ -53,7 +53,8 @@ def _is_open(taken: Sequence[Axis]) -> bool:
 
 def refuse_opened(site: Site, x: Features) -> None:
     """Say that only one of two axes which are exchanged has been reduced."""
-    site.refuse(f"features of which a {x.opened} over one axis was taken, and not over the axis that it is exchanged with",
+    site.refuse(f"features of which a {x.opened} over one axis was taken, and not over the axis that it is exchanged "
+                f"with",
                 "a reduction over some axes, where all that are exchanged with each other have to go together",
                 "x.mean((-2, -1)) for images, or a group that keeps the axes apart, such as flips()")
 
@@ -127,7 +128,8 @@ def softmax(site: Site, x: Features, dim: int, *unused: object, **options: objec
     axis = x.axes[positions(site, x, dim)[0]]
     site.ledger.unsigned(site, x.axes, "a function that is not odd does not commute with a change of sign")
     site.ledger.closed(site, (axis,), "takes a softmax along one axis",
-                       "dim=1 on feature maps whose action is field(space, (channels, *size)), nn.Flatten(1) before the layer, "
+                       "dim=1 on feature maps whose action is field(space, (channels, *size)), nn.Flatten(1) before "
+                       "the layer, "
                        "or a pointwise activation in its place")
     return Features(x.axes)
 
@@ -156,7 +158,7 @@ def pairwise_distance(site: Site, x: Features, y: Features, *unused: object) -> 
     site.ledger.unsigned(site, (*x.axes, *y.axes), "a small number that is added to the difference")
     return Features(spreads(site._replace(operator="norm"), add(site, x, y), 2, [-1]).axes)
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #0566bb5c-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #686c8e4b-0
 CENTRED = "centring does not commute with a change of some signs"
 
 
@@ -195,14 +197,16 @@ def instance_norm(site: Site, x: Features, weight: Any, bias: Any, mean: Any, va
 
 
 @rule("layer_norm", "native_layer_norm")
-def layer_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None, bias: Any = None, *unused: object) -> Features:
+def layer_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None, bias: Any = None,
+               *unused: object) -> Features:
     """Layer normalisation over trailing axes."""
     trailing = x.axes[-len(shape):]
     if tuple(shape) != tuple(map(axis_size, trailing)):
         site.refuse(f"features of shape {x.shape}", f"it is made for trailing axes of shape {tuple(shape)}",
                     f"nn.LayerNorm({list(x.shape[1:])}), over all axes behind the batch")
     site.ledger.unsigned(site, x.axes, CENTRED)
-    site.ledger.closed(site, trailing, "normalises over trailing axes", f"nn.LayerNorm({list(x.shape[1:])}), over all axes "
+    site.ledger.closed(site, trailing, "normalises over trailing axes",
+                       f"nn.LayerNorm({list(x.shape[1:])}), over all axes "
                        "behind the batch")
     _affine(site, trailing, weight, bias)
     if isinstance(weight, Features):
@@ -240,7 +244,7 @@ def group_norm(site: Site, x: Features, groups: int, weight: Any = None, bias: A
 def weight_norm(site: Site, direction: Features, length: Features, dim: int = 0) -> Any:
     """A weight as direction and length; the length has no sign."""
     axes = list(direction.axes)
-    for k, (axis, own) in enumerate(zip(axes, length.axes)):
+    for axis, own in zip(axes, length.axes):
         if axis_size(own) > 1:
             site.ledger.tie(site, tuple(map(absolute, leaves(axis))), own)
         else:

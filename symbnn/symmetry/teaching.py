@@ -19,7 +19,7 @@ from .actions import Action
 from .networks import Actions, intertwining_error, network_action
 from .operations import LAYER_RULES, RULES, Rule
 
-# %% ../../nbs/1_symmetry/17_teaching.ipynb #b7ffd59d-0
+# %% ../../nbs/1_symmetry/17_teaching.ipynb #57c9484f-0
 TOLERANCE = 1e-9  # of the check, in float64, for outputs of order one
 
 
@@ -36,7 +36,8 @@ def rule(kind: type[nn.Module] | str, *, network: nn.Module, input: Actions, hid
     check_kind(kind, (type, str), "what a rule is for", "rule(MyLayer, network=..., input=...)")
     table: dict[Any, Rule] = RULES if isinstance(kind, str) else LAYER_RULES
     require(not isinstance(kind, str) or kind not in RULES, "an operator without a rule", f"{kind!r}, which has one",
-            "a rule that is taught twice, or an operator that the library knows", f"RULES.pop({kind!r}), and then the rule")
+            "a rule that is taught twice, or an operator that the library knows",
+            f"RULES.pop({kind!r}), and then the rule")
 
     def teach(function: Rule) -> Rule:
         before = table.get(kind)
@@ -66,9 +67,11 @@ def _check(kind: type | str, network: nn.Module, input: Actions, hidden: Any, ex
     if not error < TOLERANCE:
         raise Refusal(f"a rule for {name} by which the network intertwines, to {TOLERANCE:g}",
                       got=f"an error of {error:.3g} on random inputs and weights",
-                      cause="axes that are tied although the layer moves them differently, a condition that is not noted, or "
+                      cause="axes that are tied although the layer moves them differently, a condition that is not "
+                            "noted, or "
                             "parameters that are not tied to what they are multiplied with",
-                      fix="ledger.tie for axes that are moved alike, ledger.unsigned, .still or .closed for what the layer asks")
+                      fix="ledger.tie for axes that are moved alike, ledger.unsigned, .still or .closed for what the "
+                          "layer asks")
 
 
 def _randomised(network: nn.Module) -> nn.Module:

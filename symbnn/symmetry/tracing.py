@@ -71,7 +71,7 @@ def _call_layer(module: nn.Module, number: int, *inputs: Any) -> Tensor:
             "settings that are passed to the layer's __init__")
     return _layer_operator(list(inputs), list(_named(module).values()), number)
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #761e86eb-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #55f877e2-0
 class Graph(NamedTuple):
     """A traced forward pass."""
 
@@ -90,8 +90,8 @@ def _deterministic(network: nn.Module) -> nn.Module:
     own = {id(p): nn.Parameter(p.detach().clone()) for p in plain.parameters() if p.is_floating_point()}
     for module in plain.modules():
         if isinstance(module, Placeholder):
-            own[id(module)] = nn.Parameter(torch.zeros(module.shape, dtype=module.dtype,
-                                                       device=module.device))  # type: ignore[attr-defined]
+            stood: Any = module  # for a tensor, of which it has the shape
+            own[id(module)] = nn.Parameter(torch.zeros(stood.shape, dtype=stood.dtype, device=stood.device))
     copied = copy_tree(plain, own, evaluating=True, compiled=False)
     _as_one_operation(copied)
     return copied
@@ -121,12 +121,13 @@ def network_graph(network: nn.Module, example: tuple[Any, ...], options: Mapping
                                                         **signature.inputs_to_buffers}.items()}
     state = {**dict(module.named_buffers(remove_duplicate=False))}
     tensors = {key: state[name] for key, name in signature.inputs_to_buffers.items() if name in state}
-    tensors |= {key: program.constants[name] for key, name in signature.inputs_to_lifted_tensor_constants.items()}
+    lifted: dict[str, Any] = dict(program.constants)
+    tensors |= {key: lifted[name] for key, name in signature.inputs_to_lifted_tensor_constants.items()}
     result = next(node for node in program.graph.nodes if node.op == "output").args[0]
     kinds = [spec.kind.name for spec in signature.output_specs]
     outputs = [value for value, kind in zip(result, kinds) if kind == "USER_OUTPUT"]
     _check_states(program, outputs)
-    return Graph(program.graph, names, tensors, list(signature.user_inputs), outputs, module,
+    return Graph(program.graph, names, tensors, list(map(str, signature.user_inputs)), outputs, module,
                  program.call_spec.out_spec)
 
 
@@ -198,7 +199,7 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shortened(lines[0], 300) if lines else ''}"
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #ca583825-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #fedd8a69-0
 def read(graph: Graph, ledger: Ledger, inputs: Sequence[Features | Any]) -> tuple[dict[str, Features], list[Any]]:
     """Walk along a graph; the features of each parameter that was met, and those that the network returns."""
     parameters: dict[str, Features] = {}
@@ -280,7 +281,7 @@ def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwa
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if node.target is torch.ops.symbnn.layer.default:
         return _apply_layer(site, *args)
-    key = f"{name}.{node.target._overloadname}" if hasattr(node.target, "_overloadname") else name
+    key = f"{name}.{getattr(node.target, '_overloadname', '')}"
     found = RULES.get(key, RULES.get(name))
     if found is None:
         site.refuse(f"a call of {name}, for which no action is known",
@@ -323,7 +324,7 @@ def _check_shapes(site: Site, result: Any, traced: Any) -> None:
                     "arguments that its rule does not know", "the operation without optional arguments, or a layer of "
                                                              "torch.nn")
     several = isinstance(result, (list, tuple)) and not isinstance(result, Features)
-    if isinstance(traced, Tensor) and several or isinstance(traced, (list, tuple)) and isinstance(result, Features):
+    if (isinstance(traced, Tensor) and several) or (isinstance(traced, (list, tuple)) and isinstance(result, Features)):
         site.refuse(f"{len(traced)} results", "one result, or several, where its rule knows it otherwise",
                     "a layer of torch.nn")
     if several and isinstance(traced, (list, tuple)):

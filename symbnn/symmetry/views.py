@@ -20,7 +20,7 @@ from .axes import merge_grids
 from .features import Features, Site
 from .operations import as_features, rule
 
-# %% ../../nbs/1_symmetry/09_views.ipynb #77d1ade4-0
+# %% ../../nbs/1_symmetry/09_views.ipynb #b0602378-0
 CUT = "an axis that the group moves is cut, so that some features leave the piece that they belong to"
 
 
@@ -34,7 +34,7 @@ def position(site: Site, x: Features, dim: int, more: int = 0) -> int:
 
 def positions(site: Site, x: Features, dims: int | Sequence[int] | None) -> list[int]:
     """Several axes, all of them where none is named."""
-    if dims is None or not isinstance(dims, int) and not dims:
+    if dims is None or (not isinstance(dims, int) and not dims):
         return list(range(len(x.axes)))
     return [position(site, x, dim) for dim in ((dims,) if isinstance(dims, int) else dims)]
 
@@ -43,7 +43,8 @@ def positions(site: Site, x: Features, dims: int | Sequence[int] | None) -> list
 def reshape(site: Site, x: Features, *shape: Any) -> Features:
     """New axes over the same numbers: some are merged, some are split."""
     if shape and isinstance(shape[0], torch.dtype):
-        site.refuse(f"a view of numbers as {shape[0]}", "the bits of numbers, which are no features", f"x.to({shape[0]})")
+        site.refuse(f"a view of numbers as {shape[0]}", "the bits of numbers, which are no features",
+                    f"x.to({shape[0]})")
     sizes = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
@@ -56,7 +57,7 @@ def regrouped(site: Site, atoms: list, sizes: Sequence[int]) -> list[Axis]:
     waiting, result = list(atoms), []
     for size in sizes:
         taken, left = [], size
-        while left > 1 or left == 1 and waiting and waiting[0].size == 1 and size == 1:
+        while left > 1 or (left == 1 and waiting and waiting[0].size == 1 and size == 1):
             atom = waiting.pop(0)
             while left % atom.size and atom.size % left and waiting and _stays(atom) and _stays(waiting[0]):
                 atom = Still(atom.size * waiting.pop(0).size)
@@ -164,7 +165,7 @@ def expand(site: Site, x: Any, sizes: Any, *unused: object, **options: object) -
     """Axes of length one repeated; nothing moves along the new ones."""
     x = as_features(site, x)
     sizes = list(sizes.shape) if isinstance(sizes, (Features, Tensor)) else list(sizes)
-    axes = [()] * (len(sizes) - len(x.axes)) + list(x.axes)
+    axes: list[Axis] = [*[()] * (len(sizes) - len(x.axes)), *x.axes]
     for k, (axis, size) in enumerate(zip(axes, sizes)):
         if size not in (-1, axis_size(axis)):
             axes[k] = _repeated(site, axis, size)
@@ -194,11 +195,12 @@ def repeat(site: Site, x: Any, *counts: Any) -> Features:
 def repeat_interleave(site: Site, x: Features, count: Any, dim: int | None = None, **options: object) -> Features:
     """Each number several times, along a new fast axis."""
     if not isinstance(count, int) or dim is None:
-        site.refuse("counts that differ", "features that are repeated unlike", "one number of repetitions along one dim")
+        site.refuse("counts that differ", "features that are repeated unlike",
+                    "one number of repetitions along one dim")
     dim = position(site, x, dim)  # type: ignore[arg-type]
     return Features((*x.axes[:dim], (*leaves(x.axes[dim]), *_repeated(site, (), count)), *x.axes[dim + 1:]))
 
-# %% ../../nbs/1_symmetry/09_views.ipynb #f9c25066-0
+# %% ../../nbs/1_symmetry/09_views.ipynb #cb1af087-0
 def as_grid(site: Site, axis: Axis) -> Grid | Still:
     """The one axis of a grid that an axis is, put together from blocks and pixels within them where it must be."""
     atoms = list(leaves(axis))
@@ -220,7 +222,8 @@ def as_grid(site: Site, axis: Axis) -> Grid | Still:
 
 def _no_grid(site: Site, axis: Axis) -> None:
     site.refuse("features without spatial axes",
-                "the layer needs spatial axes that the action knows of, which are lost by a flattening and not known of an "
+                "the layer needs spatial axes that the action knows of, which are lost by a flattening and not known "
+                "of an "
                 "action that is no field",
                 "field(space, (channels, *size)) as the action on inputs, and nn.Flatten after the last such layer")
 
@@ -239,7 +242,8 @@ def pixel_shuffle(site: Site, x: Features, factor: int) -> Features:
 def pixel_unshuffle(site: Site, x: Features, factor: int) -> Features:
     """Pixels within blocks become channels."""
     *lead, channels, height, width = x.axes
-    rows, columns = (regrouped(site, list(leaves(axis)), [axis_size(axis) // factor, factor]) for axis in (height, width))
+    rows, columns = (regrouped(site, list(leaves(axis)), [axis_size(axis) // factor, factor]) for axis in (height,
+                                                                                                           width))
     return Features((*lead, (*leaves(channels), *rows[1], *columns[1]), rows[0], columns[0]))
 
 

@@ -44,7 +44,7 @@ class Window(NamedTuple):
         return (f"kernel {self.kernel}, stride {self.stride}, padding {self.before}+{self.after}, "
                 f"dilation {self.dilation}")
 
-# %% ../../nbs/1_symmetry/12_windows.ipynb #ea5ab629-0
+# %% ../../nbs/1_symmetry/12_windows.ipynb #5ce05b35-0
 def per_axis(value: Any, ndim: int) -> list:
     """A setting for each of so many axes, from one for all of them or one for each."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -58,13 +58,15 @@ def convolution_windows(kernel: Sequence[int], stride: Any = 1, padding: Any = 0
         ends = [(r // 2, r - r // 2) for r in reach]
     else:
         ends = [(p, p) for p in per_axis(0 if isinstance(padding, str) else padding, ndim)]
-    return [Window(k, s, *end, d) for k, s, end, d in zip(kernel, per_axis(stride, ndim), ends, per_axis(dilation, ndim))]
+    return [Window(k, s, *end, d) for k, s, end, d in zip(kernel, per_axis(stride, ndim), ends,
+                                                          per_axis(dilation, ndim))]
 
 
 Axes = Sequence[Grid | Still]  # the axes along which a window slides
 
 
-def slide(site: Site, axes: Axes, windows: Sequence[Window], wraps: bool = False, alike: bool = False) -> list[Grid | Still]:
+def slide(site: Site, axes: Axes, windows: Sequence[Window], wraps: bool = False,
+          alike: bool = False) -> list[Grid | Still]:
     """The axes behind windows that slide along these, refused where they do not commute.
 
     `wraps` says that padding is circular, so that pixels are counted modulo the size; `alike` that all taps of the
@@ -76,7 +78,7 @@ def slide(site: Site, axes: Axes, windows: Sequence[Window], wraps: bool = False
             most = (size + window.before + window.after - 1) // window.dilation + 1
             site.refuse(_where(window, sizes), "a window that is larger than the padded image",
                         f"kernel_size={most} or less, or a larger image")
-    for k, (axis, window) in enumerate(zip(axes, windows)):
+    for k, axis in enumerate(axes):
         if isinstance(axis, Grid):
             _check_axis(site, axes, windows, k, sizes, wraps or axis.border != (0, 0), alike)
     return [_behind(axis, window.outputs(size), size) for axis, window, size in zip(axes, windows, sizes)]
@@ -103,7 +105,8 @@ def _check_axis(site: Site, axes: Axes, windows: Sequence[Window], k: int, sizes
         point = axis.space.point(g)
         source = places.get(int(point.index[axis.axis]))
         if source is None:
-            site.refuse(_where(window, sizes), f"'{axis.space.name}' exchanges this axis with one that the window does not "
+            site.refuse(_where(window, sizes), f"'{axis.space.name}' exchanges this axis with one that the window "
+                                               f"does not "
                         "slide along", "a window along both axes, or flips() or half_turns(), which keep the axes")
         if windows[source] != window:
             site.refuse(f"{window} along one axis and {windows[source]} along the other",
@@ -126,7 +129,8 @@ def _check_reversal(site: Site, window: Window, axis: Grid, sizes: tuple[int, ..
     gap = end - window.before
     if gap % size if wraps else gap:
         site.refuse(_where(window, sizes),
-                    f"'{axis.space.name}' reverses an axis, along which the window starts {window.before} pixels before "
+                    f"'{axis.space.name}' reverses an axis, along which the window starts {window.before} pixels "
+                    f"before "
                     f"the image and ends {f'{end} behind it' if end >= 0 else f'{-end} before its end'}, so the turned "
                     "image is read at other pixels",
                     _symmetric_alternative(window, size))
