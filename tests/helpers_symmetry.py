@@ -1,7 +1,8 @@
 """What tests of several rooms need of symmetries: random numbers and networks, the axioms of an action."""
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import nn
@@ -68,3 +69,8 @@ class Call(nn.Module):
 
     def forward(self, x):
         return self.function(x)
+
+
+def every(step: int, settings: Iterable) -> Iterator:
+    """Every step-th setting: with a step coprime to the numbers of values, each value of each setting is met."""
+    return islice(settings, 0, None, step)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import fx, nn
+from torch import nn
 
 from helpers import seeded
 from late import ORDERS, reordered
@@ -508,7 +508,7 @@ class TestRefusals:
         network.insert(3, nn.Linear(5, 5).double())
         network[3].weight = network[2].weight
         network[-1] = nn.Linear(5, 2).double()
-        self.refused("'2' and '3'", network, network_action(network, S4))
+        self.refused(r"tensors that only .*'?2.weight", network, network_action(network, S4))
 
     @pytest.mark.parametrize("family", [LogNormal, FullGaussian])
     def test_family(self, family):
@@ -572,16 +572,6 @@ def test_the_action_is_that_of_the_arrangement(arrangement):
                for name in ARRANGEMENTS)
 
 
-def test_the_forward_pass_is_traced_once(monkeypatch):
-    network, action = rolled_cnn()
-    traced, trace = [], fx.Tracer.trace
-    monkeypatch.setattr(fx.Tracer, "trace", lambda tracer, root: traced.append(root) or trace(tracer, root))
-    wide, _ = expand(network, action)
-    assert traced == [wide]
-    expanded_action(wide, action)
-    assert traced == [wide, wide]
-
-
 class StatesItsWidth(nn.Module):
     """A forward pass that depends on how many channels there are."""
 
@@ -591,12 +581,12 @@ class StatesItsWidth(nn.Module):
 
     def forward(self, x):
         x = self.second(torch.relu(self.first(x)))
-        return self.head(torch.relu(x) if self.first.out_features < 4 else torch.softmax(x, 0))
+        return self.head(torch.relu(x) if self.first.out_features < 4 else torch.sort(x, 1).values)
 
 
 def test_what_is_returned_is_what_was_read():
     network = StatesItsWidth()
-    with pytest.raises(Refusal, match=r"softmax.*dim=0"):
+    with pytest.raises(Refusal, match="a call of sort"):
         expand(network, network_action(network, S4))
 
 

@@ -1,4 +1,5 @@
 """Small networks of the kinds that people bring, each in a few lines, with random weights in float64."""
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -70,9 +71,15 @@ def vgg():
         else:
             layers += [nn.Conv2d(read, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             read = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(read, 8), nn.ReLU(True),
-                         nn.Dropout(),
-                         nn.Linear(8, 5))
+    return nn.Sequential(
+        *layers,
+        nn.AdaptiveAvgPool2d((1, 1)),
+        nn.Flatten(),
+        nn.Linear(read, 8),
+        nn.ReLU(True),
+        nn.Dropout(),
+        nn.Linear(8, 5),
+    )
 
 
 class DenseNet(nn.Module):
@@ -85,12 +92,14 @@ class DenseNet(nn.Module):
         for _ in range(2):
             block = nn.ModuleList()
             for _ in range(2):
-                block.append(nn.Sequential(nn.BatchNorm2d(read), nn.ReLU(),
-                                           nn.Conv2d(read, growth, 3, padding=1, bias=False)))
+                block.append(
+                    nn.Sequential(nn.BatchNorm2d(read), nn.ReLU(), nn.Conv2d(read, growth, 3, padding=1, bias=False))
+                )
                 read += growth
             self.layers.append(block)
-            self.transitions.append(nn.Sequential(nn.BatchNorm2d(read), nn.ReLU(), nn.Conv2d(read, read // 2, 1),
-                                                  nn.AvgPool2d(2)))
+            self.transitions.append(
+                nn.Sequential(nn.BatchNorm2d(read), nn.ReLU(), nn.Conv2d(read, read // 2, 1), nn.AvgPool2d(2))
+            )
             read //= 2
         self.norm, self.head = nn.BatchNorm2d(read), nn.Linear(read, 5)
 
@@ -121,19 +130,31 @@ class InvertedResidual(nn.Module):
         super().__init__()
         wide = 2 * channels
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.Hardswish(),
-            nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(),
-            SqueezeExcite(wide) if excite else nn.Identity(), nn.Conv2d(wide, channels, 1, bias=False),
-                                    nn.BatchNorm2d(channels))
+            nn.Conv2d(channels, wide, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.Hardswish(),
+            nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU6(),
+            SqueezeExcite(wide) if excite else nn.Identity(),
+            nn.Conv2d(wide, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
 
     def forward(self, x):
         return x + self.layers(x)
 
 
 def mobilenet(excite=False):
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), InvertedResidual(4, excite), nn.AvgPool2d(2),
-                         InvertedResidual(4, excite),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        InvertedResidual(4, excite),
+        nn.AvgPool2d(2),
+        InvertedResidual(4, excite),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
 
 
 class ConvNeXtBlock(nn.Module):
@@ -152,15 +173,26 @@ class ConvNeXtBlock(nn.Module):
 
 
 def convnext():
-    return nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), ConvNeXtBlock(4), ConvNeXtBlock(4), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(),
-                         nn.LayerNorm(4), nn.Linear(4, 5))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 2, stride=2),
+        ConvNeXtBlock(4),
+        ConvNeXtBlock(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.LayerNorm(4),
+        nn.Linear(4, 5),
+    )
 
 
 def double(read, written, ndim=2):
     conv, norm = (nn.Conv2d, nn.BatchNorm2d) if ndim == 2 else (nn.Conv3d, nn.InstanceNorm3d)
-    return nn.Sequential(conv(read, written, 3, padding=1), norm(written), nn.ReLU(inplace=True),
-                         conv(written, written, 3, padding=1), nn.ReLU(inplace=True))
+    return nn.Sequential(
+        conv(read, written, 3, padding=1),
+        norm(written),
+        nn.ReLU(inplace=True),
+        conv(written, written, 3, padding=1),
+        nn.ReLU(inplace=True),
+    )
 
 
 class UNet(nn.Module):
@@ -172,8 +204,11 @@ class UNet(nn.Module):
         self.first, self.inner = double(2, 4, ndim), double(4, 6, ndim)
         self.pool = (nn.MaxPool2d if ndim == 2 else nn.MaxPool3d)(2)
         mode = "bilinear" if ndim == 2 else "trilinear"
-        self.up = transpose(6, 4, 2, stride=2) if transposed else nn.Sequential(nn.Upsample(scale_factor=2, mode=mode),
-                                                                                conv(6, 4, 1))
+        self.up = (
+            transpose(6, 4, 2, stride=2)
+            if transposed
+            else nn.Sequential(nn.Upsample(scale_factor=2, mode=mode), conv(6, 4, 1))
+        )
         self.last, self.head = double(8, 4, ndim), conv(4, 3, 1)
 
     def forward(self, x):
@@ -264,8 +299,7 @@ class DeepSets(nn.Module):
 
 
 class PointNet(nn.Module):
-    """Features of every point by convolutions of length one, a maximum over the points, local beside global "
-    "features."""
+    """Features of every point by convolutions of length one, a maximum over the points, local and global features."""
 
     def __init__(self):
         super().__init__()
@@ -286,8 +320,11 @@ class MessagePassing(nn.Module):
 
     def __init__(self, features=3, width=6):
         super().__init__()
-        self.first, self.second, self.own = nn.Linear(features, width), nn.Linear(width, width), nn.Linear(features,
-                                                                                                           width)
+        self.first, self.second, self.own = (
+            nn.Linear(features, width),
+            nn.Linear(width, width),
+            nn.Linear(features, width),
+        )
         self.head = nn.Linear(width, 4)
 
     def forward(self, x, adjacency):
@@ -327,8 +364,9 @@ class Siamese(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                                     nn.Linear(4, 6))
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6)
+        )
 
     def forward(self, a, b):
         return F.cosine_similarity(self.encoder(a), self.encoder(b))
@@ -374,9 +412,15 @@ class Autoencoder(nn.Module):
 def normed():
     """Weights under parametrisations."""
     from torch.nn.utils.parametrizations import spectral_norm, weight_norm
-    return nn.Sequential(weight_norm(nn.Conv2d(1, 4, 3, padding=1)), nn.PReLU(4), nn.Flatten(),
-                         spectral_norm(nn.Linear(64, 6)),
-                         nn.PReLU(), nn.Linear(6, 2))
+
+    return nn.Sequential(
+        weight_norm(nn.Conv2d(1, 4, 3, padding=1)),
+        nn.PReLU(4),
+        nn.Flatten(),
+        spectral_norm(nn.Linear(64, 6)),
+        nn.PReLU(),
+        nn.Linear(6, 2),
+    )
 
 
 class Gated(nn.Module):
