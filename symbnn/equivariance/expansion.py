@@ -259,7 +259,7 @@ def _widen(layer: nn.Module, read: int, written: int) -> None:
         first, *rest = layer.normalized_shape
         layer.normalized_shape = (written * first, *rest)
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #f15073ab-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #b26b9010-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
     require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
@@ -320,18 +320,21 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
             "makes copies", f"a {type(network).__name__} of which all channels are inputs or outputs",
             "a single layer, or residual sums with the input or the output from end to end",
             "nn.Sequential(hidden, nn.ReLU(), head), with at least one layer before the last")
-    owners: dict[int, str] = {}
-    for name, (source, target) in action.layers.items():
+    for name in action.layers:
         layer = network.get_submodule(name)
         require(getattr(layer, "groups", 1) == 1, "convolutions with groups=1, which mix the copies",
                 f"layer {name!r} with groups={getattr(layer, 'groups', 1)}", "a grouped or depthwise convolution",
                 f"groups=1 in layer {name!r}")
+    owners: dict[int, str] = {}
+    for name, (source, target) in action.layers.items():
+        layer = network.get_submodule(name)
         require(not (isinstance(layer, _WEIGHTED) and (source == "output" or target == "input")),
                 "a first layer that leaves the input's channels, and a last layer that makes the output's",
                 f"layer {name!r} from {source} to {target}", "a residual sum with the input or the output, whose "
                 "channels keep their number",
                 "a layer of its own before the first residual sum, and one behind the last")
-        require({source, target} <= set(action.channels), "layers that read and write the channels of one class",
+        ends = {source, target} - ({""} if all(reads for reads, _ in action.layers.values()) else set())
+        require(ends <= set(action.channels), "layers that read and write the channels of one class",
                 f"layer {name!r} from {source!r} to {target!r}", "features of several layers side by side, as behind "
                                                                  "torch.cat, "
                 "or channels in groups", "average(...), tie(...) or a mixture of the network, which take any network "

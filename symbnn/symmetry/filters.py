@@ -241,7 +241,7 @@ def _adapted(site: Site, axes: Sequence[Grid | Still], new: Sequence[int], k: in
     return Grid(axis.space.resampled((axis.pixels,) * axis.space.ndim, (new[k],) * axis.space.ndim), axis.axis, new[k],
                 axis.copy)
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #57210844-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #37376b31-0
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
       "replication_pad2d", "replication_pad3d")
 def pad(site: Site, x: Any, ends: Sequence[int], mode: Any = "constant", value: Any = 0) -> Features:
@@ -327,8 +327,8 @@ def _resampling(site: Site, axes: Sequence[Grid | Still], k: int, arguments: Seq
     one = torch.eye(n, dtype=torch.float64).view(n, 1, *place).expand(n, 1, *sizes)
     operator = getattr(torch.ops.aten, site.operator)
     out = operator(one.contiguous(), *arguments, **options)
-    for dim in range(len(sizes)):
-        out = out if dim == k else out.select(2 + dim if dim < k else 3, 0)
+    for dim in reversed(range(len(sizes))):
+        out = out if dim == k else out.select(2 + dim, 0)
     return out.reshape(n, -1).T
 
 

@@ -508,7 +508,7 @@ class TestRefusals:
         network.insert(3, nn.Linear(5, 5).double())
         network[3].weight = network[2].weight
         network[-1] = nn.Linear(5, 2).double()
-        self.refused(r"tensors that only .*'?2.weight", network, network_action(network, S4))
+        self.refused("one tensor in '2' and '3'", network, network_action(network, S4))
 
     @pytest.mark.parametrize("family", [LogNormal, FullGaussian])
     def test_family(self, family):
@@ -581,12 +581,12 @@ class StatesItsWidth(nn.Module):
 
     def forward(self, x):
         x = self.second(torch.relu(self.first(x)))
-        return self.head(torch.relu(x) if self.first.out_features < 4 else torch.sort(x, 1).values)
+        return self.head(torch.relu(x) if self.first.out_features < 4 else x.cumsum(1))
 
 
 def test_what_is_returned_is_what_was_read():
     network = StatesItsWidth()
-    with pytest.raises(Refusal, match="a call of sort"):
+    with pytest.raises(Refusal, match="cumsum"):
         expand(network, network_action(network, S4))
 
 
