@@ -63,11 +63,11 @@ def as_features(site: Site, value: Any) -> Features:
     site.ledger.later(check)
     return features
 
-# %% ../../nbs/1_symmetry/08_operations.ipynb #41999ae6-0
+# %% ../../nbs/1_symmetry/08_operations.ipynb #bfb327c2-0
 ODD = ("neg tanh sin asin arcsin atan arctan sinh asinh arcsinh atanh arctanh tan erf erfinv sign sgn trunc fix round "
        "reciprocal contiguous clone detach alias lift_fresh lift_fresh_copy "
        "float double half positive real view_of softshrink hardshrink deg2rad rad2deg "
-       "lift _assert_tensor_metadata requires_grad_ conj resolve_conj resolve_neg").split()
+       "lift _assert_tensor_metadata conj resolve_conj resolve_neg").split()
 EVEN = "abs absolute cos cosh square sinc".split()
 OTHER = ("relu relu6 leaky_relu rrelu elu selu celu gelu silu mish softplus sigmoid hardsigmoid hardswish log_sigmoid "
          "exp exp2 "
@@ -96,7 +96,7 @@ def converted(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
     return (pointwise if signless else odd)(site, x)
 
 
-@rule("dropout", "alpha_dropout", "native_dropout")
+@rule("dropout", "alpha_dropout")
 def dropout(site: Site, x: Any, rate: float = 0.5, train: bool = False) -> Features:
     """Dropout, which does nothing in evaluation mode."""
     not_random(site, rate, train)
@@ -154,7 +154,9 @@ def clamp_one(site: Site, x: Features, bound: Any) -> Features:
 
 @rule("feature_dropout", "feature_alpha_dropout")
 def feature_dropout(site: Site, x: Features, rate: float = 0.5, train: bool = False) -> Features:
-    """Dropout of whole channels, which does nothing in evaluation mode."""
+    """Dropout of whole channels, which does nothing in evaluation mode, and keeps its law where channels stay whole."""
+    if len(x.axes) > 2:
+        site.ledger.closed(site, x.axes[2:], "drops whole channels", "nn.Dropout, which drops numbers")
     return dropout(site, x, rate, train)
 
 

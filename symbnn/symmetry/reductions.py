@@ -158,7 +158,7 @@ def pairwise_distance(site: Site, x: Features, y: Features, *unused: object) -> 
     site.ledger.unsigned(site, (*x.axes, *y.axes), "a small number that is added to the difference")
     return Features(spreads(site._replace(operator="norm"), add(site, x, y), 2, [-1]).axes)
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #686c8e4b-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #2972e666-0
 CENTRED = "centring does not commute with a change of some signs"
 
 
@@ -170,7 +170,7 @@ def _affine(site: Site, axes: Sequence[Axis], weight: Any, bias: Any) -> None:
                 site.ledger.tie(site, tuple(map(absolute, leaves(axis))) if gain else axis, own)
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm")
+@rule("batch_norm")
 def batch_norm(site: Site, x: Features, weight: Any, bias: Any, mean: Any, var: Any, *unused: object) -> Features:
     """Batch normalisation: shift and running mean move as the features do, gain and running variance without signs."""
     channels = x.axes[1]
@@ -196,7 +196,7 @@ def instance_norm(site: Site, x: Features, weight: Any, bias: Any, mean: Any, va
     return batch_norm(site, x, weight, bias, mean, var)
 
 
-@rule("layer_norm", "native_layer_norm")
+@rule("layer_norm")
 def layer_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None, bias: Any = None,
                *unused: object) -> Features:
     """Layer normalisation over trailing axes."""
@@ -225,7 +225,7 @@ def rms_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None, 
     return Features(x.axes)
 
 
-@rule("group_norm", "native_group_norm")
+@rule("group_norm")
 def group_norm(site: Site, x: Features, groups: int, weight: Any = None, bias: Any = None, *unused: object) -> Features:
     """Normalisation over groups of channels, which have to be kept as blocks."""
     channels = x.axes[1]

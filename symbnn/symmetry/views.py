@@ -20,7 +20,7 @@ from .axes import merge_grids
 from .features import Features, Site
 from .operations import as_features, rule
 
-# %% ../../nbs/1_symmetry/09_views.ipynb #b0602378-0
+# %% ../../nbs/1_symmetry/09_views.ipynb #a461c0d7-0
 CUT = "an axis that the group moves is cut, so that some features leave the piece that they belong to"
 
 
@@ -39,7 +39,7 @@ def positions(site: Site, x: Features, dims: int | Sequence[int] | None) -> list
     return [position(site, x, dim) for dim in ((dims,) if isinstance(dims, int) else dims)]
 
 
-@rule("view", "reshape", "_unsafe_view", "_reshape_alias")
+@rule("view", "reshape", "_unsafe_view")
 def reshape(site: Site, x: Features, *shape: Any) -> Features:
     """New axes over the same numbers: some are merged, some are split."""
     if shape and isinstance(shape[0], torch.dtype):

@@ -468,7 +468,6 @@ def test_what_the_graph_of_operators_tells(name, space, hidden):
         assert moves == ({"0.bias", "2.bias"} if hidden == "regular" else set())
 
 
-@pytest.mark.xfail(strict=True, reason="Uncoupled in place of a Refusal for an axis of the output")
 def test_a_reshape_that_cuts_rows():
     network = Call(lambda x: x.view(-1, 64, 2))
     try:

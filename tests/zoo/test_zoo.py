@@ -7,7 +7,6 @@ import torch
 from cells import CELLS, matrix
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
-from torch.utils._pytree import tree_leaves
 
 from symbnn.equivariance.expansion import expand
 from symbnn.errors import Refusal
@@ -46,11 +45,7 @@ def derived(name):
 
 
 @pytest.mark.parametrize("name", NAMES, ids=", ".join)
-def test_it_is_exact_or_refused(name, request):
-    if name == ("3-D U-Net, upsampled", "quarter turns about one axis"):
-        request.applymarker(
-            pytest.mark.xfail(strict=True, raises=Refusal, reason="_resampling selects a wrong axis of three")
-        )
+def test_it_is_exact_or_refused(name):
     if name in REFUSED:
         with pytest.raises(Refusal, match=REFUSED[name]):
             derived(name)
@@ -69,7 +64,7 @@ NO_UNITS = {  # architecture -> words of the refusal
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_hidden_units_are_permuted(name, request):
+def test_hidden_units_are_permuted(name):
     cell = UNITS[name]
     network, inputs = cell.network(), cell.inputs()
     if isinstance(cell.action, tuple) or cell.tokens:
@@ -81,10 +76,6 @@ def test_hidden_units_are_permuted(name, request):
         with pytest.raises(Refusal, match=NO_UNITS[name]):
             unit_permutations(network, cell.action.shape)
         return
-    if name == "LeNet":
-        request.applymarker(
-            pytest.mark.xfail(strict=True, raises=RuntimeError, reason="moved weights are not contiguous, view fails")
-        )
     action = unit_permutations(network, cell.action.shape)
     assert (
         intertwining_error(network, action, inputs, action.group.sample(3, torch.Generator().manual_seed(0))) <= 1e-10
