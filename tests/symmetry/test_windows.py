@@ -114,13 +114,14 @@ def test_shifts_by_brute_force(build):
     """What is accepted commutes; what is refused has no circular shift of its output that would match."""
     torch.manual_seed(0)
     seen = {True: 0, False: 0}
-    for size, kernel, stride, step in itertools.product((4, 6), range(1, 5), range(1, 4), range(1, 4)):
+    for size, kernel, stride, step in every(5, itertools.product(
+            (4, 6), range(1, 5), range(1, 4), range(1, 4)), (0, 2)):
         for padding in range(kernel // 2 + 1):
             if size % step or size + 2 * padding < kernel:
                 continue
             layer = build(kernel, stride, padding).double()
             source = field(shifts(size // step, step, ndim=1), (1, size))
-            action, x = accepted(layer, source), torch.randn(4, 1, size, dtype=torch.float64)
+            action, x = accepted(layer, source), torch.randn(32, 1, size, dtype=torch.float64)
             seen[action is not None] += 1
             if action is not None:
                 assert intertwining_error(layer, action, x) < exact64
