@@ -2,7 +2,6 @@
 import copy
 import pickle
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 
 import torch
 from torch import nn
@@ -71,6 +70,6 @@ class Call(nn.Module):
         return self.function(x)
 
 
-def every(step: int, settings: Iterable) -> Iterator:
+def every(step: int, settings: Iterable, starts: tuple[int, ...] = (0,)) -> Iterator:
     """Every step-th setting: with a step coprime to the numbers of values, each value of each setting is met."""
-    return islice(settings, 0, None, step)
+    return (its for k, its in enumerate(settings) if k % step in starts)

