@@ -1,10 +1,11 @@
 """symbnn: symmetries in Bayesian neural networks. `import symbnn as sb`; every name below is `sb.name`.
 
-Symmetries of inputs: `rotations`, `rotations_and_flips`, `flips`, `translations` of grids, `natural_action` (the
-elements of a set in any order); `field` puts pixels and channels together, `Action` is the type of all others.
+Symmetries of inputs: `rotations`, `rotations_and_flips`, `flips`, `translations` of grids, `point_symmetries` in any
+dimension, `natural_action` (the elements of a set in any order, vectors on a lattice); `field` puts pixels and channels
+together, `Action` is the type of all others.
 
-Networks: `network_action` derives how a symmetry acts on every weight, `unit_permutations` how hidden units can be
-exchanged.
+Networks: `network_action` derives how a symmetry acts on every weight of any torch network, `unit_permutations` how
+hidden units can be exchanged; `rule` teaches it a layer of your own.
 
 Posteriors: `bayesianize` makes a torch network Bayesian, with a symmetry or without; families `MeanFieldGaussian`,
 `Laplace`, `LogNormal`, `BlockGaussian`, `FullGaussian`, `PointMass`; priors `isotropic`, `per_tensor`, `random_means`;
@@ -65,6 +66,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from symbnn.symmetry.fields import (
         field as field,
         flips as flips,
+        point_symmetries as point_symmetries,
         rotations as rotations,
         rotations_and_flips as rotations_and_flips,
         translations as translations,
@@ -73,6 +75,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
         network_action as network_action,
         unit_permutations as unit_permutations,
     )
+    from symbnn.symmetry.teaching import rule as rule
     from symbnn.training.checkpoints import load_network as load_network, save_network as save_network
     from symbnn.training.config import TrainingConfig as TrainingConfig
     from symbnn.training.evaluation import evaluate as evaluate
@@ -106,8 +109,9 @@ _NAMES = {  # the same by module; a test compares the two
     "posterior.priors": "isotropic per_tensor random_means",
     "posterior.sampling": "predict",
     "symmetry.actions": "Action natural_action",
-    "symmetry.fields": "field flips rotations rotations_and_flips translations",
+    "symmetry.fields": "field flips point_symmetries rotations rotations_and_flips translations",
     "symmetry.networks": "network_action unit_permutations",
+    "symmetry.teaching": "rule",
     "training.checkpoints": "load_network save_network",
     "training.config": "TrainingConfig",
     "training.evaluation": "evaluate",

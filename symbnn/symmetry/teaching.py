@@ -19,7 +19,7 @@ from .actions import Action
 from .networks import Actions, intertwining_error, network_action
 from .operations import LAYER_RULES, RULES, Rule
 
-# %% ../../nbs/1_symmetry/17_teaching.ipynb #57c9484f-0
+# %% ../../nbs/1_symmetry/17_teaching.ipynb #3d475bd9-0
 TOLERANCE = 1e-9  # of the check, in float64, for outputs of order one
 
 
@@ -32,6 +32,19 @@ def rule(kind: type[nn.Module] | str, *, network: nn.Module, input: Actions, hid
     used it is checked: the action that is derived for `network`, in which the layer occurs, must intertwine to 1e-9 on
     random inputs and weights in float64. `input`, `hidden` and `example` are as in `network_action`. Raises `Refusal`
     for a rule that is wrong, which is then not kept, and for an operator that has a rule.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> from symbnn.symmetry.groups import Permutations
+    >>> class Centred(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return x - x.mean(1, keepdim=True)
+    >>> @sb.rule(Centred, network=Centred(), input=sb.natural_action(Permutations(4)))
+    ... def centred(site, layer, x):
+    ...     site.ledger.unsigned(site, x.axes, "centring")
+    ...     return x
+    >>> sb.network_action(Centred(), sb.natural_action(Permutations(4))).output.name
+    'natural'
     """
     check_kind(kind, (type, str), "what a rule is for", "rule(MyLayer, network=..., input=...)")
     table: dict[Any, Rule] = RULES if isinstance(kind, str) else LAYER_RULES
