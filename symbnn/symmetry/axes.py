@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Atom', 'Axis', 'Unknown', 'Still', 'Batch', 'Known', 'Grid', 'Joint', 'Absolute', 'Parts', 'axis_size', 'absolute',
-           'leaves', 'grid_moves', 'is_still', 'split_grid', 'merge_grids', 'Uncoupled', 'AxesAction', 'axes_of',
+           'resolved', 'grid_moves', 'is_still', 'split_grid', 'merge_grids', 'Uncoupled', 'AxesAction', 'axes_of',
            'action_on']
 
 # %% ../../nbs/1_symmetry/06_axes.ipynb #75b7518c-0
@@ -22,7 +22,7 @@ from .fields import FieldAction, GridAction, SpatialAction, field
 from .groups import Element, Group
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #598eca46-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #35a9d0bf-0
 @dataclass(eq=False)
 class Unknown:
     """A part of an axis whose action is not chosen yet; once chosen, or tied to others, `value` says what it is."""
@@ -122,25 +122,25 @@ def absolute(atom: Atom) -> Atom:
     if isinstance(atom, (Unknown, Known)):
         return Absolute(atom)
     if isinstance(atom, Parts):
-        return Parts(tuple(tuple(map(absolute, leaves(piece))) for piece in atom.pieces))
+        return Parts(tuple(tuple(map(absolute, resolved(piece))) for piece in atom.pieces))
     if isinstance(atom, Joint) and not atom.action.is_unsigned():
         return atom._replace(action=atom.action.absolute(), copy=("unsigned", atom.copy))
     return atom
 
 
-def leaves(axis: Axis) -> Iterator[Atom]:
+def resolved(axis: Axis) -> Iterator[Atom]:
     """The atoms of an axis with everything filled in that is known by now."""
     for atom in axis:
         inner = atom.of if isinstance(atom, Absolute) else atom
         if isinstance(inner, Unknown) and inner.value is not None:
-            found = leaves(inner.value)
+            found = resolved(inner.value)
             yield from map(absolute, found) if isinstance(atom, Absolute) else found
         elif isinstance(atom, Parts):
-            yield Parts(tuple(tuple(leaves(piece)) for piece in atom.pieces))
+            yield Parts(tuple(tuple(resolved(piece)) for piece in atom.pieces))
         elif not (isinstance(atom, Still) and atom.size == 1):
             yield atom
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #d1b5b9d7-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #fd0452ca-0
 def grid_moves(atom: Grid) -> tuple[tuple[int, int, int], ...]:
     """For each generator the axis that is read, its sense, and the shift in pixels."""
     found = []
@@ -158,7 +158,7 @@ def is_still(atom: Atom) -> bool:
         return all(bool((atom.action(g).index == torch.arange(atom.size)).all()) and atom.action(g).is_unsigned
                    for g in atom.action.group.generators())
     if isinstance(atom, Parts):
-        return all(is_still(leaf) for piece in atom.pieces for leaf in leaves(piece))
+        return all(is_still(leaf) for piece in atom.pieces for leaf in resolved(piece))
     return isinstance(atom, Still)
 
 
@@ -177,7 +177,7 @@ def merge_grids(coarse: Grid, fine: Grid) -> Grid:
                                    (coarse.pixels * fine.pixels,) * coarse.space.ndim)
     return Grid(whole, coarse.axis, coarse.pixels * fine.pixels, ("merged", coarse.copy))
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #b1812d7c-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #4b24c6e8-0
 class Uncoupled(Exception):
     """An axis without the one that some element exchanges it with."""
 
@@ -226,7 +226,7 @@ class AxesAction(Action):
     """
 
     def __init__(self, group: Group, axes: Sequence[Axis], name: str = "axes") -> None:
-        self.axes = tuple(tuple(_final(atom, group) for atom in leaves(axis)) for axis in axes)
+        self.axes = tuple(tuple(_final(atom, group) for atom in resolved(axis)) for axis in axes)
         self.factors: list[Atom] = []  # the atoms of all axes; those that only move together are one
         self._axis_of: list[int] = []
         for number, axis in enumerate(self.axes):

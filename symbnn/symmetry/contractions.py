@@ -7,7 +7,7 @@ __all__ = ['SUM_OVER', 'TOGETHER', 'GATES', 'ORDER', 'contract', 'letters', 'lay
            'inner', 'matmul', 'addmm', 'addbmm', 'outer', 'einsum', 'bilinear', 'attention', 'embedding', 'recurrent',
            'recurrent_cell']
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #1ef48ccf-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #a2e4a041-0
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from .axes import Axis, Still, axis_size
 from .features import Features, Site
-from .operations import add, alike, as_features, broadcast, fresh_labels, labels_of, relabelled, rule
-from .operations import not_random, scaled
+from .operations import add, as_features, broadcast, fresh_labels, labels_of, not_random, operator_rule
+from .operations import relabelled, scaled, summed
 from .pieces import Stacked, cat, index_select
-from .views import expand
+from .views import expand_axes
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #60caefbb-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #dc80af02-0
 SUM_OVER = "sums over it"
 TOGETHER = ("nn.Flatten(1) before a linear layer, all axes together that are exchanged with each other, or a group "
             "that keeps "
@@ -38,7 +38,7 @@ def contract(site: Site, x: Features, first: str, y: Features, second: str, out:
     axes: dict[str, Axis] = dict(zip(first, x.axes))
     for letter, axis in zip(second, y.axes):
         if letter in first:
-            tie = scaled if letter in out else alike
+            tie = scaled if letter in out else summed
             axes[letter] = tie(site, axes[letter], axis, copies)
     own = [letter for letter in second if letter not in first]
     labels = fresh_labels([axis for letter, axis in zip(second, y.axes) if letter in own], labels_of(x.axes), copies)
@@ -78,7 +78,7 @@ def with_bias(site: Site, y: Features, bias: Any, dim: int = -1) -> Features:
     return y
 
 
-@rule("linear")
+@operator_rule("linear")
 def linear(site: Site, x: Any, weight: Any, bias: Any = None) -> Features:
     """A linear map of the last axis: `W -> P_out W P_in^-1`."""
     x, weight = as_features(site, x), as_features(site, weight)
@@ -93,7 +93,7 @@ def linear(site: Site, x: Any, weight: Any, bias: Any = None) -> Features:
     return with_bias(site, y, bias)
 
 
-@rule("inner")
+@operator_rule("inner")
 def inner(site: Site, x: Any, y: Any) -> Features:
     """Products of all vectors along the last axes of two tensors."""
     x, y = as_features(site, x), as_features(site, y)
@@ -101,7 +101,7 @@ def inner(site: Site, x: Any, y: Any) -> Features:
     return contract(site, x, first + "i", y, second + "i", first + second)
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "__matmul__")
+@operator_rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "__matmul__")
 def matmul(site: Site, x: Any, y: Any) -> Features:
     """A product of matrices, over all leading axes."""
     x, y = as_features(site, x), as_features(site, y)
@@ -129,25 +129,25 @@ def _led(site: Site, x: Features, a: int, y: Features, b: int) -> tuple[Features
     return tuple(found)  # type: ignore[return-value]
 
 
-@rule("addmm", "baddbmm", "addmv")
+@operator_rule("addmm", "baddbmm", "addmv")
 def addmm(site: Site, bias: Any, x: Any, y: Any, **options: object) -> Features:
     """A sum with a product of matrices."""
     return add(site, matmul(site, x, y), bias)
 
 
-@rule("addbmm")
+@operator_rule("addbmm")
 def addbmm(site: Site, bias: Any, x: Any, y: Any, **options: object) -> Features:
     """A sum with the sum of several products of matrices."""
     return add(site, contract(site, as_features(site, x), "bri", as_features(site, y), "bic", "rc"), bias)
 
 
-@rule("outer", "ger")
+@operator_rule("outer", "ger")
 def outer(site: Site, x: Any, y: Any) -> Features:
     """All products of the entries of two vectors."""
     return contract(site, as_features(site, x), "r", as_features(site, y), "c", "rc")
 
 
-@rule("einsum")
+@operator_rule("einsum")
 def einsum(site: Site, equation: str, tensors: Sequence[Any], **options: object) -> Features:
     """A sum over products of several tensors."""
     inputs, _, out = equation.replace(" ", "").partition("->")
@@ -182,11 +182,11 @@ def _expanded(site: Site, operands: Sequence[Features], terms: Sequence[str]) ->
     for its, term in zip(operands, terms):
         for letter, size in zip(term, its.shape):
             sizes[letter] = size if sizes.get(letter, 1) == 1 else sizes[letter]
-    return [its if its.shape == (want := tuple(sizes[letter] for letter in term)) else expand(site, its, want)
+    return [its if its.shape == (want := tuple(sizes[letter] for letter in term)) else expand_axes(site, its, want)
             for its, term in zip(operands, terms)]
 
 
-@rule("bilinear")
+@operator_rule("bilinear")
 def bilinear(site: Site, x: Features, y: Features, weight: Features, bias: Any = None) -> Features:
     """A bilinear layer."""
     lead = letters(len(x.axes) - 1)
@@ -194,7 +194,7 @@ def bilinear(site: Site, x: Features, y: Features, weight: Features, bias: Any =
     return with_bias(site, contract(site, half, lead + "oj", y, lead + "j", lead + "o"), bias)
 
 
-@rule("scaled_dot_product_attention")
+@operator_rule("scaled_dot_product_attention")
 def attention(site: Site, q: Features, k: Features, v: Features, mask: Any = None, dropout: float = 0.0,
               causal: bool = False, **options: Any) -> Features:
     """softmax(q k^T) v: tokens are permuted for every weight, and the units of q and k, and those of v, by actions "
@@ -213,13 +213,13 @@ def attention(site: Site, q: Features, k: Features, v: Features, mask: Any = Non
         for axis in scores.axes[-2:]:
             ledger.still(site, axis, "causal attention, which depends on the order of the tokens", "is_causal=False")
     if mask is not None:
-        scores = Features(broadcast(site, scores, as_features(site, mask), alike)[0])
+        scores = Features(broadcast(site, scores, as_features(site, mask), summed)[0])
     ledger.unsigned(site, scores.axes, "an exponential, which does not commute with a change of sign")
     ledger.closed(site, scores.axes[-1:], "takes a softmax over all tokens", TOGETHER)
     return matmul(site, scores, v)
 
 
-@rule("embedding")
+@operator_rule("embedding")
 def embedding(site: Site, weight: Any, index: Any, *unused: object, **options: object) -> Features:
     """Rows of a table by their numbers: nothing may move along the numbers, as a group acts on places and not on "
     "values."""
@@ -239,12 +239,12 @@ def _rows_alike(index: Tensor) -> bool:
     flat = index.reshape(-1, index.shape[-1])
     return bool((flat == flat[:1]).all())
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #681af45c-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #9d3bea34-0
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 ORDER = "a recurrent layer, which depends on the order along time"
 
 
-@rule(*GATES)
+@operator_rule(*GATES)
 def recurrent(site: Site, x: Features, states: Any, weights: Sequence[Features], has_biases: bool, num_layers: int,
               dropout: float, train: bool, bidirectional: bool, batch_first: bool = False) -> tuple:
     """Recurrent layers: each permutes its own units, all gates alike; nothing moves along time."""
@@ -252,7 +252,7 @@ def recurrent(site: Site, x: Features, states: Any, weights: Sequence[Features],
     kind = next(name for name in GATES if name in kind)
     if (isinstance(x, Features) and not isinstance(x.axes, tuple)) or len(x.axes) != 3:
         site.refuse("packed sequences", "sequences of several lengths in one tensor", "padded sequences")
-    ledger.still(site, x.axes[1 if batch_first else 0], ORDER, "a group that leaves time as it is")
+    ledger.still(site, x.axes[1 if batch_first else 0], ORDER, "a group that resolved time as it is")
     directions, read, last, cells = 1 + bidirectional, x.axes[2], [], []
     given = _listed(states)
     each = len(weights) // (num_layers * directions)
@@ -316,7 +316,7 @@ def _tie_states(site: Site, given: Sequence[Any], written: tuple[list[Axis], lis
             site.ledger.tie(site, axis, its.axes[1])
 
 
-@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+@operator_rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 def recurrent_cell(site: Site, x: Features, states: Any, *weights: Any) -> Any:
     """One step of a recurrent layer."""
     kind = next(name for name in GATES if name in site.operator)

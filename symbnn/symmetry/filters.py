@@ -6,7 +6,7 @@
 __all__ = ['spatial', 'patches', 'convolution', 'transposed_convolution', 'average_pool', 'maximum_pool',
            'maximum_pool_with_places', 'adaptive_pool', 'pad', 'interpolation']
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #2c1577fd-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #65108572-0
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .axes import Axis, Grid, Still, axis_size, grid_moves, is_still, leaves
+from .axes import Axis, Grid, Still, axis_size, grid_moves, is_still, resolved
 from .contractions import layer_of, note_layer, with_bias
 from .features import Features, Site, joined
-from .operations import Places, as_features, rule, scaled
+from .operations import Places, as_features, operator_rule, scaled
 from .reductions import NO_MAXIMUM
 from .views import as_grid, regrouped
 from .windows import Window, convolution_windows, per_axis, slide
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #83782179-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #2a55861c-0
 def spatial(site: Site, x: Features, ndim: int, ahead: int = 2) -> list[Grid | Still]:
     """The last axes, along which a window slides."""
     if len(x.axes) != ndim + ahead:
@@ -40,7 +40,7 @@ def spatial(site: Site, x: Features, ndim: int, ahead: int = 2) -> list[Grid | S
     return axes
 
 
-@rule("im2col")
+@operator_rule("im2col")
 def patches(site: Site, x: Features, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Features:
     """The pixels that a window reads, as channels: channels and places within the window, which are turned and "
     "flipped."""
@@ -50,7 +50,7 @@ def patches(site: Site, x: Features, kernel: Any, dilation: Any, padding: Any, s
     within = [Still(window.kernel) if isinstance(axis, Still) else
               Grid(axis.space.without_shifts(), axis.axis, window.kernel, ("kernel", axis.copy))
               for axis, window in zip(axes, windows)]
-    return Features((x.axes[0], (*leaves(x.axes[1]), *within), tuple(behind)))
+    return Features((x.axes[0], (*resolved(x.axes[1]), *within), tuple(behind)))
 
 
 def _grouped(site: Site, channels: Axis, groups: int) -> tuple[Axis, Axis]:
@@ -60,7 +60,7 @@ def _grouped(site: Site, channels: Axis, groups: int) -> tuple[Axis, Axis]:
         return (), channels
     if size == groups:
         return channels, ()
-    first, second = regrouped(site, list(leaves(channels)), [groups, size // groups])
+    first, second = regrouped(site, list(resolved(channels)), [groups, size // groups])
     return first, second
 
 
@@ -75,7 +75,7 @@ def _kernel(site: Site, weight: Features, axes: Sequence[Grid | Still]) -> None:
                         (Grid(axis.space.without_shifts(), axis.axis, size, ("kernel", axis.copy)),), own, copies)
 
 
-@rule("conv1d", "conv2d", "conv3d")
+@operator_rule("conv1d", "conv2d", "conv3d")
 def convolution(site: Site, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
                 groups: int = 1) -> Features:
     """Convolution: `W -> P_out W P_in^-1`, with the kernels turned or flipped."""
@@ -122,7 +122,7 @@ def _channels(site: Site, reads: Axis, own: Axis, inner: Axis, groups: int) -> A
     return own if groups == 1 else (*scaled(site, read_groups, own_groups, {}), *own_inner)
 
 
-@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@operator_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed_convolution(site: Site, x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
                            output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Features:
     """Transposed convolution, whose weight has the channels that it reads first."""
@@ -167,15 +167,15 @@ def _spread(site: Site, axes: Sequence[Grid | Still], settings: list, k: int, ax
     return Grid(axis.space.resampled((size,) * axis.space.ndim, (new,) * axis.space.ndim) if new == size * stride else
                 axis.space, axis.axis, new, axis.copy)
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #5135b47a-0
-@rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
+# %% ../../nbs/1_symmetry/13_filters.ipynb #29579bc2-0
+@operator_rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def average_pool(site: Site, x: Features, kernel: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
                  count_include_pad: bool = True, divisor_override: Any = None) -> Features:
     """Average pools; they act on every channel alike."""
     return _pool(site, x, kernel, stride, padding, 1, ceil_mode)
 
 
-@rule("max_pool1d", "max_pool2d", "max_pool3d")
+@operator_rule("max_pool1d", "max_pool2d", "max_pool3d")
 def maximum_pool(site: Site, x: Features, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
                  ceil_mode: bool = False) -> Features:
     """Maximum pools."""
@@ -183,7 +183,7 @@ def maximum_pool(site: Site, x: Features, kernel: Any, stride: Any = None, paddi
     return _pool(site, x, kernel, stride, padding, dilation, ceil_mode)
 
 
-@rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")
+@operator_rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")
 def maximum_pool_with_places(site: Site, x: Features, *arguments: Any, **options: Any) -> tuple:
     """Maximum pools that give the positions of maxima too."""
     return maximum_pool(site, x, *arguments, **options), Places()
@@ -207,8 +207,8 @@ def _pool(site: Site, x: Features, kernel: Any, stride: Any, padding: Any, dilat
     return Features((*x.axes[:2], *((axis,) for axis in slide(site, axes, windows, alike=True))))
 
 
-@rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-      "adaptive_max_pool3d")
+@operator_rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
+               "adaptive_max_pool2d", "adaptive_max_pool3d")
 def adaptive_pool(site: Site, x: Features, size: Any) -> Any:
     """Adaptive pools, whose windows are symmetric for every size."""
     if "max" in site.operator:
@@ -241,9 +241,9 @@ def _adapted(site: Site, axes: Sequence[Grid | Still], new: Sequence[int], k: in
     return Grid(axis.space.resampled((axis.pixels,) * axis.space.ndim, (new[k],) * axis.space.ndim), axis.axis, new[k],
                 axis.copy)
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #37376b31-0
-@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
-      "replication_pad2d", "replication_pad3d")
+# %% ../../nbs/1_symmetry/13_filters.ipynb #d19762f8-0
+@operator_rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+               "replication_pad1d", "replication_pad2d", "replication_pad3d")
 def pad(site: Site, x: Any, ends: Sequence[int], mode: Any = "constant", value: Any = 0) -> Features:
     """Padding: the same at both ends of an axis that is reversed; around a circle where pixels are shifted."""
     x = as_features(site, x)
@@ -262,10 +262,10 @@ def pad(site: Site, x: Any, ends: Sequence[int], mode: Any = "constant", value: 
 
 def _padded(site: Site, axes: Sequence[Axis], pairs: dict[int, tuple[int, int]], k: int, mode: str) -> Axis:
     before, after = pairs[k]
-    if mode == "constant" and min(before, after) >= 0 and not all(map(is_still, leaves(axes[k]))) and (
-            not any(isinstance(atom, Grid) for atom in leaves(axes[k]))):
+    if mode == "constant" and min(before, after) >= 0 and not all(map(is_still, resolved(axes[k]))) and (
+            not any(isinstance(atom, Grid) for atom in resolved(axes[k]))):
         return joined([(Still(before),), axes[k], (Still(after),)])
-    if not any(isinstance(atom, Grid) for atom in leaves(axes[k])):
+    if not any(isinstance(atom, Grid) for atom in resolved(axes[k])):
         site.ledger.still(site, axes[k], "padding along an axis that the group moves", "no padding along this axis")
         return (Still(axis_size(axes[k]) + before + after),)
     axis = as_grid(site, axes[k])
@@ -273,7 +273,7 @@ def _padded(site: Site, axes: Sequence[Axis], pairs: dict[int, tuple[int, int]],
         return (Still(axis.size + before + after),)
     where = f"padding {before}+{after} on the size {axis.size}"
     _no_border(site, axis, where)
-    others = {leaf.axis: j for j, its in enumerate(axes) for leaf in leaves(its) if isinstance(leaf,
+    others = {leaf.axis: j for j, its in enumerate(axes) for leaf in resolved(its) if isinstance(leaf,
                                                                                                Grid) and leaf.copy
               == axis.copy}
     for source, sense, shift in grid_moves(axis):
@@ -291,9 +291,10 @@ def _padded(site: Site, axes: Sequence[Axis], pairs: dict[int, tuple[int, int]],
     return (axis._replace(pixels=axis.size + before + after, border=(0, 0)),)
 
 
-@rule(*(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "trilinear3d",
-                                        "bicubic2d")), *(f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)),
-      "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")
+@operator_rule(*(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d",
+                                                 "trilinear3d", "bicubic2d")),
+               *(f"_upsample_nearest_exact{n}d" for n in (1, 2, 3)), "_upsample_bilinear2d_aa",
+               "_upsample_bicubic2d_aa")
 def interpolation(site: Site, x: Features, *arguments: Any, **options: Any) -> Features:
     """Interpolation, a linear map of each axis: it is measured on the axis whether it commutes with the group."""
     axes = spatial(site, x, _ndim(site))

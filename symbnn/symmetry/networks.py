@@ -87,7 +87,7 @@ def check_acting(network: object, action: object) -> None:
                 f"actions on several, {shortened(its, 120)}",
                 f"a network with several {name}s", "a module around it, whose forward takes one tensor and returns one")
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #0ee18216-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #ec751033-0
 Actions = Action | Sequence[Action] | Mapping[str, Action]  # of one input, of several, or of inputs by their names
 
 
@@ -120,7 +120,7 @@ def network_action(network: nn.Module, input: Actions, *, hidden: Hidden = "triv
             NetworkAction: "action.input", Group: "an action of the group, such as field(rotations(), (C, H, W))"})
         check_action(its)
     for its in tree_leaves(output):
-        check_kind(its, (Action, NoneType), "the action on outputs", "output=None, which leaves classes alone", {
+        check_kind(its, (Action, NoneType), "the action on outputs", "output=None, which resolved classes alone", {
             NetworkAction: "action.output", SpatialAction: "field(space, (C, H, W))"})
     require(not isinstance(hidden, Action), "'trivial', 'regular', a dictionary or a function for hidden channels",
             f"{hidden!r}", "an action on the channels of one class", "hidden={name: action}, by the name of the class")
@@ -158,9 +158,9 @@ def _two(action: Action, x: Any) -> Tensor:
             "example=x[None]")
     return x[torch.arange(2) % len(x)]
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #59497211-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #e083a36e-0
 def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> NetworkAction:
-    """The group that permutes the hidden units of a network, which leaves its function as it is.
+    """The group that permutes the hidden units of a network, which resolved its function as it is.
 
     `input_shape` is `(C, H, W)`, `(C, L)` or `(n,)`. The group is a product of symmetric groups, one for every channel
     class that is neither input nor output, in the order of the layers. Raises `Refusal` where there is none.

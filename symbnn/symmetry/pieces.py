@@ -7,20 +7,20 @@ __all__ = ['ORDER_OF', 'IN_ORDER', 'select', 'narrow', 'slice_', 'written', 'spl
            'roll', 'rot90', 'cumulated', 'extreme_so_far', 'diff', 'triangle', 'index_select', 'index', 'positional',
            'ranked', 'unfold']
 
-# %% ../../nbs/1_symmetry/09b_pieces.ipynb #2dffdbc9-0
+# %% ../../nbs/1_symmetry/09b_pieces.ipynb #2d668b57-0
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .axes import Axis, Grid, Still, grid_moves, is_still, leaves
+from .axes import Axis, Grid, Still, grid_moves, is_still, resolved
 from .features import Features, Site, joined
-from .operations import Places, alike, as_features, broadcast, rule
+from .operations import Places, as_features, broadcast, operator_rule, summed
 from .views import CUT, as_grid, position, positions, regrouped
 
-# %% ../../nbs/1_symmetry/09b_pieces.ipynb #6c286033-0
-@rule("select")
+# %% ../../nbs/1_symmetry/09b_pieces.ipynb #291c1cf5-0
+@operator_rule("select")
 def select(site: Site, x: Any, dim: int, index: int) -> Any:
     """One place along an axis, which has to stay where it is."""
     if isinstance(x, Stacked) and dim % len(x.shape) == 0:
@@ -28,11 +28,11 @@ def select(site: Site, x: Any, dim: int, index: int) -> Any:
     x = as_features(site, x)
     dim = position(site, x, dim)
     piece = _piece(site, x, dim, index % x.shape[dim], index % x.shape[dim] + 1)
-    site.ledger.still(site, piece, CUT, "a mean over this axis, or a group that leaves it as it is")
+    site.ledger.still(site, piece, CUT, "a mean over this axis, or a group that resolved it as it is")
     return Features((*x.axes[:dim], *x.axes[dim + 1:]))
 
 
-@rule("narrow")
+@operator_rule("narrow")
 def narrow(site: Site, x: Any, dim: int, start: Any, length: int) -> Features:
     """So many places along an axis."""
     x = as_features(site, x)
@@ -40,32 +40,32 @@ def narrow(site: Site, x: Any, dim: int, start: Any, length: int) -> Features:
     return slice_(site, x, dim, first, first + length)
 
 
-@rule("slice")
+@operator_rule("slice")
 def slice_(site: Site, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Features:
     """Some places along an axis."""
     x = as_features(site, x)
     dim = position(site, x, dim)
     first, last, step = slice(start, end, step).indices(x.shape[dim])
     if step != 1:
-        site.ledger.still(site, x.axes[dim], CUT, "all of the axis, or a group that leaves it as it is")
+        site.ledger.still(site, x.axes[dim], CUT, "all of the axis, or a group that resolved it as it is")
         piece: Axis = (Still(len(range(first, last, step))),)
     else:
         piece = _piece(site, x, dim, first, max(first, last))
     return Features((*x.axes[:dim], piece, *x.axes[dim + 1:]))
 
 
-@rule("select_scatter", "slice_scatter")
+@operator_rule("select_scatter", "slice_scatter")
 def written(site: Site, x: Any, piece: Any, dim: int = 0, *places: Any) -> Features:
     """Numbers written over those at some places along an axis: the places and the rest are pieces that stay apart."""
     x, piece = as_features(site, x), as_features(site, piece)
     old = (select if "select" in site.operator else slice_)(site, x, dim, *places)
-    broadcast(site, old, piece, alike)
+    broadcast(site, old, piece, summed)
     return Features(x.axes)
 
 
 def _middle(axis: Axis, before: int, after: int) -> Axis | None:
     """One axis of a grid without as many pixels at both ends, where nothing is shifted."""
-    atoms = list(leaves(axis))
+    atoms = list(resolved(axis))
     if before != after or len(atoms) != 1 or not isinstance(atoms[0], Grid) or atoms[0].border != (0, 0) or (
             any(shift for _, _, shift in grid_moves(atoms[0]))):
         return None
@@ -82,13 +82,13 @@ def _piece(site: Site, x: Features, dim: int, first: int, last: int) -> Axis:
     if inner is None and (middle := _middle(axis, first, size - last)) is not None:
         return middle
     if inner is None:
-        site.ledger.still(site, axis, CUT, "all of the axis, pieces that the group keeps, or a group that leaves it "
+        site.ledger.still(site, axis, CUT, "all of the axis, pieces that the group keeps, or a group that resolved it "
                                            "as it is")
         return (Still(last - first),)
     return inner[1]
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+@operator_rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
 def split(site: Site, x: Features, how: Any, dim: int = 0) -> list[Features]:
     """Pieces of an axis."""
     dim = position(site, x, dim)
@@ -102,13 +102,13 @@ def split(site: Site, x: Features, how: Any, dim: int = 0) -> list[Features]:
     return result
 
 
-@rule("unbind")
+@operator_rule("unbind")
 def unbind(site: Site, x: Any, dim: int = 0) -> list:
     """All places of an axis."""
     return [select(site, x, dim, k) for k in range(x.shape[dim])]
 
 
-@rule("cat", "concat", "concatenate")
+@operator_rule("cat", "concat", "concatenate")
 def cat(site: Site, tensors: Sequence[Any], dim: int = 0) -> Features:
     """Pieces one behind the other; they agree on all other axes."""
     parts = [as_features(site, tensor) for tensor in tensors if tuple(tensor.shape) != (0,)]
@@ -122,12 +122,12 @@ def cat(site: Site, tensors: Sequence[Any], dim: int = 0) -> Features:
     return Features((*first.axes[:dim], along, *first.axes[dim + 1:]))
 
 
-@rule("stack")
+@operator_rule("stack")
 def stack(site: Site, tensors: Sequence[Any], dim: int = 0) -> Features:
     """Tensors along a new axis, on all of whose places they are moved alike."""
     parts = [as_features(site, tensor) for tensor in tensors]
     for other in parts[1:]:
-        broadcast(site, parts[0], other, alike)
+        broadcast(site, parts[0], other, summed)
     dim = position(site, parts[0], dim, more=1)
     return Features((*parts[0].axes[:dim], (Still(len(parts)),), *parts[0].axes[dim:]))
 
@@ -152,7 +152,7 @@ class Stacked:
 
 
 ORDER_OF = "which depends on the order along an axis that the group moves"
-IN_ORDER = "an operation that treats all places alike, or a group that leaves this axis as it is"
+IN_ORDER = "an operation that treats all places summed, or a group that resolved this axis as it is"
 
 
 def _in_order(site: Site, x: Features, dims: Any) -> list[int]:
@@ -163,7 +163,7 @@ def _in_order(site: Site, x: Features, dims: Any) -> list[int]:
     return chosen
 
 
-@rule("flip", "fliplr", "flipud")
+@operator_rule("flip", "fliplr", "flipud")
 def flip(site: Site, x: Features, dims: Any = None) -> Features:
     """Axes reversed: nothing moves along them, or what moves there commutes with the reversal."""
     chosen = positions(site, x, [int(site.operator == "fliplr")] if dims is None else dims)
@@ -176,30 +176,30 @@ def flip(site: Site, x: Features, dims: Any = None) -> Features:
 
 def _commutes_with_flip(x: Features, chosen: Sequence[int], k: int) -> bool:
     """Whether an axis of a grid is reversed together with those that it is exchanged with, and nothing is shifted."""
-    atoms = list(leaves(x.axes[k]))
+    atoms = list(resolved(x.axes[k]))
     if len(atoms) != 1 or not isinstance(atoms[0], Grid) or atoms[0].border != (0, 0):
         return False
-    there = {atom.axis for j in chosen for atom in leaves(x.axes[j]) if isinstance(atom,
+    there = {atom.axis for j in chosen for atom in resolved(x.axes[j]) if isinstance(atom,
                                                                                    Grid) and atom.copy == atoms[0].copy}
     return all(source in there and 2 * shift % atoms[0].pixels == 0 for source, _, shift in grid_moves(atoms[0]))
 
 
-@rule("roll")
+@operator_rule("roll")
 def roll(site: Site, x: Features, shifts: Any, dims: Any = None) -> Features:
     """Axes rolled around: nothing moves along them, or shifts alone."""
     axes = list(x.axes)
     for k in positions(site, x, dims):
-        atoms = list(leaves(axes[k]))
+        atoms = list(resolved(axes[k]))
         if dims and len(atoms) > 1 and isinstance(atoms[0], Grid) and not is_still(atoms[0]):
             axes[k] = (as_grid(site, axes[k]),)
-            atoms = list(leaves(axes[k]))
+            atoms = list(resolved(axes[k]))
         if not (dims and len(atoms) == 1 and isinstance(atoms[0], Grid) and atoms[0].border == (0, 0) and all(
                 (source, sense) == (atoms[0].axis, 1) for source, sense, _ in grid_moves(atoms[0]))):
             _in_order(site, x, [k])
     return Features(tuple(axes))
 
 
-@rule("rot90")
+@operator_rule("rot90")
 def rot90(site: Site, x: Features, k: int = 1, dims: Sequence[int] = (0, 1)) -> Features:
     """Quarter turns of two axes along which nothing moves."""
     axes, (a, b) = list(x.axes), _in_order(site, x, list(dims))
@@ -208,7 +208,7 @@ def rot90(site: Site, x: Features, k: int = 1, dims: Sequence[int] = (0, 1)) -> 
     return Features(tuple(axes))
 
 
-@rule("cumsum", "cumprod", "logcumsumexp")
+@operator_rule("cumsum", "cumprod", "logcumsumexp")
 def cumulated(site: Site, x: Features, dim: int, **options: object) -> Features:
     """Sums or products of all that comes before along an axis."""
     _in_order(site, x, [dim])
@@ -217,7 +217,7 @@ def cumulated(site: Site, x: Features, dim: int, **options: object) -> Features:
     return Features(x.axes)
 
 
-@rule("cummax", "cummin")
+@operator_rule("cummax", "cummin")
 def extreme_so_far(site: Site, x: Features, dim: int) -> tuple:
     """The largest or least that comes before along an axis, and where it is."""
     _in_order(site, x, [dim])
@@ -225,7 +225,7 @@ def extreme_so_far(site: Site, x: Features, dim: int) -> tuple:
     return Features(x.axes), Places()
 
 
-@rule("diff")
+@operator_rule("diff")
 def diff(site: Site, x: Features, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Features:
     """Differences of neighbours along an axis."""
     if prepend is not None or append is not None:
@@ -234,14 +234,14 @@ def diff(site: Site, x: Features, n: int = 1, dim: int = -1, prepend: Any = None
     return Features((*x.axes[:k], (Still(x.shape[k] - n),), *x.axes[k + 1:]))
 
 
-@rule("tril", "triu")
+@operator_rule("tril", "triu")
 def triangle(site: Site, x: Features, diagonal: int = 0) -> Features:
     """The part of a matrix on one side of a diagonal."""
     _in_order(site, x, [-2, -1])
     return Features(x.axes)
 
 
-@rule("index_select")
+@operator_rule("index_select")
 def index_select(site: Site, x: Any, dim: int, index: Any) -> Features:
     """Places along an axis by their numbers."""
     x = as_features(site, x)
@@ -252,12 +252,12 @@ def index_select(site: Site, x: Any, dim: int, index: Any) -> Features:
     if isinstance(index, Features):
         site.ledger.unsigned(site, index.axes, "numbers of places, which have no sign")
     site.ledger.still(site, x.axes[dim], "places that are chosen by their numbers, along an axis that the group moves",
-                      "all places, or a group that leaves this axis as it is")
+                      "all places, or a group that resolved this axis as it is")
     chosen = index.axes if isinstance(index, Features) else tuple((Still(size),) for size in index.shape)
     return Features((*x.axes[:dim], *chosen, *x.axes[dim + 1:]))
 
 
-@rule("index")
+@operator_rule("index")
 def index(site: Site, x: Any, indices: Sequence[Any]) -> Features:
     """Indexing by tensors: one of them, along one axis."""
     x = as_features(site, x)
@@ -265,7 +265,7 @@ def index(site: Site, x: Any, indices: Sequence[Any]) -> Features:
     if len(chosen) != 1:
         for k in chosen:
             site.ledger.still(site, x.axes[k], "places that are chosen by their numbers, along an axis that is moved",
-                              "all places, or a group that leaves this axis as it is")
+                              "all places, or a group that resolved this axis as it is")
         shape = torch.broadcast_shapes(*(tuple(indices[k].shape) for k in chosen))
         if any(isinstance(indices[k], Features) for k in chosen):
             site.refuse("several indices that depend on the input", "a lookup",
@@ -277,9 +277,9 @@ def index(site: Site, x: Any, indices: Sequence[Any]) -> Features:
     return index_select(site, x, chosen[0], indices[chosen[0]])
 
 
-@rule("gather", "scatter", "scatter_add", "index_add", "index_put", "argsort", "argmax", "argmin", "masked_select",
-      "nonzero", "unique", "bincount", "one_hot", "bucketize", "searchsorted", "mode", "col2im", "diagonal", "diag",
-      "diag_embed")
+@operator_rule("gather", "scatter", "scatter_add", "index_add", "index_put", "argsort", "argmax", "argmin",
+               "masked_select", "nonzero", "unique", "bincount", "one_hot", "bucketize", "searchsorted", "mode",
+               "col2im", "diagonal", "diag", "diag_embed")
 def positional(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
     """What depends on places along its axes: nothing may move but the batch stays."""
     name = site.operator
@@ -289,7 +289,7 @@ def positional(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
     raise AssertionError
 
 
-@rule("sort", "topk", "kthvalue", "median")
+@operator_rule("sort", "topk", "kthvalue", "median")
 def ranked(site: Site, x: Features, *arguments: Any, **options: Any) -> tuple:
     """The largest or least along an axis in their order, whatever order they come in, and where they are."""
     name = site.operator
@@ -306,13 +306,13 @@ def ranked(site: Site, x: Features, *arguments: Any, **options: Any) -> tuple:
     return Features((*x.axes[:dim], *along, *x.axes[dim + 1:])), Places()
 
 
-@rule("unfold")
+@operator_rule("unfold")
 def unfold(site: Site, x: Features, dim: int, size: int, step: int) -> Features:
     """Pieces of an axis side by side: blocks, or windows along which nothing moves."""
     dim = position(site, x, dim)
     count = (x.shape[dim] - size) // step + 1
     if size == step and count * size == x.shape[dim]:
-        slow, fast = regrouped(site, list(leaves(x.axes[dim])), [count, size])
+        slow, fast = regrouped(site, list(resolved(x.axes[dim])), [count, size])
     else:
         site.ledger.still(site, x.axes[dim], "windows that overlap or leave pixels out",
                           f"step={size}, or nn.Unfold for images")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Hidden', 'check_channels', 'Reading']
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #86122f85-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #9747f332-0
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from ..errors import Refusal, check_choice, require, shortened
 from .actions import Action, check_action, regular_channels
 from .axes import Absolute, Atom, Axis, Batch, Known, Parts, Still, Uncoupled, Unknown
-from .axes import action_on, axes_of, leaves
-from .features import Features, Ledger, Site, describe, of_batch
+from .axes import action_on, axes_of, resolved
+from .features import Features, Ledger, Site, in_words, of_batch
 from .fields import FieldAction
 from .groups import Group
 from .operations import Places
 from .reductions import refuse_opened
 from .tracing import Graph, read
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #54cf71da-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #be62e6d9-0
 Hidden = str | Mapping[str, Action] | Callable[[str, int], Action]
 
 
@@ -38,7 +38,7 @@ def _whole(name: str) -> str:
 
 def _class_name(axis: Axis) -> str:
     """The name of the channels along an axis; the names of all pieces where several are one behind the other."""
-    atoms = list(map(_bare, leaves(axis)))
+    atoms = list(map(_bare, resolved(axis)))
     pieces = [_class_name(piece) for atom in atoms if isinstance(atom, Parts) for piece in atom.pieces]
     own = [_whole(atom.name) if isinstance(atom, Known) else atom.name for atom in atoms
            if isinstance(atom, (Known, Unknown)) and atom.name][:1]
@@ -77,7 +77,7 @@ def check_channels(action: Action, group: Group, name: str, size: int) -> None:
                       fix=f"Action.trivial(action.group, ({size},)), or an action of that group on {size} channels")
     check_action(action)
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #e480b06c-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #206b59b0-0
 class Reading:
     """What is known of a network while its action is derived."""
 
@@ -111,14 +111,14 @@ class Reading:
     def end(self, output: Any) -> None:
         """Say how the outputs move: what is still unknown of them is trivial, or as it is given."""
         self.ends = [self._without_batch(result) for result in self.results]
-        self.last = [atom for axes in self.ends for axis in axes for atom in map(_bare, leaves(axis))
+        self.last = [atom for axes in self.ends for axis in axes for atom in map(_bare, resolved(axis))
                      if isinstance(atom, Unknown)]
         for unknown in self.last:
             unknown.name = "output"
         given = [None] * len(self.ends) if output is None else tree_leaves(output)
         require(len(given) == len(self.ends), f"an action for each of the {len(self.ends)} outputs",
                 f"{len(given)} actions",
-                "a network that returns several tensors", "output=None, which leaves all of them as they come")
+                "a network that returns several tensors", "output=None, which resolved all of them as they come")
         for axes, action in zip(self.ends, given):
             if action is not None:
                 self._end(axes, action)
@@ -136,7 +136,7 @@ class Reading:
                              "a module around it that returns the rest")
         if result.opened:
             refuse_opened(self.site, result)
-        first, *rest = ([*leaves(axis)] for axis in result.axes) if result.axes else ([],)
+        first, *rest = ([*resolved(axis)] for axis in result.axes) if result.axes else ([],)
         whole = len(first) == 1 and isinstance(first[0], Batch)
         if any(of_batch(atom) for axis in (rest if whole else (first, *rest)) for atom in axis):
             self.site.refuse(f"an output of shape {result.shape} from two inputs",
@@ -157,7 +157,7 @@ class Reading:
                 self.ledger.tie(self.site, own, given, copies)
         except Refusal as refusal:
             raise Refusal(f"an action on outputs by which the network's output moves, "
-                          f"{' and '.join(map(describe, axes))}",
+                          f"{' and '.join(map(in_words, axes))}",
                           got=repr(action), cause="a network that ends without a layer of its own, or whose output "
                                                   "has spatial "
                           "axes", fix="network_action(network, input) without output, or nn.Linear as the last "
@@ -261,7 +261,7 @@ class Reading:
         found = {name: its.channels if isinstance(its, FieldAction) else its.flattened()
                  for name, its in zip(self.named, tree_leaves(self.source))}
         for unknown in self.ledger.unknowns:
-            own = tuple(leaves((unknown,)))
+            own = tuple(resolved((unknown,)))
             if unknown.name and (len(own) == 1 and isinstance(own[0], Known) and own[0].name == unknown.name):
                 found.setdefault(unknown.name, own[0].action)
         for unknown in self.last:

@@ -7,21 +7,21 @@ __all__ = ['NO_MAXIMUM', 'SIGNED_SUM', 'CENTRED', 'reduced', 'refuse_opened', 's
            'softmax', 'gated', 'cosine_similarity', 'pairwise_distance', 'batch_norm', 'instance_norm', 'layer_norm',
            'rms_norm', 'group_norm', 'weight_norm']
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #4e5713e5-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #7c40c229-0
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .axes import Axis, Grid, Joint, absolute, axis_size, grid_moves, leaves
+from .axes import Axis, Grid, Joint, absolute, axis_size, grid_moves, resolved
 from .contractions import TOGETHER, contract, letters, note_layer
 from .features import Features, Site
-from .operations import Places, add, as_features, multiply, pointwise, rule, together
+from .operations import Places, add, as_features, multiply, operator_rule, pointwise, together
 from .pieces import split
-from .views import expand, positions, regrouped
+from .views import expand_axes, positions, regrouped
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #cab6754c-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #1b8bc840-0
 NO_MAXIMUM = "a maximum does not commute with a change of sign"
 SIGNED_SUM = "a sum over features that change signs"
 
@@ -44,7 +44,7 @@ def reduced(site: Site, x: Features, dims: Any, keepdim: bool, kind: str) -> Fea
 
 def _is_open(taken: Sequence[Axis]) -> bool:
     """Whether an axis is left that some element exchanges with one of these."""
-    atoms = [atom for axis in taken for atom in leaves(axis)]
+    atoms = [atom for axis in taken for atom in resolved(axis)]
     there = {(its.copy, its.axis) for its in atoms if isinstance(its, (Grid, Joint))}
     of_grids = [(its.copy, source) for its in atoms if isinstance(its, Grid) for source, _, _ in grid_moves(its)]
     of_joint = [(its.copy, k) for its in atoms if isinstance(its, Joint) for k in range(len(its.action.shape))]
@@ -66,7 +66,7 @@ def _dims(arguments: Sequence[Any], options: dict) -> tuple[Any, bool]:
     return (None if isinstance(dims, bool) else dims), keep
 
 
-@rule("mean", "sum", "nansum", "nanmean")
+@operator_rule("mean", "sum", "nansum", "nanmean")
 def sums(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
     """A sum or a mean over axes."""
     x, (dims, keep) = as_features(site, x), _dims(arguments, options)
@@ -74,7 +74,7 @@ def sums(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
     return reduced(site, x, dims, keep, "mean" if "mean" in site.operator else "sum")
 
 
-@rule("amax", "amin", "logsumexp", "any", "all", "prod")
+@operator_rule("amax", "amin", "logsumexp", "any", "all", "prod")
 def extremes(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
     """A maximum over axes, and what else does not commute with signs."""
     x, (dims, keep) = as_features(site, x), _dims(arguments, options)
@@ -83,7 +83,7 @@ def extremes(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
     return reduced(site, x, dims, keep, kinds.get(site.operator, site.operator))
 
 
-@rule("max", "min")
+@operator_rule("max", "min")
 def extreme(site: Site, x: Any, *arguments: Any, **options: Any) -> Any:
     """A maximum over all, over one axis with its place, or of two tensors."""
     if arguments and not isinstance(arguments[0], int):
@@ -92,7 +92,7 @@ def extreme(site: Site, x: Any, *arguments: Any, **options: Any) -> Any:
     return result if not arguments and "dim" not in options else (result, Places())
 
 
-@rule("var", "std", "norm", "linalg_vector_norm", "linalg_norm")
+@operator_rule("var", "std", "norm", "linalg_vector_norm", "linalg_norm")
 def spreads(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
     """Norms and deviations, which have no sign."""
     x, name = as_features(site, x), site.operator
@@ -107,14 +107,14 @@ def spreads(site: Site, x: Any, *arguments: Any, **options: Any) -> Features:
             site.ledger.closed(site, [x.axes[k]], "sums over one axis and takes a maximum over the other", TOGETHER)
     if "norm" not in name:
         site.ledger.unsigned(site, [x.axes[k] for k in chosen], "centring does not commute with a change of some signs")
-    free = Features(tuple(tuple(map(absolute, leaves(axis))) for axis in x.axes))
+    free = Features(tuple(tuple(map(absolute, resolved(axis))) for axis in x.axes))
     result = reduced(site, free, dims, keep, name)
     if result.opened:
         refuse_opened(site, result)
     return result
 
 
-@rule("var_mean", "std_mean")
+@operator_rule("var_mean", "std_mean")
 def moments(site: Site, x: Any, *arguments: Any, **options: Any) -> tuple[Features, Features]:
     """Variance and mean."""
     dims = {"dim": options.get("dim", arguments[0] if arguments else None),
@@ -122,7 +122,7 @@ def moments(site: Site, x: Any, *arguments: Any, **options: Any) -> tuple[Featur
     return spreads(site, x, **dims), sums(site, x, **dims)
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
+@operator_rule("softmax", "log_softmax", "_softmax", "_log_softmax", "softmin")
 def softmax(site: Site, x: Features, dim: int, *unused: object, **options: object) -> Features:
     """A softmax along one axis."""
     axis = x.axes[positions(site, x, dim)[0]]
@@ -134,31 +134,31 @@ def softmax(site: Site, x: Features, dim: int, *unused: object, **options: objec
     return Features(x.axes)
 
 
-@rule("glu")
+@operator_rule("glu")
 def gated(site: Site, x: Features, dim: int = -1) -> Features:
     """The first half of an axis, gated by the second one."""
     first, second = split(site._replace(operator="chunk"), x, 2, dim)
     return multiply(site, first, pointwise(site, second))
 
 
-@rule("cosine_similarity")
+@operator_rule("cosine_similarity")
 def cosine_similarity(site: Site, x: Any, y: Any, dim: int = 1, eps: float = 1e-8) -> Features:
     """The cosine between vectors along an axis, in which signs cancel."""
     x, y = as_features(site, x), as_features(site, y)
     shape = torch.broadcast_shapes(x.shape, y.shape)
-    x, y = expand(site, x, shape), expand(site, y, shape)
+    x, y = expand_axes(site, x, shape), expand_axes(site, y, shape)
     names = letters(len(shape))
     gone = names[positions(site, x, dim)[0]]
     return contract(site, x, names, y, names, names.replace(gone, ""))
 
 
-@rule("pairwise_distance")
+@operator_rule("pairwise_distance")
 def pairwise_distance(site: Site, x: Features, y: Features, *unused: object) -> Features:
     """The distance between vectors along the last axis."""
     site.ledger.unsigned(site, (*x.axes, *y.axes), "a small number that is added to the difference")
     return Features(spreads(site._replace(operator="norm"), add(site, x, y), 2, [-1]).axes)
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #2972e666-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #a1b42e35-0
 CENTRED = "centring does not commute with a change of some signs"
 
 
@@ -167,17 +167,17 @@ def _affine(site: Site, axes: Sequence[Axis], weight: Any, bias: Any) -> None:
     for tensor, gain in ((weight, True), (bias, False)):
         if tensor is not None:
             for axis, own in zip(axes, as_features(site, tensor).axes):
-                site.ledger.tie(site, tuple(map(absolute, leaves(axis))) if gain else axis, own)
+                site.ledger.tie(site, tuple(map(absolute, resolved(axis))) if gain else axis, own)
 
 
-@rule("batch_norm")
+@operator_rule("batch_norm")
 def batch_norm(site: Site, x: Features, weight: Any, bias: Any, mean: Any, var: Any, *unused: object) -> Features:
     """Batch normalisation: shift and running mean move as the features do, gain and running variance without signs."""
     channels = x.axes[1]
     for tensor, signless in ((weight, True), (bias, False), (mean, False), (var, True)):
         if tensor is not None:
             own = as_features(site, tensor).axes[0]
-            site.ledger.tie(site, tuple(map(absolute, leaves(channels))) if signless else channels, own)
+            site.ledger.tie(site, tuple(map(absolute, resolved(channels))) if signless else channels, own)
     for tensor in (weight, mean):
         if isinstance(tensor, Features):
             note_layer(site, tensor, channels, channels)
@@ -189,14 +189,14 @@ def batch_norm(site: Site, x: Features, weight: Any, bias: Any, mean: Any, var: 
     return Features(x.axes)
 
 
-@rule("instance_norm")
+@operator_rule("instance_norm")
 def instance_norm(site: Site, x: Features, weight: Any, bias: Any, mean: Any, var: Any, *unused: object) -> Features:
     """Normalisation of each channel of each example."""
     site.ledger.closed(site, x.axes[2:], "normalises over all pixels", TOGETHER)
     return batch_norm(site, x, weight, bias, mean, var)
 
 
-@rule("layer_norm")
+@operator_rule("layer_norm")
 def layer_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None, bias: Any = None,
                *unused: object) -> Features:
     """Layer normalisation over trailing axes."""
@@ -214,7 +214,7 @@ def layer_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None
     return Features(x.axes)
 
 
-@rule("rms_norm")
+@operator_rule("rms_norm")
 def rms_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None, *unused: object) -> Features:
     """Division by the root mean square over trailing axes, and a gain."""
     trailing = x.axes[-len(shape):]
@@ -225,12 +225,12 @@ def rms_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None, 
     return Features(x.axes)
 
 
-@rule("group_norm")
+@operator_rule("group_norm")
 def group_norm(site: Site, x: Features, groups: int, weight: Any = None, bias: Any = None, *unused: object) -> Features:
     """Normalisation over groups of channels, which have to be kept as blocks."""
     channels = x.axes[1]
     if 1 < groups < axis_size(channels):
-        regrouped(site, list(leaves(channels)), [groups, axis_size(channels) // groups])
+        regrouped(site, list(resolved(channels)), [groups, axis_size(channels) // groups])
     site.ledger.unsigned(site, x.axes, CENTRED)
     site.ledger.closed(site, (channels, *x.axes[2:]) if groups < axis_size(channels) else x.axes[2:],
                        "normalises over groups of channels", TOGETHER)
@@ -240,13 +240,13 @@ def group_norm(site: Site, x: Features, groups: int, weight: Any = None, bias: A
     return Features(x.axes)
 
 
-@rule("_weight_norm", "_weight_norm_interface")
+@operator_rule("_weight_norm", "_weight_norm_interface")
 def weight_norm(site: Site, direction: Features, length: Features, dim: int = 0) -> Any:
     """A weight as direction and length; the length has no sign."""
     axes = list(direction.axes)
     for axis, own in zip(axes, length.axes):
         if axis_size(own) > 1:
-            site.ledger.tie(site, tuple(map(absolute, leaves(axis))), own)
+            site.ledger.tie(site, tuple(map(absolute, resolved(axis))), own)
         else:
             site.ledger.still(site, own, "one length", "one length")
     free = [axis for axis, own in zip(axes, length.axes) if axis_size(own) == 1]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CUT', 'position', 'positions', 'reshape', 'regrouped', 'flatten', 'unflatten', 'view_as', 'unsqueeze', 'squeeze',
-           'permute', 'transpose', 'transposed', 'movedim', 'expand', 'repeat', 'repeat_interleave', 'as_grid',
+           'permute', 'transpose', 'transposed', 'movedim', 'expand_axes', 'repeat', 'repeat_interleave', 'as_grid',
            'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle']
 
-# %% ../../nbs/1_symmetry/09_views.ipynb #bfa7710f-0
+# %% ../../nbs/1_symmetry/09_views.ipynb #e0b4a092-0
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .axes import Axis, Batch, Grid, Joint, Parts, Still, Unknown, axis_size, is_still, leaves
+from .axes import Axis, Batch, Grid, Joint, Parts, Still, Unknown, axis_size, is_still, resolved
 from .axes import merge_grids
 from .features import Features, Site
-from .operations import as_features, rule
+from .operations import as_features, operator_rule
 
-# %% ../../nbs/1_symmetry/09_views.ipynb #a461c0d7-0
+# %% ../../nbs/1_symmetry/09_views.ipynb #6ec3a474-0
 CUT = "an axis that the group moves is cut, so that some features leave the piece that they belong to"
 
 
@@ -39,7 +39,7 @@ def positions(site: Site, x: Features, dims: int | Sequence[int] | None) -> list
     return [position(site, x, dim) for dim in ((dims,) if isinstance(dims, int) else dims)]
 
 
-@rule("view", "reshape", "_unsafe_view")
+@operator_rule("view", "reshape", "_unsafe_view")
 def reshape(site: Site, x: Features, *shape: Any) -> Features:
     """New axes over the same numbers: some are merged, some are split."""
     if shape and isinstance(shape[0], torch.dtype):
@@ -49,7 +49,7 @@ def reshape(site: Site, x: Features, *shape: Any) -> Features:
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         sizes[sizes.index(-1)] = math.prod(x.shape) // known
-    return Features(tuple(regrouped(site, [atom for axis in x.axes for atom in leaves(axis)], sizes)))
+    return Features(tuple(regrouped(site, [atom for axis in x.axes for atom in resolved(axis)], sizes)))
 
 
 def regrouped(site: Site, atoms: list, sizes: Sequence[int]) -> list[Axis]:
@@ -86,40 +86,40 @@ def _stays(atom: Any) -> bool:
 def _cut_by_view(site: Site, atom: Any, length: int) -> None:
     site.refuse(f"an axis of {atom.size} features that is split at {length}",
                 "a view that splits an axis into parts which the group does not keep",
-                "a view that keeps the axis, or a group that leaves it as it is")
+                "a view that keeps the axis, or a group that resolved it as it is")
 
 
-@rule("flatten")
+@operator_rule("flatten")
 def flatten(site: Site, x: Features, start_dim: int = 0, end_dim: int = -1) -> Features:
     """Several axes become one."""
     first, last = position(site, x, start_dim), position(site, x, end_dim)
-    merged = tuple(atom for axis in x.axes[first:last + 1] for atom in leaves(axis))
+    merged = tuple(atom for axis in x.axes[first:last + 1] for atom in resolved(axis))
     return Features((*x.axes[:first], merged, *x.axes[last + 1:]))
 
 
-@rule("unflatten")
+@operator_rule("unflatten")
 def unflatten(site: Site, x: Features, dim: int, sizes: Sequence[int], *unused: object) -> Features:
     """One axis becomes several."""
     dim, sizes = position(site, x, dim), list(sizes)
     if -1 in sizes:
         sizes[sizes.index(-1)] = x.shape[dim] // -math.prod(sizes)
-    return Features((*x.axes[:dim], *regrouped(site, list(leaves(x.axes[dim])), sizes), *x.axes[dim + 1:]))
+    return Features((*x.axes[:dim], *regrouped(site, list(resolved(x.axes[dim])), sizes), *x.axes[dim + 1:]))
 
 
-@rule("view_as", "reshape_as")
+@operator_rule("view_as", "reshape_as")
 def view_as(site: Site, x: Features, other: Any) -> Features:
     """A view with the shape of another tensor."""
     return reshape(site, x, tuple(other.shape))
 
 
-@rule("unsqueeze")
+@operator_rule("unsqueeze")
 def unsqueeze(site: Site, x: Features, dim: int) -> Features:
     """A new axis of length one."""
     dim = position(site, x, dim, more=1)
     return Features((*x.axes[:dim], (), *x.axes[dim:]))
 
 
-@rule("squeeze")
+@operator_rule("squeeze")
 def squeeze(site: Site, x: Features, dims: int | Sequence[int] | None = None) -> Features:
     """Axes of length one are left out."""
     chosen = positions(site, x, dims)
@@ -129,14 +129,14 @@ def squeeze(site: Site, x: Features, dims: int | Sequence[int] | None = None) ->
     return Features(tuple(axis for k, axis in enumerate(x.axes) if k not in chosen or axis_size(axis) != 1))
 
 
-@rule("permute")
+@operator_rule("permute")
 def permute(site: Site, x: Features, *dims: Any) -> Features:
     """The axes in another order."""
     order = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
     return Features(tuple(x.axes[position(site, x, dim)] for dim in order))
 
 
-@rule("transpose", "swapaxes", "swapdims")
+@operator_rule("transpose", "swapaxes", "swapdims")
 def transpose(site: Site, x: Features, first: int, second: int) -> Features:
     """Two axes exchanged."""
     axes, (a, b) = list(x.axes), (position(site, x, first), position(site, x, second))
@@ -144,13 +144,13 @@ def transpose(site: Site, x: Features, first: int, second: int) -> Features:
     return Features(tuple(axes))
 
 
-@rule("t", "numpy_T", "mT", "adjoint", "matrix_H", "T")
+@operator_rule("t", "numpy_T", "mT", "adjoint", "matrix_H", "T")
 def transposed(site: Site, x: Features) -> Features:
     """A matrix transposed."""
     return transpose(site, x, -2, -1) if len(x.axes) > 1 else x._replace(parameter="")
 
 
-@rule("movedim", "moveaxis")
+@operator_rule("movedim", "moveaxis")
 def movedim(site: Site, x: Features, source: Any, target: Any) -> Features:
     """Axes moved to other places."""
     sources = [position(site, x, dim) for dim in ([source] if isinstance(source, int) else source)]
@@ -160,8 +160,8 @@ def movedim(site: Site, x: Features, source: Any, target: Any) -> Features:
     return Features(tuple(x.axes[placed[k] if k in placed else next(rest)] for k in range(len(x.axes))))
 
 
-@rule("expand", "broadcast_to", "expand_as")
-def expand(site: Site, x: Any, sizes: Any, *unused: object, **options: object) -> Features:
+@operator_rule("expand", "broadcast_to", "expand_as")
+def expand_axes(site: Site, x: Any, sizes: Any, *unused: object, **options: object) -> Features:
     """Axes of length one repeated; nothing moves along the new ones."""
     x = as_features(site, x)
     sizes = list(sizes.shape) if isinstance(sizes, (Features, Tensor)) else list(sizes)
@@ -180,7 +180,7 @@ def _repeated(site: Site, axis: Axis, size: int) -> Axis:
     return repeated
 
 
-@rule("repeat", "tile")
+@operator_rule("repeat", "tile")
 def repeat(site: Site, x: Any, *counts: Any) -> Features:
     """Whole copies side by side, along new slow axes."""
     x = as_features(site, x)
@@ -188,22 +188,22 @@ def repeat(site: Site, x: Any, *counts: Any) -> Features:
     numbers = [1] * (len(x.axes) - len(numbers)) + numbers
     axes = [()] * (len(numbers) - len(x.axes)) + list(x.axes)
     return Features(tuple(axis if count == 1 else _repeated(site, axis, count) if axis_size(axis) == 1 else
-                          (*_repeated(site, (), count), *leaves(axis)) for axis, count in zip(axes, numbers)))
+                          (*_repeated(site, (), count), *resolved(axis)) for axis, count in zip(axes, numbers)))
 
 
-@rule("repeat_interleave")
+@operator_rule("repeat_interleave")
 def repeat_interleave(site: Site, x: Features, count: Any, dim: int | None = None, **options: object) -> Features:
     """Each number several times, along a new fast axis."""
     if not isinstance(count, int) or dim is None:
         site.refuse("counts that differ", "features that are repeated unlike",
                     "one number of repetitions along one dim")
     dim = position(site, x, dim)  # type: ignore[arg-type]
-    return Features((*x.axes[:dim], (*leaves(x.axes[dim]), *_repeated(site, (), count)), *x.axes[dim + 1:]))
+    return Features((*x.axes[:dim], (*resolved(x.axes[dim]), *_repeated(site, (), count)), *x.axes[dim + 1:]))
 
-# %% ../../nbs/1_symmetry/09_views.ipynb #cb1af087-0
+# %% ../../nbs/1_symmetry/09_views.ipynb #000fcea9-0
 def as_grid(site: Site, axis: Axis) -> Grid | Still:
     """The one axis of a grid that an axis is, put together from blocks and pixels within them where it must be."""
-    atoms = list(leaves(axis))
+    atoms = list(resolved(axis))
     while len(atoms) > 1 and isinstance(atoms[0], Grid) and not is_still(atoms[0]):
         coarse, fine = atoms[0], atoms[1]
         inner = Grid(coarse.space.without_shifts(), coarse.axis, fine.size, ("within", coarse.copy))
@@ -228,27 +228,27 @@ def _no_grid(site: Site, axis: Axis) -> None:
                 "field(space, (channels, *size)) as the action on inputs, and nn.Flatten after the last such layer")
 
 
-@rule("pixel_shuffle")
+@operator_rule("pixel_shuffle")
 def pixel_shuffle(site: Site, x: Features, factor: int) -> Features:
     """Channels become pixels within blocks."""
     *lead, channels, height, width = x.axes
-    split_channels = regrouped(site, list(leaves(channels)), [axis_size(channels) // factor**2, factor, factor])
-    rows = as_grid(site, (*leaves(height), *split_channels[1]))
-    columns = as_grid(site, (*leaves(width), *split_channels[2]))
+    split_channels = regrouped(site, list(resolved(channels)), [axis_size(channels) // factor**2, factor, factor])
+    rows = as_grid(site, (*resolved(height), *split_channels[1]))
+    columns = as_grid(site, (*resolved(width), *split_channels[2]))
     return Features((*lead, split_channels[0], (rows,), (columns,)))
 
 
-@rule("pixel_unshuffle")
+@operator_rule("pixel_unshuffle")
 def pixel_unshuffle(site: Site, x: Features, factor: int) -> Features:
     """Pixels within blocks become channels."""
     *lead, channels, height, width = x.axes
-    rows, columns = (regrouped(site, list(leaves(axis)), [axis_size(axis) // factor, factor]) for axis in (height,
+    rows, columns = (regrouped(site, list(resolved(axis)), [axis_size(axis) // factor, factor]) for axis in (height,
                                                                                                            width))
-    return Features((*lead, (*leaves(channels), *rows[1], *columns[1]), rows[0], columns[0]))
+    return Features((*lead, (*resolved(channels), *rows[1], *columns[1]), rows[0], columns[0]))
 
 
-@rule("channel_shuffle", "native_channel_shuffle")
+@operator_rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(site: Site, x: Features, groups: int) -> Features:
     """Channels of all groups in turn."""
-    first, second = regrouped(site, list(leaves(x.axes[1])), [groups, x.shape[1] // groups])
+    first, second = regrouped(site, list(resolved(x.axes[1])), [groups, x.shape[1] // groups])
     return Features((x.axes[0], (*second, *first), *x.axes[2:]))

@@ -23,11 +23,11 @@ from symbnn.symmetry.axes import (
     axes_of,
     axis_size,
     is_still,
-    leaves,
     merge_grids,
+    resolved,
     split_grid,
 )
-from symbnn.symmetry.features import Features, Ledger, Site, describe, joined
+from symbnn.symmetry.features import Features, Ledger, Site, in_words, joined
 from symbnn.symmetry.fields import FieldAction, field, flips, rotations, rotations_and_flips, shifts, time_reversal
 from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.signed_permutations import SignedPermutation
@@ -151,7 +151,7 @@ def test_ties_join_whatever_their_order():
         unknowns = [here.ledger.unknown(4, f"layer {k}") for k in range(4)]
         for a, b in pairs:
             here.ledger.tie(here, (unknowns[a],), (unknowns[b],))
-        ends = [next(leaves((its,))) for its in unknowns]
+        ends = [next(resolved((its,))) for its in unknowns]
         assert ends == [unknowns[0]] * 4 if len(pairs) == 3 else ends == unknowns  # the earliest stays
 
 
@@ -159,7 +159,7 @@ def test_names_of_writers_come_before_names_of_readers():
     here = site()
     reader, writer = here.ledger.unknown(4, "head:1", read=True), here.ledger.unknown(4, "stem")
     here.ledger.tie(here, (reader,), (writer,))
-    assert list(leaves((reader,))) == [writer] and writer.value is None
+    assert list(resolved((reader,))) == [writer] and writer.value is None
 
 
 def test_an_unknown_takes_what_it_is_tied_to():
@@ -168,7 +168,7 @@ def test_an_unknown_takes_what_it_is_tied_to():
             here = site()
             unknown = here.ledger.unknown(axis_size(axis), "hidden")
             here.ledger.tie(here, *[(unknown,), axis][::order])
-            assert tuple(leaves((unknown,))) == tuple(leaves(axis))
+            assert tuple(resolved((unknown,))) == tuple(resolved(axis))
 
 
 def test_factors_meet_factors():
@@ -177,8 +177,8 @@ def test_factors_meet_factors():
     left = here.ledger.unknown(4, "a"), here.ledger.unknown(3, "b")
     right = here.ledger.unknown(2, "c"), here.ledger.unknown(6, "d")
     here.ledger.tie(here, left, right)
-    assert [its.size for its in leaves(left)] == [its.size for its in leaves(right)] == [2, 2, 3]
-    assert tuple(leaves(left)) == tuple(leaves(right))
+    assert [its.size for its in resolved(left)] == [its.size for its in resolved(right)] == [2, 2, 3]
+    assert tuple(resolved(left)) == tuple(resolved(right))
     for unknown in here.ledger.unknowns:
         if unknown.value is None:
             unknown.value = (Known(Action.trivial(Cyclic(2), (unknown.size,))),)
@@ -210,7 +210,7 @@ def test_agreement_is_checked_at_the_end(wrong):
         settle(here)
         return
     refusal = refusal_of(lambda: (here.ledger.tie(here, a, b), settle(here)))  # at once where it can be seen
-    assert ("move in two ways" in refusal.got and describe(a) in refusal.got) or "along which" in refusal.got
+    assert ("move in two ways" in refusal.got and in_words(a) in refusal.got) or "along which" in refusal.got
 
 
 def test_refused_ties():
@@ -231,7 +231,7 @@ def test_absolute_beside_signs():
     here = site()
     free = here.ledger.unknown(2, "hidden")
     here.ledger.tie(here, (Absolute(free),), (Absolute(SIGNS),))
-    assert tuple(leaves((free,))) == (SIGNS,)
+    assert tuple(resolved((free,))) == (SIGNS,)
     here.ledger.tie(here, (Absolute(SWAP),), (SWAP,))
     settle(here)
     here.ledger.tie(here, (Absolute(SIGNS),), (SIGNS,))
@@ -249,10 +249,10 @@ def test_cuts_of_what_stays_and_of_what_is_free():
     free = here.ledger.unknown(6, "hidden")
     (first,), (second,) = here.ledger.cut((free,), 4)
     assert (first.name, second.name) == ("hidden[:4]", "hidden[4:]") and (first.size, second.size) == (4, 2)
-    assert tuple(leaves((free,))) == (Parts(((first,), (second,))),)
+    assert tuple(resolved((free,))) == (Parts(((first,), (second,))),)
     third = here.ledger.cut((free,), 2)
     assert axis_size(third[0]) == 2 and axis_size(third[1]) == 4  # within the first piece
-    assert [axis_size(piece) for piece in next(leaves((free,))).pieces] == [2, 4, 2] or axis_size((free,)) == 6
+    assert [axis_size(piece) for piece in next(resolved((free,))).pieces] == [2, 4, 2] or axis_size((free,)) == 6
     assert here.ledger.cut((SIGNS, Still(3)), 3) is None  # signs of a known action are not cut
     assert here.ledger.cut((Still(3), SIGNS), 2) == ((Still(1), SIGNS), (Still(2), SIGNS))
 
@@ -272,7 +272,7 @@ def test_pieces_are_tied_to_what_is_cut_alike():
     here = site()
     free = here.ledger.unknown(6, "hidden")
     here.ledger.tie(here, (Parts(((SIGNS,), (here.ledger.unknown(4, "rest"),))),), (free,))
-    assert next(leaves((free,))).pieces[0] == (SIGNS,)
+    assert next(resolved((free,))).pieces[0] == (SIGNS,)
     other = here.ledger.unknown(2, "a"), here.ledger.unknown(3, "b")
     here.ledger.tie(here, other, (Parts(((Still(2),), (Still(4),))),))
     settle_all(here)

@@ -370,7 +370,7 @@ def known_actions(shape):
 
 LOST = "Uncoupled in place of a Refusal, for an output with one axis of a joint action"
 PAIR = "the operator returns a tuple and its rule one tensor"
-SIGNED = "absolute() leaves a joint action its signs"
+SIGNED = "absolute() resolved a joint action its signs"
 FAULTS = {  # rules with a known fault: the case says what is wrong until it is mended
     **dict.fromkeys("unflatten permute transpose swapaxes swapdims mT adjoint movedim moveaxis repeat_interleave cat "
                     "concat concatenate batch_norm".split(), LOST),
