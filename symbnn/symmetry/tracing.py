@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_BY', 'FRESH', 'LOGGERS', 'KEEPS_APART', 'Graph', 'network_graph', 'read']
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #019a17d7-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #136e42b3-0
 import copy
 import itertools
 import logging
@@ -13,8 +13,9 @@ import operator
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
+from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ def _call_layer(module: nn.Module, number: int, *inputs: Any) -> Tensor:
             "settings that are passed to the layer's __init__")
     return _layer_operator(list(inputs), list(_named(module).values()), number)
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #8220b7d6-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #62cfbe45-0
 class Graph(NamedTuple):
     """A traced forward pass."""
 
@@ -172,13 +173,14 @@ LOGGERS = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shape
 
 @contextmanager
 def _quiet():
-    """What torch logs of an error that is explained in a refusal is left out."""
+    """What torch logs and prints of an error that is explained in a refusal is left out."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [logger.disabled for logger in loggers]
     try:
         for logger in loggers:
             logger.disabled = True
-        yield
+        with redirect_stderr(StringIO()):
+            yield
     finally:
         for logger, disabled in zip(loggers, before):
             logger.disabled = disabled
