@@ -345,7 +345,7 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
                     f"one tensor in {owners[id(tensor)]!r} and {name!r}", "weights tied by assignment, which an "
                     "expansion would untie", f"layer {owners[id(tensor)]!r} called twice in forward, in place of two")
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #32d8a752-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #59519899-0
 class Expanded(NamedTuple):
     """An expanded network, and how the group acts on it."""
 
@@ -427,7 +427,15 @@ def _action_on_copies(expanded: nn.Module, action: NetworkAction, depths: dict[s
         regular = regular_channels(group, action.channels[name].numel)
         return regular if depths[name] == 1 else regular.pulled_back(group, partial(group.power, k=depths[name]))
 
-    return network_action(expanded, action.input, hidden=hidden, output=action.output)
+    result = network_action(expanded, action.input, hidden=hidden, output=action.output)
+    for name in depths:
+        copies = group.order * action.channels[name].numel
+        require(name in result.channels and result.channels[name].agrees_with(hidden(name, copies)),
+                "an expanded network whose copies of hidden channels the group permutes",
+                f"the channels behind layer {name!r}, which stay where they are",
+                "a forward pass that depends on the order of channels, or on how many there are",
+                "average(...), tie(...) or a mixture of the network, which take any network that has an action")
+    return result
 
 
 def _rolls_differently(expanded: nn.Module, action: NetworkAction) -> bool:

@@ -76,7 +76,7 @@ def _call_layer(module: nn.Module, number: int, *inputs: Any) -> Tensor:
             "settings that are passed to the layer's __init__")
     return _layer_operator(list(inputs), list(_named(module).values()), number)
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #62cfbe45-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #ff100768-0
 class Graph(NamedTuple):
     """A traced forward pass."""
 
@@ -102,19 +102,31 @@ def _deterministic(network: nn.Module) -> nn.Module:
     return copied
 
 
-def network_graph(network: nn.Module, example: tuple[Any, ...], options: Mapping[str, Any] | None = None) -> Graph:
-    """The network's forward pass on inputs like these as a graph of operators. Raises `Refusal` where it is not "
-    "fixed."""
+def _exported(module: nn.Module, example: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """What `torch.export` makes of a forward pass."""
     from torch.export import export
-    module = _deterministic(network)
+    with _quiet(), torch.no_grad():
+        program = export(module, example, dict(options), strict=False)
+        return program if all(map(_writes_unseen, program.graph.nodes)) else program.run_decompositions({})
+
+
+def _exported_in_silence(module: nn.Module, example: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """The same where warnings are errors; this makes Python show warnings again that it has shown before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _exported(module, example, options)
+
+
+def network_graph(network: nn.Module, example: tuple[Any, ...], options: Mapping[str, Any] | None = None) -> Graph:
+    """The network's forward pass on inputs like these as a graph of operators; `Refusal` where it is not fixed."""
+    module, options = _deterministic(network), options or {}
     try:
-        with warnings.catch_warnings(), _quiet(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = export(module, example, dict(options or {}), strict=False)
-            if not all(map(_writes_unseen, program.graph.nodes)):
-                program = program.run_decompositions({})
+        try:
+            program = _exported(module, example, options)
+        except Warning:
+            program = _exported_in_silence(module, example, options)
     except Exception as error:  # anything that the network's own code raises
-        raise _untraced(network, module, example, options or {}, error) from error
+        raise _untraced(network, module, example, options, error) from error
     signature = program.graph_signature
     first = {}
     for name, tensor in [*module.named_parameters(remove_duplicate=False),

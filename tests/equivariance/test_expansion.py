@@ -586,7 +586,7 @@ class StatesItsWidth(nn.Module):
 
 def test_what_is_returned_is_what_was_read():
     network = StatesItsWidth()
-    with pytest.raises(Refusal, match="cumsum"):
+    with pytest.raises(Refusal, match="depends on the order of channels"):
         expand(network, network_action(network, S4))
 
 

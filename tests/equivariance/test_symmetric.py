@@ -372,7 +372,7 @@ MISTAKES = {
     "shape of other data": (lambda: Symmetric(BAYESIAN, field(rotations(), SHAPE), (1, 8, 8)), r"shape=\(1, 4, 4\)"),
     "a number": (lambda: Symmetric(BAYESIAN, field(rotations(), SHAPE), 4), r"shape=\(C, H, W\)"),
     "not square": (lambda: Symmetric(BAYESIAN, rotations(), (1, 4, 6)), "by cropping"),
-    "other channels": (lambda: Symmetric(BAYESIAN, rotations(), (3, 4, 4)), "'0"),
+    "other channels": (lambda: Symmetric(BAYESIAN, rotations(), (3, 4, 4)), "to have 1 channels, but got 3"),
     "a group": (lambda: Symmetric(BAYESIAN, Cyclic(4), SHAPE), r"rotations\(\) with shape"),
     "a group, plain": (lambda: bayesianize(plain(), Cyclic(4), SHAPE), r"bayesianize\(network, rotations"),
     "a name": (lambda: Symmetric(BAYESIAN, "C4", SHAPE), r"rotations\(\)"),

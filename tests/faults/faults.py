@@ -24,7 +24,6 @@ from unittest.mock import patch
 
 import torch
 from joblib.externals.loky import get_reusable_executor
-from mortal import mortal
 from targets import TARGETS, TINY, DoneAgain, digest, network, trained
 from torch import nn
 
@@ -511,6 +510,8 @@ class Runs(NamedTuple):
 def _runs(folder: Path) -> Runs:
     orders = folder / "orders"
     orders.mkdir()
+    from mortal import mortal  # not before: it is known to all studies from then on
+
     run = FunctionRun(mortal.__name__, (("orders", str(orders)),))
     study = Study("Mortal", "none", run, ({"a": (1, 2, 3, 4)},), (0,), "a")
     return Runs(study, orders, [_lasting(record) for record in execute(study, folder / "work")])
