@@ -32,13 +32,14 @@ from .operations import LAYER_RULES, RULES, Places
 from .pieces import Stacked
 from .reductions import refuse_opened
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #567bfad0-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #65895478-0
 READ_BY = linear, convolution  # among others: rules are known once the modules that they are in are imported
 _OPAQUE: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
-@torch.library.custom_op("symbnn::layer", mutates_args=())
+@torch.library.custom_op("symbnn::layer", mutates_args=(),
+                         schema="(Tensor[] inputs, Tensor[] parameters, int number) -> Tensor")
 def _layer_operator(inputs: list[Tensor], parameters: list[Tensor], number: int) -> Tensor:
     return _plain_call(inputs, parameters, number).clone()
 
