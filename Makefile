@@ -18,7 +18,7 @@ help:
 	@echo "make book    run every chapter, export the package, write README.md"
 	@echo "make docs    the book as a web site in _docs (needs Quarto)"
 	@echo "make bench   the benchmarks"
-	@echo "make attack  what can break files, records, processes and threads: ten thousand tries a kind (three hours)"
+	@echo "make attack  what can break files, records, processes and threads: ten thousand tries a kind (hours)"
 	@echo "make clean   remove what can be made again, except .venv and output"
 
 ready:

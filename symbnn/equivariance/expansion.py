@@ -48,7 +48,7 @@ def block_turn(arrangement: Arrangement, group: Group, a: Element, b: Element) -
     }
     return turns[arrangement]
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #483ec4c0-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #743c8071-0
 def mark_arrangement(layer: nn.Module, arrangement: Arrangement) -> None:
     """Note on a layer, in place, how it was expanded."""
     code = torch.tensor(get_args(Arrangement).index(arrangement), dtype=torch.uint8)
@@ -73,12 +73,12 @@ def arrangement_of(network: nn.Module) -> Arrangement | None:
              if name.rpartition(".")[2] == ARRANGEMENT and not mark.is_meta}
     names = sorted(known[mark] if mark in range(len(known)) else f"an unknown one, number {mark}" for mark in marks)
     require(len(marks) < 2 and set(names) <= set(known), "layers that were all expanded by one arrangement",
-            f"layers of {' and '.join(names)}", "layers of several expansions in one network, or a state_dict that was "
-            "edited or loaded in part",
+            f"layers of {' and '.join(names)}",
+            "layers of several expansions in one network, or a state_dict that was edited or loaded in part",
             "expand(network, action, arrangement).network.load_state_dict(state), with the whole state")
     return cast(Arrangement, names[0]) if names else None
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #c7e856fd-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #df30eeff-0
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # layers from one channel class to another; the others are norms
 _EXPANDED = (*_WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
 
@@ -99,13 +99,13 @@ def _depths(network: nn.Module, action: NetworkAction, arrangement: Arrangement)
         if target != "output" and isinstance(network.get_submodule(name), _WEIGHTED):
             depth = (depths[source] + 1) % exponent
             if depths.setdefault(target, depth) != depth:
-                raise Refusal(
-                    f"paths of one length, modulo {exponent}, to the channels of each layer of a row_rolled expansion",
-                    got=f"layer {name!r} at depth {depth}, whose outputs are added to those at depth {depths[target]}",
-                    cause=f"a residual sum; row_rolled turns the copies once more in each layer, and {exponent} turns "
-                    f"of {action.group} are none",
-                    fix='arrangement="block_diagonal", or "regular"',
-                )
+                raise Refusal(f"paths of one length, modulo {exponent}, to the channels of each layer of a row_rolled "
+                              "expansion",
+                              got=f"layer {name!r} at depth {depth}, whose outputs are added to those at depth "
+                                  f"{depths[target]}",
+                              cause="a residual sum; row_rolled turns the copies once more in each layer, and "
+                                    f"{exponent} turns of {action.group} are none",
+                              fix='arrangement="block_diagonal", or "regular"')
     return {name: depths[name] for name in hidden}
 
 # %% ../../nbs/3_equivariance/13_expansion.ipynb #806ff482-0
@@ -259,7 +259,7 @@ def _widen(layer: nn.Module, read: int, written: int) -> None:
         first, *rest = layer.normalized_shape
         layer.normalized_shape = (written * first, *rest)
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #b26b9010-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #4c44f35b-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
     require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
@@ -330,22 +330,21 @@ def _check_layers(network: nn.Module, action: NetworkAction) -> None:
         layer = network.get_submodule(name)
         require(not (isinstance(layer, _WEIGHTED) and (source == "output" or target == "input")),
                 "a first layer that leaves the input's channels, and a last layer that makes the output's",
-                f"layer {name!r} from {source} to {target}", "a residual sum with the input or the output, whose "
-                "channels keep their number",
+                f"layer {name!r} from {source} to {target}",
+                "a residual sum with the input or the output, whose channels keep their number",
                 "a layer of its own before the first residual sum, and one behind the last")
         ends = {source, target} - ({""} if all(reads for reads, _ in action.layers.values()) else set())
         require(ends <= set(action.channels), "layers that read and write the channels of one class",
-                f"layer {name!r} from {source!r} to {target!r}", "features of several layers side by side, as behind "
-                                                                 "torch.cat, "
-                "or channels in groups", "average(...), tie(...) or a mixture of the network, which take any network "
-                                         "that has an "
-                "action; or sums in place of torch.cat")
+                f"layer {name!r} from {source!r} to {target!r}",
+                "features of several layers side by side, as behind torch.cat, or channels in groups",
+                "average(...), tie(...) or a mixture of the network, which take any network that has an action; or "
+                "sums in place of torch.cat")
         for tensor in layer.parameters():
             require(owners.setdefault(id(tensor), name) == name, "weights that belong to one layer each",
                     f"one tensor in {owners[id(tensor)]!r} and {name!r}", "weights tied by assignment, which an "
                     "expansion would untie", f"layer {owners[id(tensor)]!r} called twice in forward, in place of two")
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #59519899-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #ea0e042a-0
 class Expanded(NamedTuple):
     """An expanded network, and how the group acts on it."""
 
@@ -417,13 +416,11 @@ def _action_on_copies(expanded: nn.Module, action: NetworkAction, depths: dict[s
 
     def hidden(name: str, channels: int) -> Action:
         if name not in depths or channels != group.order * action.channels[name].numel:
-            raise Refusal(
-                f"{group.order} copies of each hidden channel of the small network",
-                got=f"{channels} channels behind layer {name!r}",
-                cause="a network that was not expanded, that was expanded by another group, or whose forward pass "
-                "states numbers of channels", fix="expand(network, action).action; in forward, x.flatten(1), not "
-                "x.view(-1, number)",
-            )
+            raise Refusal(f"{group.order} copies of each hidden channel of the small network",
+                          got=f"{channels} channels behind layer {name!r}",
+                          cause="a network that was not expanded, that was expanded by another group, or whose "
+                                "forward pass states numbers of channels",
+                          fix="expand(network, action).action; in forward, x.flatten(1), not x.view(-1, number)")
         regular = regular_channels(group, action.channels[name].numel)
         return regular if depths[name] == 1 else regular.pulled_back(group, partial(group.power, k=depths[name]))
 

@@ -162,7 +162,7 @@ def forget_checkpoints(work: Path, name: str) -> None:
     for folder in (work / name, start_folder(work / name)):
         shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../../nbs/8_studies/06_store.ipynb #eaefbe9c-0
+# %% ../../nbs/8_studies/06_store.ipynb #63f34a7c-0
 BACKENDS = ("loky", "dask", "ray")  # processes here, Dask workers, Ray workers; threads would share tracing state
 JOBS_PER_CPU = 4
 PATIENCE = 5  # seconds in which a scheduler has to answer
@@ -212,7 +212,8 @@ def _connect(name: str, jobs: int, address: str | None, stack: ExitStack) -> Any
     if name == "dask":
         from distributed import Client, LocalCluster
 
-        here = {"threads_per_worker": 1, "dashboard_address": None, "silence_logs": logging.ERROR}
+        here = {"threads_per_worker": 1, "silence_logs": logging.ERROR,
+                "dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}}  # any free port, no pages
         def probe() -> None:
             with Client(address, timeout=PATIENCE, set_as_default=False) as client:
                 client.wait_for_workers(1, timeout=PATIENCE)

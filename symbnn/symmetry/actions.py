@@ -6,7 +6,7 @@
 __all__ = ['Action', 'unmoved', 'tensor_product', 'check_action', 'natural_action', 'sending_with_signs', 'symmetric_tensors',
            'regular_channels', 'sign_change']
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #f8585da2-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #634443f8-0
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..errors import Refusal, check_count, check_kind, check_shape, check_tensor, require
 from ..memory import check_memory
-from .groups import Cyclic, Element, Group, Permutations, Signed, Subgroup, left_regular
+from .groups import Cyclic, Element, Group, Permutations, Subgroup, left_regular
+from .hyperoctahedral import Signed
 from .signed_permutations import SignedPermutation
 
 # %% ../../nbs/1_symmetry/03_actions.ipynb #bd4135dc-0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Atom', 'Axis', 'Unknown', 'Still', 'Batch', 'Known', 'Grid', 'Joint', 'Absolute', 'Parts', 'axis_size', 'absolute',
-           'resolved', 'grid_moves', 'is_still', 'split_grid', 'merge_grids', 'Uncoupled', 'AxesAction', 'axes_of',
-           'action_on']
+           'resolved', 'grid_moves', 'is_still', 'of_size', 'sources', 'split_grid', 'merge_grids', 'Uncoupled',
+           'AxesAction', 'axes_of', 'action_on']
 
 # %% ../../nbs/1_symmetry/06_axes.ipynb #75b7518c-0
 import math
@@ -140,7 +140,7 @@ def resolved(axis: Axis) -> Iterator[Atom]:
         elif not (isinstance(atom, Still) and atom.size == 1):
             yield atom
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #fd0452ca-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #883fa3f6-0
 def grid_moves(atom: Grid) -> tuple[tuple[int, int, int], ...]:
     """For each generator the axis that is read, its sense, and the shift in pixels."""
     found = []
@@ -162,28 +162,41 @@ def is_still(atom: Atom) -> bool:
     return isinstance(atom, Still)
 
 
+def of_size(atom: Grid, pixels: int) -> Grid:
+    """The same axis of a coarser or finer grid over the same image."""
+    ndim = atom.space.ndim
+    space = atom.space.resampled((atom.pixels,) * ndim, (pixels,) * ndim)
+    return Grid(space, atom.axis, pixels, atom.copy)
+
+
+def sources(axes: "Sequence[Atom]", k: int) -> list[int | None]:
+    """For each generator, which of these axes an axis of a grid is read from; None for one that is not among them."""
+    atom = axes[k]
+    if not isinstance(atom, Grid):
+        return []
+    places = {its.axis: j for j, its in enumerate(axes) if isinstance(its, Grid) and its.copy == atom.copy}
+    return [places.get(source) for source, _, _ in grid_moves(atom)]
+
+
 def split_grid(atom: Grid, fine: int) -> tuple[Grid, Grid] | None:
     """The grid of blocks of `fine` pixels and the grid within a block; None where shifts tear blocks."""
     if atom.border != (0, 0) or atom.pixels % fine or any(shift % fine for _, _, shift in grid_moves(atom)):
         return None
-    coarse = atom.space.resampled((atom.pixels,) * atom.space.ndim, (atom.pixels // fine,) * atom.space.ndim)
-    return (Grid(coarse, atom.axis, atom.pixels // fine, ("blocks", atom.copy)),
+    return (of_size(atom, atom.pixels // fine)._replace(copy=("blocks", atom.copy)),
             Grid(atom.space.without_shifts(), atom.axis, fine, ("within", atom.copy)))
 
 
 def merge_grids(coarse: Grid, fine: Grid) -> Grid:
     """The grid whose blocks and whose pixels within a block these are."""
-    whole = coarse.space.resampled((coarse.pixels,) * coarse.space.ndim,
-                                   (coarse.pixels * fine.pixels,) * coarse.space.ndim)
-    return Grid(whole, coarse.axis, coarse.pixels * fine.pixels, ("merged", coarse.copy))
+    return of_size(coarse, coarse.pixels * fine.pixels)._replace(copy=("merged", coarse.copy))
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #4b24c6e8-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #a2f6ea4b-0
 class Uncoupled(Exception):
     """An axis without the one that some element exchanges it with."""
 
     def __init__(self, atom: "Grid | Joint") -> None:
-        super().__init__(f"axis {atom.axis} of a grid under '{_mover(atom).name}', without the axes it is exchanged "
-                         f"with")
+        name = _mover(atom).name
+        super().__init__(f"axis {atom.axis} of a grid under '{name}', without the axes it is exchanged with")
         self.atom = atom
 
 
@@ -275,8 +288,7 @@ class AxesAction(Action):
                 source, moves = k, atom.action(g) if isinstance(atom, Known) else None
             plain = moves is None or (moves.is_unsigned and bool((moves.index == torch.arange(moves.size)).all()))
             result.append((source, None if plain else moves))
-        if len({source for source,
-                _ in result}) < len(result):  # two grids of which it is not known which axes belong together
+        if len({source for source, _ in result}) < len(result):  # two grids; which axes belong together is not known
             raise Uncoupled(next(atom for atom in self.factors if isinstance(atom, Grid)))
         return result
 
@@ -316,7 +328,7 @@ class AxesAction(Action):
 def axes_of(action: Action, name: str, copy: object = 0) -> tuple[Axis, ...]:
     """The axes of the tensors that an action moves, each with what is known of it."""
     if isinstance(action, AxesAction):
-        return action.axes
+        return tuple(tuple(_renamed(atom, name, copy) for atom in axis) for axis in action.axes)
     if isinstance(action, FieldAction):
         grid = [(Grid(action.space, axis, size, copy),) for axis, size in enumerate(action.size)]
         return ((Known(action.channels, name),), *grid)
@@ -329,9 +341,16 @@ def axes_of(action: Action, name: str, copy: object = 0) -> tuple[Axis, ...]:
     if len(action.shape) == 1:
         return ((Known(action, name),),)
     if is_still(Known(action.flattened())):
-        return tuple((Known(Action.trivial(action.group, (size,)), f"{name}[{k}]"),) for k,
-                     size in enumerate(action.shape))
+        return tuple((Known(Action.trivial(action.group, (size,)), f"{name}[{k}]"),)
+                     for k, size in enumerate(action.shape))
     return tuple((Joint(action, axis, copy),) for axis in range(len(action.shape)))
+
+
+def _renamed(atom: Atom, name: str, copy: object) -> Atom:
+    """A part of an axis in another tensor, where its names mean nothing."""
+    if isinstance(atom, (Grid, Joint)):
+        return atom._replace(copy=(copy, atom.copy))
+    return atom._replace(name=name) if isinstance(atom, Known) else atom
 
 
 def action_on(group: Group, axes: Sequence[Axis], name: str = "axes") -> Action:
@@ -339,11 +358,7 @@ def action_on(group: Group, axes: Sequence[Axis], name: str = "axes") -> Action:
     whole = AxesAction(group, axes, name)
     first, *rest = whole.axes or ((),)
     grids = [axis[0] for axis in rest if len(axis) == 1 and isinstance(axis[0], Grid)]
-    if rest and len(grids) == len(rest) == grids[0].space.ndim and not any(isinstance(atom,
-                                                                                      Grid) for atom in first) and (
-            [(its.axis, its.copy, its.border) for its in grids] == [(k, grids[0].copy,
-                                                                     (0, 0)) for k in range(len(rest))]) and (
-            all(grid_moves(its) == grid_moves(its._replace(space=grids[0].space)) for its in grids)):
+    if rest and len(grids) == len(rest) and _are_one_grid(grids) and not any(isinstance(its, Grid) for its in first):
         return field(grids[0].space, whole.shape, action_on(group, (first,)))
     if len(whole.axes) == 1 and len(whole.factors) == 1 and isinstance(whole.factors[0], Known) and (
             whole.factors[0].action.shape == whole.shape):
@@ -351,3 +366,11 @@ def action_on(group: Group, axes: Sequence[Axis], name: str = "axes") -> Action:
     if all(isinstance(atom, Still) for atom in whole.factors):
         return Action.trivial(group, whole.shape)
     return whole
+
+
+def _are_one_grid(grids: Sequence[Grid]) -> bool:
+    """Whether these are all axes of one copy of a grid in their order, without borders, moved by one action."""
+    first = grids[0]
+    ordered = [(its.axis, its.copy, its.border) for its in grids] == [
+        (axis, first.copy, (0, 0)) for axis in range(first.space.ndim)]
+    return ordered and all(grid_moves(its) == grid_moves(its._replace(space=first.space)) for its in grids)

@@ -21,11 +21,10 @@ from .operations import relabelled, scaled, summed
 from .pieces import Stacked, cat, index_select
 from .views import expand_axes
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #dc80af02-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #6ed79a7e-0
 SUM_OVER = "sums over it"
 TOGETHER = ("nn.Flatten(1) before a linear layer, all axes together that are exchanged with each other, or a group "
-            "that keeps "
-            "them apart, such as flips()")
+            "that keeps them apart, such as flips()")
 
 
 def contract(site: Site, x: Features, first: str, y: Features, second: str, out: str) -> Features:
@@ -197,8 +196,7 @@ def bilinear(site: Site, x: Features, y: Features, weight: Features, bias: Any =
 @operator_rule("scaled_dot_product_attention")
 def attention(site: Site, q: Features, k: Features, v: Features, mask: Any = None, dropout: float = 0.0,
               causal: bool = False, **options: Any) -> Features:
-    """softmax(q k^T) v: tokens are permuted for every weight, and the units of q and k, and those of v, by actions "
-    "of their own."""
+    """softmax(q k^T) v: tokens are permuted for every weight, units of q and k by one action, those of v by another."""
     ledger = site.ledger
     not_random(site, dropout, True)
     q, k, v = (as_features(site, its) for its in (q, k, v))
@@ -221,8 +219,7 @@ def attention(site: Site, q: Features, k: Features, v: Features, mask: Any = Non
 
 @operator_rule("embedding")
 def embedding(site: Site, weight: Any, index: Any, *unused: object, **options: object) -> Features:
-    """Rows of a table by their numbers: nothing may move along the numbers, as a group acts on places and not on "
-    "values."""
+    """Rows of a table by their numbers, which stay, as a group acts on places and not on values."""
     weight = as_features(site, weight)
     if isinstance(index, Features):
         site.ledger.unsigned(site, index.axes, "numbers of rows, which have no sign")
@@ -239,7 +236,7 @@ def _rows_alike(index: Tensor) -> bool:
     flat = index.reshape(-1, index.shape[-1])
     return bool((flat == flat[:1]).all())
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #9d3bea34-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #b35cd0b1-0
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 ORDER = "a recurrent layer, which depends on the order along time"
 
@@ -252,7 +249,7 @@ def recurrent(site: Site, x: Features, states: Any, weights: Sequence[Features],
     kind = next(name for name in GATES if name in kind)
     if (isinstance(x, Features) and not isinstance(x.axes, tuple)) or len(x.axes) != 3:
         site.refuse("packed sequences", "sequences of several lengths in one tensor", "padded sequences")
-    ledger.still(site, x.axes[1 if batch_first else 0], ORDER, "a group that resolved time as it is")
+    ledger.still(site, x.axes[1 if batch_first else 0], ORDER, "a group that leaves time as it is")
     directions, read, last, cells = 1 + bidirectional, x.axes[2], [], []
     given = _listed(states)
     each = len(weights) // (num_layers * directions)

@@ -51,9 +51,9 @@ class Site(NamedTuple):
         raise Refusal(f"layers that commute with the group {self.ledger.group.name}",
                       got=f"layer '{self.label}' with {received}{where}", cause=cause, fix=fix)
 
-# %% ../../nbs/1_symmetry/07_features.ipynb #96e922f9-0
+# %% ../../nbs/1_symmetry/07_features.ipynb #dff159a2-0
 class Ledger:
-    """What a walk along a network notes: axes that are moved summed, and what to check when all actions are chosen."""
+    """What a walk along a network notes: axes that are moved alike, and what to check when all actions are chosen."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -143,7 +143,7 @@ class Ledger:
             if not same:
                 site.refuse(f"features that move in two ways, {in_words(a)} and {in_words(b)}",
                             "one axis, or one weight, for what the group moves differently",
-                            "features that move summed, as behind layers of their own, or two layers")
+                            "features that move alike, as behind layers of their own, or two layers")
 
         self.checks.append(check)
 
@@ -154,7 +154,7 @@ class Ledger:
         if axis_size(a) != axis_size(b):
             site.refuse(f"axes of length {axis_size(a)} and {axis_size(b)}", "an operation made for another size",
                         f"a layer of {axis_size(a)} features, or an action on inputs of the shape that the network is "
-                        f"made for")
+                        "made for")
         for one, other in ((left, right), (right, left)):
             if len(one) == 1 and len(other) != 1 and isinstance(one[0], Unknown):
                 return self.bind(site, one[0], tuple(other))
@@ -200,12 +200,12 @@ class Ledger:
             if not same or (not is_still(x) and (x.axis != y.axis or copies.setdefault(y.copy, x.copy) != x.copy)):
                 site.refuse(f"features that move in two ways, {in_words((x,))} and {in_words((y,))}",
                             "axes of a grid that were exchanged, or two grids in one",
-                            "features that move summed, without the transposition")
+                            "features that move alike, without the transposition")
         elif isinstance(x, Parts) and isinstance(y, Parts):
             self._tie_pieces(site, x, (y,), copies)
         elif isinstance(x, Still) or isinstance(y, Still):
             self.still(site, (y if isinstance(x, Still) else x,), "an axis that stays beside one that is moved",
-                       "features that move summed, or a group that resolved this axis as it is")
+                       "features that move alike, or a group that leaves this axis as it is")
         else:
             self.agree(site, (x,), (y,))
 

@@ -6,7 +6,7 @@
 __all__ = ['SpatialAction', 'GridAction', 'rotations', 'rotations_and_flips', 'flips', 'half_turns', 'time_reversal',
            'point_symmetries', 'point_rotations', 'shifts', 'translations', 'FieldAction', 'field']
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #d04cd235-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #a13e5b22-0
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,8 @@ import torch
 
 from ..errors import Refusal, check_count, check_kind, check_shape, require
 from .actions import Action, check_action, sending_with_signs, tensor_product, unmoved
-from .groups import Cyclic, Dihedral, Element, Group, Product, Signed, proper_rotations
+from .groups import Cyclic, Dihedral, Element, Group, Product
+from .hyperoctahedral import Signed, proper_rotations
 from .signed_permutations import SignedPermutation
 
 # %% ../../nbs/1_symmetry/04_fields.ipynb #c501d177-0

@@ -6,7 +6,7 @@
 __all__ = ['spatial', 'patches', 'convolution', 'transposed_convolution', 'average_pool', 'maximum_pool',
            'maximum_pool_with_places', 'adaptive_pool', 'pad', 'interpolation']
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #65108572-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #90e1ac71-0
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .axes import Axis, Grid, Still, axis_size, grid_moves, is_still, resolved
+from .axes import Axis, Grid, Still, axis_size, grid_moves, is_still, of_size, resolved, sources
 from .contractions import layer_of, note_layer, with_bias
 from .features import Features, Site, joined
 from .operations import Places, as_features, operator_rule, scaled
@@ -22,34 +22,33 @@ from .reductions import NO_MAXIMUM
 from .views import as_grid, regrouped
 from .windows import Window, convolution_windows, per_axis, slide
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #2a55861c-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #19a30f4f-0
 def spatial(site: Site, x: Features, ndim: int, ahead: int = 2) -> list[Grid | Still]:
     """The last axes, along which a window slides."""
     if len(x.axes) != ndim + ahead:
-        site.refuse(f"features of {len(x.axes)} axes", f"the layer needs {ndim} spatial axes behind batch and "
-                                                       f"channels, which "
-                    "are lost by a flattening and not known of an action that is no field",
+        site.refuse(f"features of {len(x.axes)} axes",
+                    f"the layer needs {ndim} spatial axes behind batch and channels, which are lost by a flattening "
+                    "and not known of an action that is no field",
                     "field(space, (channels, *size)) as the action on inputs, and nn.Flatten after the last such layer")
     axes = [as_grid(site, axis) for axis in x.axes[ahead:]]
-    sizes = {(axis.copy, axis.axis): axis.size for axis in axes if isinstance(axis, Grid)}
-    for axis in axes:
-        if isinstance(axis, Grid) and any(sizes.get((axis.copy, source), axis.size) != axis.size for source, _,
-                                          _ in grid_moves(axis)):
-            site.refuse(f"features of shape {x.shape}", f"'{axis.space.name}' exchanges axes of different length",
+    for k, axis in enumerate(axes):
+        if any(source is not None and axes[source].size != axis.size for source in sources(axes, k)):
+            site.refuse(f"features of shape {x.shape}", f"{_title(axis)} exchanges axes of different length",
                         "the same size along both axes")
     return axes
 
 
+def _title(axis: Grid | Still) -> str:
+    return f"'{axis.space.name}'" if isinstance(axis, Grid) else "nothing"
+
+
 @operator_rule("im2col")
 def patches(site: Site, x: Features, kernel: Any, dilation: Any, padding: Any, stride: Any) -> Features:
-    """The pixels that a window reads, as channels: channels and places within the window, which are turned and "
-    "flipped."""
+    """The pixels that a window reads, as channels: channels and places within the window, turned and flipped."""
     axes = spatial(site, x, 2)
     windows = convolution_windows(per_axis(kernel, 2), stride, padding, dilation)
     behind = slide(site, axes, windows)
-    within = [Still(window.kernel) if isinstance(axis, Still) else
-              Grid(axis.space.without_shifts(), axis.axis, window.kernel, ("kernel", axis.copy))
-              for axis, window in zip(axes, windows)]
+    within = [_within(axis, window.kernel) for axis, window in zip(axes, windows)]
     return Features((x.axes[0], (*resolved(x.axes[1]), *within), tuple(behind)))
 
 
@@ -68,11 +67,15 @@ def _kernel(site: Site, weight: Features, axes: Sequence[Grid | Still]) -> None:
     """The kernel is turned and flipped as the grid, and not shifted."""
     copies: dict = {}
     for own, axis in zip(weight.axes[2:], axes):
-        size = axis_size(own)
-        site.ledger.tie(site, (Still(size),) if isinstance(axis,
-                                                           Still) or is_still(axis._replace(pixels=size, border=(0, 0),
-                        space=axis.space.without_shifts())) else
-                        (Grid(axis.space.without_shifts(), axis.axis, size, ("kernel", axis.copy)),), own, copies)
+        site.ledger.tie(site, (_within(axis, axis_size(own)),), own, copies)
+
+
+def _within(axis: Grid | Still, size: int) -> Grid | Still:
+    """The places within a window along an axis."""
+    if isinstance(axis, Still):
+        return Still(size)
+    places = Grid(axis.space.without_shifts(), axis.axis, size, ("kernel", axis.copy))
+    return Still(size) if is_still(places) else places
 
 
 @operator_rule("conv1d", "conv2d", "conv3d")
@@ -151,23 +154,19 @@ def _spread(site: Site, axes: Sequence[Grid | Still], settings: list, k: int, ax
         return Still(new)
     where = f"kernel {kernel}, stride {stride}, padding {padding}, output padding {extra} on the size {size}"
     _no_border(site, axis, where)
-    places = {its.axis: j for j, its in enumerate(axes) if isinstance(its, Grid) and its.copy == axis.copy}
-    for g in site.ledger.group.generators():
-        point, shift = axis.space.point(g), axis.space.shift(g)[axis.axis] % size
-        source = places.get(int(point.index[axis.axis]))
+    for source, (_, sense, shift) in zip(sources(axes, k), grid_moves(axis)):
         if source is None or settings[source] != settings[k]:
             site.refuse(where, f"'{axis.space.name}' exchanges axes that have other settings",
                         "the same settings along both axes")
-        if int(point.sign[axis.axis]) < 0 and extra:
+        if sense < 0 and extra:
             site.refuse(where, f"'{axis.space.name}' reverses an axis, at whose end alone there is output padding",
                         "output_padding=0, with a kernel of the stride's size")
         if shift and not (new == size * stride and padding == extra == 0 and dilation * (kernel - 1) < stride):
             site.refuse(where, "windows that overlap or do not close the circle, on which pixels are shifted",
                         f"kernel_size={stride}, padding=0")
-    return Grid(axis.space.resampled((size,) * axis.space.ndim, (new,) * axis.space.ndim) if new == size * stride else
-                axis.space, axis.axis, new, axis.copy)
+    return of_size(axis, new) if new == size * stride else axis._replace(pixels=new)
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #29579bc2-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #c7daddbb-0
 @operator_rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def average_pool(site: Site, x: Features, kernel: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
                  count_include_pad: bool = True, divisor_override: Any = None) -> Features:
@@ -226,30 +225,26 @@ def _adapted(site: Site, axes: Sequence[Grid | Still], new: Sequence[int], k: in
     if isinstance(axis, Still):
         return Still(new[k])
     _no_border(site, axis, f"the output size {size}")
-    places = {its.axis: j for j, its in enumerate(axes) if isinstance(its, Grid) and its.copy == axis.copy}
-    for g in site.ledger.group.generators():
-        source = places.get(int(axis.space.point(g).index[axis.axis]))
+    for source, (_, _, shift) in zip(sources(axes, k), grid_moves(axis)):
         if source is None or new[source] != new[k]:
             site.refuse(f"the output size {size}", f"'{axis.space.name}' exchanges the axes",
                         f"output_size={size[0]}, the same along both axes")
-        shift = axis.space.shift(g)[axis.axis]
         if new[k] > 1 and shift * new[k] % axis.pixels:
             step = axis.pixels // math.gcd(axis.pixels, new[k])
             site.refuse(f"the output size {size} on the size {tuple(map(axis_size, [(its,) for its in axes]))}",
                         f"a shift by {shift} pixels, which is no whole number of outputs",
                         f"output_size=1, or shifts by a multiple of {step} pixels when they come to this layer")
-    return Grid(axis.space.resampled((axis.pixels,) * axis.space.ndim, (new[k],) * axis.space.ndim), axis.axis, new[k],
-                axis.copy)
+    return of_size(axis, new[k])
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #d19762f8-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #e9467f3b-0
 @operator_rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
                "replication_pad1d", "replication_pad2d", "replication_pad3d")
 def pad(site: Site, x: Any, ends: Sequence[int], mode: Any = "constant", value: Any = 0) -> Features:
     """Padding: the same at both ends of an axis that is reversed; around a circle where pixels are shifted."""
     x = as_features(site, x)
     if site.operator != "pad":
-        mode, value = ("constant", 0 if isinstance(mode,
-                                                   str) else mode) if "constant" in site.operator else ("reflect", 0)
+        number = 0 if isinstance(mode, str) else mode
+        mode, value = ("constant", number) if "constant" in site.operator else ("reflect", 0)
     axes = list(x.axes)
     pairs = {len(axes) - 1 - k: (ends[2 * k], ends[2 * k + 1]) for k in range(len(ends) // 2)}
     if mode == "constant" and value not in (0, None):
@@ -273,9 +268,8 @@ def _padded(site: Site, axes: Sequence[Axis], pairs: dict[int, tuple[int, int]],
         return (Still(axis.size + before + after),)
     where = f"padding {before}+{after} on the size {axis.size}"
     _no_border(site, axis, where)
-    others = {leaf.axis: j for j, its in enumerate(axes) for leaf in resolved(its) if isinstance(leaf,
-                                                                                               Grid) and leaf.copy
-              == axis.copy}
+    others = {leaf.axis: j for j, its in enumerate(axes) for leaf in resolved(its)
+              if isinstance(leaf, Grid) and leaf.copy == axis.copy}
     for source, sense, shift in grid_moves(axis):
         if pairs.get(others.get(source, -1), (0, 0)) != (before, after):
             site.refuse(where, f"'{axis.space.name}' exchanges axes that are padded differently",
@@ -306,15 +300,12 @@ def interpolation(site: Site, x: Features, *arguments: Any, **options: Any) -> F
             behind.append(Still(size))
             continue
         _no_border(site, axis, "interpolation")
-        new = Grid(axis.space.resampled((axis.pixels,) * axis.space.ndim, (size,) * axis.space.ndim), axis.axis, size,
-                   axis.copy)
+        new = of_size(axis, size)
         _check_resampling(site, axes, k, matrix, new)
         behind.append(new)
-    sizes = {axis.axis: its.size for axis, its in zip(axes, behind) if isinstance(axis, Grid)}
-    for axis, its in zip(axes, behind):
-        if isinstance(axis, Grid) and any(sizes.get(source) != its.size for source, _, _ in grid_moves(axis)):
-            site.refuse(f"the output size {tuple(its.size for its in behind)}",
-                        f"'{axis.space.name}' exchanges the axes",
+    for k, axis in enumerate(axes):
+        if any(source is None or behind[source].size != behind[k].size for source in sources(axes, k)):
+            site.refuse(f"the output size {tuple(its.size for its in behind)}", f"{_title(axis)} exchanges the axes",
                         "the same factor along both axes")
     return Features((*x.axes[:2], *((axis,) for axis in behind)))
 

@@ -87,7 +87,7 @@ def check_acting(network: object, action: object) -> None:
                 f"actions on several, {shortened(its, 120)}",
                 f"a network with several {name}s", "a module around it, whose forward takes one tensor and returns one")
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #ec751033-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #4f265de8-0
 Actions = Action | Sequence[Action] | Mapping[str, Action]  # of one input, of several, or of inputs by their names
 
 
@@ -120,12 +120,12 @@ def network_action(network: nn.Module, input: Actions, *, hidden: Hidden = "triv
             NetworkAction: "action.input", Group: "an action of the group, such as field(rotations(), (C, H, W))"})
         check_action(its)
     for its in tree_leaves(output):
-        check_kind(its, (Action, NoneType), "the action on outputs", "output=None, which resolved classes alone", {
+        check_kind(its, (Action, NoneType), "the action on outputs", "output=None, which leaves classes alone", {
             NetworkAction: "action.output", SpatialAction: "field(space, (C, H, W))"})
     require(not isinstance(hidden, Action), "'trivial', 'regular', a dictionary or a function for hidden channels",
             f"{hidden!r}", "an action on the channels of one class", "hidden={name: action}, by the name of the class")
     graph = graph or network_graph(network, *example_inputs(network, input, example))
-    reading = Reading(network, graph, input)
+    reading = Reading(graph, input)
     reading.end(output)
     reading.choose(hidden)
     return NetworkAction(reading.group, input, *reading.assemble())
@@ -133,13 +133,13 @@ def network_action(network: nn.Module, input: Actions, *, hidden: Hidden = "triv
 
 def _each(input: Any) -> list:
     """The actions on the inputs, in the order of the arguments."""
-    return list(input.values()) if isinstance(input, Mapping) else list(input) if isinstance(input,
-                                                                                             (tuple, list)) else [input]
+    if isinstance(input, Mapping):
+        return list(input.values())
+    return list(input) if isinstance(input, (tuple, list)) else [input]
 
 
 def example_inputs(network: nn.Module, input: Actions, example: Any = None) -> tuple[tuple, dict]:
-    """Positional and named arguments of a call on two inputs: zeros of the network's type, or the first of an "
-    "example."""
+    """Positional and named arguments of a call on two inputs: zeros of the network's type, or those of an example."""
     like = next((its for its in network.parameters() if its.is_floating_point()), torch.zeros(()))
     given = [None] * len(_each(input)) if example is None else _each(example)
     require(len(given) == len(_each(input)), f"an example of {len(_each(input))} inputs", f"{len(given)} inputs",
@@ -152,15 +152,15 @@ def example_inputs(network: nn.Module, input: Actions, example: Any = None) -> t
 def _two(action: Action, x: Any) -> Tensor:
     """The first two inputs of a batch."""
     check_tensor(x, "an example of inputs", "example")
-    require(tuple(x.shape[1:]) == action.shape and len(x) > 0, f"an example of shape ('batch', "
-                                                               f"{', '.join(map(str, action.shape))})",
+    require(tuple(x.shape[1:]) == action.shape and len(x) > 0,
+            f"an example of shape ('batch', {', '.join(map(str, action.shape))})",
             f"a tensor of shape {tuple(x.shape)}", "an example of one input, without the axis of the batch",
             "example=x[None]")
     return x[torch.arange(2) % len(x)]
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #e083a36e-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #5e94f3d7-0
 def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> NetworkAction:
-    """The group that permutes the hidden units of a network, which resolved its function as it is.
+    """The group that permutes the hidden units of a network, which leaves its function as it is.
 
     `input_shape` is `(C, H, W)`, `(C, L)` or `(n,)`. The group is a product of symmetric groups, one for every channel
     class that is neither input nor output, in the order of the layers. Raises `Refusal` where there is none.
@@ -183,7 +183,7 @@ def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> Network
         return field(SpatialAction.trivial(group, len(input_shape) - 1), input_shape)
 
     graph = network_graph(network, *example_inputs(network, unmoved(Cyclic(1))))
-    reading = Reading(network, graph, unmoved(Cyclic(1)))
+    reading = Reading(graph, unmoved(Cyclic(1)))
     reading.end(None)
     free = [(unknown.name, unknown.size) for unknown in reading.free()]
     if not free:
@@ -197,7 +197,7 @@ def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> Network
     def natural(name: str, size: int) -> Action:
         return natural_action(Permutations(size)).pulled_back(group, operator.itemgetter(places[name]))
 
-    reading = Reading(network, graph, unmoved(group))
+    reading = Reading(graph, unmoved(group))
     reading.end(None)
     for unknown in reading.free():
         unknown.value = (Known(natural(unknown.name, unknown.size), unknown.name),)

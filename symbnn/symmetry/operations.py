@@ -38,7 +38,7 @@ def operator_rule(*names: str) -> Callable[[Rule], Rule]:
 
     return register
 
-# %% ../../nbs/1_symmetry/08_operations.ipynb #e990e79d-0
+# %% ../../nbs/1_symmetry/08_operations.ipynb #8f650f9d-0
 def as_features(site: Site, value: Any) -> Features:
     """Features of a constant tensor, which has to be the same after it has been moved."""
     if isinstance(value, Features):
@@ -58,21 +58,20 @@ def as_features(site: Site, value: Any) -> Features:
             if not torch.equal(moved, value.to(moved.dtype)):
                 site.refuse(f"a constant of shape {tuple(value.shape)}, which the element {g} changes",
                             "a mask, an encoding or weights that prefer some positions, and are no parameters",
-                            "a parameter in its place, or a group that resolved it as it is")
+                            "a parameter in its place, or a group that leaves it as it is")
 
     site.ledger.later(check)
     return features
 
-# %% ../../nbs/1_symmetry/08_operations.ipynb #66003af8-0
+# %% ../../nbs/1_symmetry/08_operations.ipynb #c4fb79e1-0
 ODD = ("neg tanh sin asin arcsin atan arctan sinh asinh arcsinh atanh arctanh tan erf erfinv sign sgn trunc fix round "
        "reciprocal contiguous clone detach alias lift_fresh lift_fresh_copy "
        "float double half positive real view_of softshrink hardshrink deg2rad rad2deg "
        "lift _assert_tensor_metadata conj resolve_conj resolve_neg").split()
 EVEN = "abs absolute cos cosh square sinc".split()
 OTHER = ("relu relu6 leaky_relu rrelu elu selu celu gelu silu mish softplus sigmoid hardsigmoid hardswish log_sigmoid "
-         "exp exp2 "
-         "expm1 log log2 log10 log1p sqrt rsqrt threshold floor ceil frac acos arccos acosh erfc logit lgamma digamma "
-         "logical_not bitwise_not isnan isinf isfinite nan_to_num signbit i0").split()
+         "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt threshold floor ceil frac acos arccos acosh arccosh erfc "
+         "logit lgamma digamma logical_not bitwise_not isnan isinf isfinite nan_to_num signbit i0").split()
 
 NOT_ODD = "a function that is not odd does not commute with a change of sign"
 
@@ -106,8 +105,8 @@ def dropout(site: Site, x: Any, rate: float = 0.5, train: bool = False) -> Featu
 def not_random(site: Site, rate: float, train: bool) -> None:
     """Refuse dropout that draws random numbers in evaluation mode."""
     if train and rate:
-        site.refuse("features of which some are dropped at random", "dropout that is not switched off in evaluation "
-                                                                    "mode",
+        site.refuse("features of which some are dropped at random",
+                    "dropout that is not switched off in evaluation mode",
                     "nn.Dropout, or F.dropout(x, training=self.training)")
 
 
@@ -183,7 +182,7 @@ def like(site: Site, x: Features, *numbers: float, **options: object) -> Tensor:
     value = numbers[0] if numbers else 0.0 if "zeros_like" in site.operator else 1.0
     return torch.full(x.shape, value)
 
-# %% ../../nbs/1_symmetry/08_operations.ipynb #458fcf01-0
+# %% ../../nbs/1_symmetry/08_operations.ipynb #4b0d4767-0
 def relabelled(axis: Axis, labels: Copies) -> Axis:
     """The axis with the copies of its grids under other labels."""
     return tuple(atom._replace(copy=labels.get(atom.copy, atom.copy)) if isinstance(atom, Grid) else atom
@@ -288,7 +287,7 @@ def copied(site: Site, x: Features, y: Any, *unused: object) -> Features:
 
 @operator_rule("mul", "div", "true_divide", "multiply", "divide", "__mul__", "__rmul__")
 def multiply(site: Site, x: Any, y: Any, *, rounding_mode: str | None = None, **options: Any) -> Features:
-    """A product or a quotient; signs multiply, and a factor without signs resolved those of the other."""
+    """A product or a quotient; signs multiply, and a factor without signs leaves those of the other."""
     if rounding_mode == "floor":
         return together(site, *(value for value in (x, y) if _is_tensor(value)))
     if not _is_tensor(x) or not _is_tensor(y):

@@ -19,7 +19,7 @@ from .features import Features, Site, joined
 from .operations import Places, as_features, broadcast, operator_rule, summed
 from .views import CUT, as_grid, position, positions, regrouped
 
-# %% ../../nbs/1_symmetry/09b_pieces.ipynb #291c1cf5-0
+# %% ../../nbs/1_symmetry/09b_pieces.ipynb #5808a6a8-0
 @operator_rule("select")
 def select(site: Site, x: Any, dim: int, index: int) -> Any:
     """One place along an axis, which has to stay where it is."""
@@ -28,7 +28,7 @@ def select(site: Site, x: Any, dim: int, index: int) -> Any:
     x = as_features(site, x)
     dim = position(site, x, dim)
     piece = _piece(site, x, dim, index % x.shape[dim], index % x.shape[dim] + 1)
-    site.ledger.still(site, piece, CUT, "a mean over this axis, or a group that resolved it as it is")
+    site.ledger.still(site, piece, CUT, "a mean over this axis, or a group that leaves it as it is")
     return Features((*x.axes[:dim], *x.axes[dim + 1:]))
 
 
@@ -47,7 +47,7 @@ def slice_(site: Site, x: Any, dim: int = 0, start: Any = None, end: Any = None,
     dim = position(site, x, dim)
     first, last, step = slice(start, end, step).indices(x.shape[dim])
     if step != 1:
-        site.ledger.still(site, x.axes[dim], CUT, "all of the axis, or a group that resolved it as it is")
+        site.ledger.still(site, x.axes[dim], CUT, "all of the axis, or a group that leaves it as it is")
         piece: Axis = (Still(len(range(first, last, step))),)
     else:
         piece = _piece(site, x, dim, first, max(first, last))
@@ -82,8 +82,8 @@ def _piece(site: Site, x: Features, dim: int, first: int, last: int) -> Axis:
     if inner is None and (middle := _middle(axis, first, size - last)) is not None:
         return middle
     if inner is None:
-        site.ledger.still(site, axis, CUT, "all of the axis, pieces that the group keeps, or a group that resolved it "
-                                           "as it is")
+        site.ledger.still(site, axis, CUT,
+                          "all of the axis, pieces that the group keeps, or a group that leaves it as it is")
         return (Still(last - first),)
     return inner[1]
 
@@ -152,7 +152,7 @@ class Stacked:
 
 
 ORDER_OF = "which depends on the order along an axis that the group moves"
-IN_ORDER = "an operation that treats all places summed, or a group that resolved this axis as it is"
+IN_ORDER = "an operation that treats all places alike, or a group that leaves this axis as it is"
 
 
 def _in_order(site: Site, x: Features, dims: Any) -> list[int]:
@@ -179,8 +179,8 @@ def _commutes_with_flip(x: Features, chosen: Sequence[int], k: int) -> bool:
     atoms = list(resolved(x.axes[k]))
     if len(atoms) != 1 or not isinstance(atoms[0], Grid) or atoms[0].border != (0, 0):
         return False
-    there = {atom.axis for j in chosen for atom in resolved(x.axes[j]) if isinstance(atom,
-                                                                                   Grid) and atom.copy == atoms[0].copy}
+    there = {atom.axis for j in chosen for atom in resolved(x.axes[j])
+             if isinstance(atom, Grid) and atom.copy == atoms[0].copy}
     return all(source in there and 2 * shift % atoms[0].pixels == 0 for source, _, shift in grid_moves(atoms[0]))
 
 
@@ -252,7 +252,7 @@ def index_select(site: Site, x: Any, dim: int, index: Any) -> Features:
     if isinstance(index, Features):
         site.ledger.unsigned(site, index.axes, "numbers of places, which have no sign")
     site.ledger.still(site, x.axes[dim], "places that are chosen by their numbers, along an axis that the group moves",
-                      "all places, or a group that resolved this axis as it is")
+                      "all places, or a group that leaves this axis as it is")
     chosen = index.axes if isinstance(index, Features) else tuple((Still(size),) for size in index.shape)
     return Features((*x.axes[:dim], *chosen, *x.axes[dim + 1:]))
 
@@ -265,7 +265,7 @@ def index(site: Site, x: Any, indices: Sequence[Any]) -> Features:
     if len(chosen) != 1:
         for k in chosen:
             site.ledger.still(site, x.axes[k], "places that are chosen by their numbers, along an axis that is moved",
-                              "all places, or a group that resolved this axis as it is")
+                              "all places, or a group that leaves this axis as it is")
         shape = torch.broadcast_shapes(*(tuple(indices[k].shape) for k in chosen))
         if any(isinstance(indices[k], Features) for k in chosen):
             site.refuse("several indices that depend on the input", "a lookup",

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['Hidden', 'check_channels', 'Reading']
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #9747f332-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #1217a25d-0
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..errors import Refusal, check_choice, require, shortened
@@ -77,12 +76,12 @@ def check_channels(action: Action, group: Group, name: str, size: int) -> None:
                       fix=f"Action.trivial(action.group, ({size},)), or an action of that group on {size} channels")
     check_action(action)
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #206b59b0-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #6cf1b9e4-0
 class Reading:
     """What is known of a network while its action is derived."""
 
-    def __init__(self, network: nn.Module, graph: Graph, source: Any) -> None:
-        self.network, self.graph, self.source = network, graph, source
+    def __init__(self, graph: Graph, source: Any) -> None:
+        self.graph, self.source = graph, source
         sources = tree_leaves(source)
         self.group: Group = sources[0].group
         self.ledger = Ledger(self.group)
@@ -117,8 +116,8 @@ class Reading:
             unknown.name = "output"
         given = [None] * len(self.ends) if output is None else tree_leaves(output)
         require(len(given) == len(self.ends), f"an action for each of the {len(self.ends)} outputs",
-                f"{len(given)} actions",
-                "a network that returns several tensors", "output=None, which resolved all of them as they come")
+                f"{len(given)} actions", "a network that returns several tensors",
+                "output=None, which leaves all of them as they come")
         for axes, action in zip(self.ends, given):
             if action is not None:
                 self._end(axes, action)
@@ -129,10 +128,8 @@ class Reading:
     def _without_batch(self, result: Any) -> tuple[Axis, ...]:
         """The axes of an output behind the batch; all of them where the batch was reduced."""
         if not isinstance(result, Features):
-            self.site.refuse("positions of maxima" if isinstance(result,
-                                                                 Places) else f"a result of type "
-                                                                              f"{type(result).__name__}",
-                             "a network that returns what is no tensor of features",
+            kind = "positions of maxima" if isinstance(result, Places) else f"a result of type {type(result).__name__}"
+            self.site.refuse(kind, "a network that returns what is no tensor of features",
                              "a module around it that returns the rest")
         if result.opened:
             refuse_opened(self.site, result)
@@ -156,11 +153,10 @@ class Reading:
             for own, given in zip(axes, axes_of(action if action.shape == shape else action.flattened(), "output")):
                 self.ledger.tie(self.site, own, given, copies)
         except Refusal as refusal:
-            raise Refusal(f"an action on outputs by which the network's output moves, "
-                          f"{' and '.join(map(in_words, axes))}",
-                          got=repr(action), cause="a network that ends without a layer of its own, or whose output "
-                                                  "has spatial "
-                          "axes", fix="network_action(network, input) without output, or nn.Linear as the last "
+            raise Refusal("an action on outputs by which the network's output moves, "
+                          f"{' and '.join(map(in_words, axes))}", got=repr(action),
+                          cause="a network that ends without a layer of its own, or whose output has spatial axes",
+                          fix="network_action(network, input) without output, or nn.Linear as the last "
                               "layer") from refusal
 
     # The channels in between
@@ -205,14 +201,14 @@ class Reading:
             order = self.group.order if hidden == "regular" else 1
             able = [piece for piece in found if piece.size % order == 0]
             if not able:
-                site.refuse(f"channels in pieces of {', '.join(str(piece.size) for piece in found)}, of which none "
-                            f"has a multiple "
-                            f"of {order}", "groups, heads or gates of channels, which the group has to keep as blocks",
+                sizes = ", ".join(str(piece.size) for piece in found)
+                site.refuse(f"channels in pieces of {sizes}, of which none is a multiple of {order}",
+                            "groups, heads or gates of channels, which the group has to keep as blocks",
                             f"hidden='trivial', or groups or channels in a multiple of {order}")
             for piece in found:
                 regular = hidden == "regular" and piece is able[0]
-                action = regular_channels(self.group, piece.size // order) if regular else Action.trivial(self.group,
-                                                                                                          (piece.size,))
+                action = (regular_channels(self.group, piece.size // order) if regular else
+                          Action.trivial(self.group, (piece.size,)))
                 piece.value = (Known(action, piece.name),)
             return
         action = _chosen(self.group, whole.name, whole.size, hidden)
@@ -228,8 +224,7 @@ class Reading:
     # All together
 
     def assemble(self) -> tuple[Any, dict[str, Action], dict[str, tuple[str, str]], dict[str, Action]]:
-        """The actions on outputs, parameters and channels, and what layers read and write, once everything is "
-        "chosen."""
+        """The actions on outputs, parameters and channels, and what layers read and write, when all is chosen."""
         self.free()
         try:
             for check in self.ledger.checks:
@@ -239,21 +234,24 @@ class Reading:
             self.site.refuse("features of which one axis goes on without the other one", str(error),
                              "one operation for both axes, such as x.mean((-2, -1)), or flips() or half_turns(), which "
                              "keep the axes")
-        parameters = self._all_names({name: self._action(name, features.axes) for name,
-                                      features in self.parameters.items()})
+        moved = {name: self._action(name, features.axes) for name, features in self.parameters.items()}
+        parameters = self._all_names(moved)
         result = tree_unflatten(outputs, self.graph.structure)
-        layers = {name: (_class_name(reads), _class_name(writes)) for name,
-                  (reads, writes) in self.ledger.layers.items()}
+        layers = {name: (_class_name(reads), _class_name(writes))
+                  for name, (reads, writes) in self.ledger.layers.items()}
         return result, parameters, layers, self._channels()
 
     def _action(self, name: str, axes: Sequence[Axis]) -> Action:
         try:
             return action_on(self.group, axes, "axes")
         except Uncoupled as error:
-            Site(self.ledger, "parameter", name.rpartition(".")[0] or name).refuse(
-                f"the parameter '{name}', which has {error}", "a parameter along one axis of a grid whose axes are "
-                                                              "exchanged",
-                "a parameter along both axes, or flips() or half_turns(), which keep the axes")
+            Site(self.ledger, "parameter", name.rpartition(".")[0] or name).refuse(f"the parameter '{name}', which "
+                                                                                   f"has {error}",
+                                                                                   "a parameter along one axis of a "
+                                                                                   "grid whose axes are exchanged",
+                                                                                   "a parameter along both axes, or "
+                                                                                   "flips() or half_turns(), which "
+                                                                                   "keep the axes")
         raise AssertionError("refused before")
 
     def _channels(self) -> dict[str, Action]:
@@ -270,10 +268,10 @@ class Reading:
 
     def _all_names(self, parameters: dict[str, Action]) -> dict[str, Action]:
         """In the network's own order, tied tensors under all their names, and counts that nothing moves."""
-        known = {id(tensor): name for name,
-                 tensor in self.graph.network.named_parameters(remove_duplicate=False) if name in parameters}
+        named = list(self.graph.network.named_parameters(remove_duplicate=False))
+        known = {id(tensor): name for name, tensor in named if name in parameters}
         found = {}
-        for name, tensor in self.graph.network.named_parameters(remove_duplicate=False):
+        for name, tensor in named:
             found[name] = parameters[known[id(tensor)]]
         for name, _ in self.graph.network.named_buffers():
             layer, _, key = name.rpartition(".")

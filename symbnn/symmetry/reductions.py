@@ -21,7 +21,7 @@ from .operations import Places, add, as_features, multiply, operator_rule, point
 from .pieces import split
 from .views import expand_axes, positions, regrouped
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #1b8bc840-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #2c2423e4-0
 NO_MAXIMUM = "a maximum does not commute with a change of sign"
 SIGNED_SUM = "a sum over features that change signs"
 
@@ -54,8 +54,7 @@ def _is_open(taken: Sequence[Axis]) -> bool:
 def refuse_opened(site: Site, x: Features) -> None:
     """Say that only one of two axes which are exchanged has been reduced."""
     site.refuse(f"features of which a {x.opened} over one axis was taken, and not over the axis that it is exchanged "
-                f"with",
-                "a reduction over some axes, where all that are exchanged with each other have to go together",
+                "with", "a reduction over some axes, where all that are exchanged with each other have to go together",
                 "x.mean((-2, -1)) for images, or a group that keeps the axes apart, such as flips()")
 
 
@@ -129,8 +128,7 @@ def softmax(site: Site, x: Features, dim: int, *unused: object, **options: objec
     site.ledger.unsigned(site, x.axes, "a function that is not odd does not commute with a change of sign")
     site.ledger.closed(site, (axis,), "takes a softmax along one axis",
                        "dim=1 on feature maps whose action is field(space, (channels, *size)), nn.Flatten(1) before "
-                       "the layer, "
-                       "or a pointwise activation in its place")
+                       "the layer, or a pointwise activation in its place")
     return Features(x.axes)
 
 

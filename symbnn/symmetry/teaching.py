@@ -19,7 +19,7 @@ from .actions import Action
 from .networks import Actions, intertwining_error, network_action
 from .operations import LAYER_RULES, RULES, Rule
 
-# %% ../../nbs/1_symmetry/17_teaching.ipynb #09db0770-0
+# %% ../../nbs/1_symmetry/17_teaching.ipynb #5e71f2aa-0
 TOLERANCE = 1e-9  # of the check, in float64, for outputs of order one
 
 
@@ -81,9 +81,8 @@ def _check(kind: type | str, network: nn.Module, input: Actions, hidden: Any, ex
         raise Refusal(f"a rule for {name} by which the network intertwines, to {TOLERANCE:g}",
                       got=f"an error of {error:.3g} on random inputs and weights",
                       cause="axes that are tied although the layer moves them differently, a condition that is not "
-                            "noted, or "
-                            "parameters that are not tied to what they are multiplied with",
-                      fix="ledger.tie for axes that are moved summed, ledger.unsigned, .still or .closed for what the "
+                            "noted, or parameters that are not tied to what they are multiplied with",
+                      fix="ledger.tie for axes that are moved alike, ledger.unsigned, .still or .closed for what the "
                           "layer asks")
 
 

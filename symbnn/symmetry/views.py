@@ -20,7 +20,7 @@ from .axes import merge_grids
 from .features import Features, Site
 from .operations import as_features, operator_rule
 
-# %% ../../nbs/1_symmetry/09_views.ipynb #6ec3a474-0
+# %% ../../nbs/1_symmetry/09_views.ipynb #c6a921ae-0
 CUT = "an axis that the group moves is cut, so that some features leave the piece that they belong to"
 
 
@@ -86,7 +86,7 @@ def _stays(atom: Any) -> bool:
 def _cut_by_view(site: Site, atom: Any, length: int) -> None:
     site.refuse(f"an axis of {atom.size} features that is split at {length}",
                 "a view that splits an axis into parts which the group does not keep",
-                "a view that keeps the axis, or a group that resolved it as it is")
+                "a view that keeps the axis, or a group that leaves it as it is")
 
 
 @operator_rule("flatten")
@@ -200,7 +200,7 @@ def repeat_interleave(site: Site, x: Features, count: Any, dim: int | None = Non
     dim = position(site, x, dim)  # type: ignore[arg-type]
     return Features((*x.axes[:dim], (*resolved(x.axes[dim]), *_repeated(site, (), count)), *x.axes[dim + 1:]))
 
-# %% ../../nbs/1_symmetry/09_views.ipynb #000fcea9-0
+# %% ../../nbs/1_symmetry/09_views.ipynb #92ceaad7-0
 def as_grid(site: Site, axis: Axis) -> Grid | Still:
     """The one axis of a grid that an axis is, put together from blocks and pixels within them where it must be."""
     atoms = list(resolved(axis))
@@ -223,8 +223,7 @@ def as_grid(site: Site, axis: Axis) -> Grid | Still:
 def _no_grid(site: Site, axis: Axis) -> None:
     site.refuse("features without spatial axes",
                 "the layer needs spatial axes that the action knows of, which are lost by a flattening and not known "
-                "of an "
-                "action that is no field",
+                "of an action that is no field",
                 "field(space, (channels, *size)) as the action on inputs, and nn.Flatten after the last such layer")
 
 
@@ -242,8 +241,8 @@ def pixel_shuffle(site: Site, x: Features, factor: int) -> Features:
 def pixel_unshuffle(site: Site, x: Features, factor: int) -> Features:
     """Pixels within blocks become channels."""
     *lead, channels, height, width = x.axes
-    rows, columns = (regrouped(site, list(resolved(axis)), [axis_size(axis) // factor, factor]) for axis in (height,
-                                                                                                           width))
+    rows, columns = (regrouped(site, list(resolved(axis)), [axis_size(axis) // factor, factor])
+                     for axis in (height, width))
     return Features((*lead, (*resolved(channels), *rows[1], *columns[1]), rows[0], columns[0]))
 
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Axes', 'Window', 'per_axis', 'convolution_windows', 'slide']
 
-# %% ../../nbs/1_symmetry/12_windows.ipynb #172e0039-0
+# %% ../../nbs/1_symmetry/12_windows.ipynb #587f8b5b-0
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .axes import Grid, Still
+from .axes import Grid, Still, grid_moves, of_size, sources
 from .features import Site
 
 # %% ../../nbs/1_symmetry/12_windows.ipynb #5c2f4f35-0
@@ -44,7 +44,7 @@ class Window(NamedTuple):
         return (f"kernel {self.kernel}, stride {self.stride}, padding {self.before}+{self.after}, "
                 f"dilation {self.dilation}")
 
-# %% ../../nbs/1_symmetry/12_windows.ipynb #5ce05b35-0
+# %% ../../nbs/1_symmetry/12_windows.ipynb #2c4d2af6-0
 def per_axis(value: Any, ndim: int) -> list:
     """A setting for each of so many axes, from one for all of them or one for each."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -58,8 +58,8 @@ def convolution_windows(kernel: Sequence[int], stride: Any = 1, padding: Any = 0
         ends = [(r // 2, r - r // 2) for r in reach]
     else:
         ends = [(p, p) for p in per_axis(0 if isinstance(padding, str) else padding, ndim)]
-    return [Window(k, s, *end, d) for k, s, end, d in zip(kernel, per_axis(stride, ndim), ends,
-                                                          per_axis(dilation, ndim))]
+    return [Window(k, s, *end, d)
+            for k, s, end, d in zip(kernel, per_axis(stride, ndim), ends, per_axis(dilation, ndim))]
 
 
 Axes = Sequence[Grid | Still]  # the axes along which a window slides
@@ -81,18 +81,12 @@ def slide(site: Site, axes: Axes, windows: Sequence[Window], wraps: bool = False
     for k, axis in enumerate(axes):
         if isinstance(axis, Grid):
             _check_axis(site, axes, windows, k, sizes, wraps or axis.border != (0, 0), alike)
-    return [_behind(axis, window.outputs(size), size) for axis, window, size in zip(axes, windows, sizes)]
+    counts = [window.outputs(size) for window, size in zip(windows, sizes)]
+    return [of_size(axis, count) if isinstance(axis, Grid) else Still(count) for axis, count in zip(axes, counts)]
 
 
 def _pixels(axis: Grid | Still) -> int:
     return axis.pixels if isinstance(axis, Grid) else axis.size
-
-
-def _behind(axis: Grid | Still, new: int, old: int) -> Grid | Still:
-    if isinstance(axis, Still):
-        return Still(new)
-    ndim = axis.space.ndim
-    return Grid(axis.space.resampled((old,) * ndim, (new,) * ndim), axis.axis, new, axis.copy)
 
 
 def _check_axis(site: Site, axes: Axes, windows: Sequence[Window], k: int, sizes: tuple[int, ...], wraps: bool,
@@ -100,23 +94,19 @@ def _check_axis(site: Site, axes: Axes, windows: Sequence[Window], k: int, sizes
     """Refuse a window along one axis of a grid that some element notices."""
     axis, window, size = axes[k], windows[k], sizes[k]
     assert isinstance(axis, Grid)
-    places = {its.axis: j for j, its in enumerate(axes) if isinstance(its, Grid) and its.copy == axis.copy}
-    for g in site.ledger.group.generators():
-        point = axis.space.point(g)
-        source = places.get(int(point.index[axis.axis]))
+    for source, (_, sense, shift) in zip(sources(axes, k), grid_moves(axis)):
         if source is None:
-            site.refuse(_where(window, sizes), f"'{axis.space.name}' exchanges this axis with one that the window "
-                                               f"does not "
-                        "slide along", "a window along both axes, or flips() or half_turns(), which keep the axes")
+            site.refuse(_where(window, sizes),
+                        f"'{axis.space.name}' exchanges this axis with one that the window does not slide along",
+                        "a window along both axes, or flips() or half_turns(), which keep the axes")
         if windows[source] != window:
             site.refuse(f"{window} along one axis and {windows[source]} along the other",
                         f"'{axis.space.name}' exchanges the two axes, and a turned kernel meets the other's settings",
                         f"the same settings along both axes, such as kernel_size={window.kernel} and "
                         f"stride={window.stride}, or flips() or half_turns(), which keep the axes")
-        if int(point.sign[axis.axis]) < 0:
+        if sense < 0:
             _check_reversal(site, window, axis, sizes, size, wraps)
-        shift = axis.space.shift(g)[axis.axis]
-        if shift % size and not (alike and window.covers(size)):
+        if shift and not (alike and window.covers(size)):
             _check_shift(site, window, sizes, size, shift, wraps)
 
 
@@ -130,10 +120,8 @@ def _check_reversal(site: Site, window: Window, axis: Grid, sizes: tuple[int, ..
     if gap % size if wraps else gap:
         site.refuse(_where(window, sizes),
                     f"'{axis.space.name}' reverses an axis, along which the window starts {window.before} pixels "
-                    f"before "
-                    f"the image and ends {f'{end} behind it' if end >= 0 else f'{-end} before its end'}, so the turned "
-                    "image is read at other pixels",
-                    _symmetric_alternative(window, size))
+                    f"before the image and ends {f'{end} behind it' if end >= 0 else f'{-end} before its end'}, so "
+                    "the turned image is read at other pixels", _symmetric_alternative(window, size))
 
 
 def _symmetric_alternative(window: Window, size: int) -> str:

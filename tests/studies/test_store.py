@@ -4,10 +4,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import pytest
@@ -265,7 +266,10 @@ def test_all_methods_run_in_a_comparison(tmp_path):
 def test_parallel_runs_have_the_numbers_of_sequential_ones(finished, tmp_path, backend):
     study, records, _ = finished
     study, records, lines = replace(study, grids=study.grids[1:]), records[4:], []
-    found = execute(study, tmp_path, jobs=2, backend=backend, report=lines.append)
+    with ExitStack() as stack:
+        with suppress(OSError):  # the port of Dask's pages is another program's, as beside a second study
+            stack.enter_context(socket.create_server(("", 8787)))
+        found = execute(study, tmp_path, jobs=2, backend=backend, report=lines.append)
     assert without_seconds(found) == without_seconds(records)
     assert len(lines) == len(list(tmp_path.iterdir())) == 4 and lines[-1].startswith("[4/4] ")
 

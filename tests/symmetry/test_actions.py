@@ -6,12 +6,20 @@ from helpers_ground import refusal_of
 from helpers_symmetry import assert_can_be_sent, assert_is_action, random
 from late import ORDERS, reordered
 from symbnn.errors import Refusal
-from symbnn.symmetry.actions import Action, check_action, natural_action, regular_channels, sign_change
+from symbnn.symmetry.actions import (
+    Action,
+    check_action,
+    natural_action,
+    regular_channels,
+    sign_change,
+    symmetric_tensors,
+)
 from symbnn.symmetry.fields import (
     flips,
     rotations,
 )
 from symbnn.symmetry.groups import Cyclic, Dihedral, Permutations, Product, Subgroup
+from symbnn.symmetry.hyperoctahedral import Signed, proper_rotations
 from symbnn.symmetry.signed_permutations import SignedPermutation
 
 GROUPS = [Cyclic(1), Cyclic(4), Dihedral(4), Permutations(3), Product(Cyclic(2), Cyclic(3)),
@@ -19,6 +27,7 @@ GROUPS = [Cyclic(1), Cyclic(4), Dihedral(4), Permutations(3), Product(Cyclic(2),
 ACTIONS = [
     *(regular_channels(group, copies) for group in GROUPS for copies in (1, 3)),
     natural_action(Permutations(5)), natural_action(Permutations(40)), sign_change(4),
+    natural_action(Signed(3)), natural_action(proper_rotations(3)), symmetric_tensors(natural_action(Signed(3))),
     Action.product(sign_change(2), regular_channels(Cyclic(2)), flips().kernel(3, 3)),
     natural_action(Permutations(3)).pulled_back(Product(Permutations(3), Cyclic(2)), lambda g: g[0]),
     Action.trivial(Cyclic(3), ()),

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from helpers_ground import refusal_of
 from symbnn.errors import Refusal
 from symbnn.symmetry.groups import Cyclic, Dihedral, Group, Permutations, Product, Subgroup, left_regular, parse_group
+from symbnn.symmetry.hyperoctahedral import Signed, proper_rotations
 
 PLAIN = st.one_of(
     st.integers(1, 30).map(Cyclic),
     st.integers(1, 15).map(Dihedral),
     st.integers(1, 40).map(Permutations),
+    st.integers(1, 40).map(Signed),
 )
 PRODUCTS = st.lists(PLAIN, min_size=0, max_size=3).map(lambda factors: Product(*factors))
 
@@ -42,6 +44,9 @@ SMALL: list[Group] = [
     Dihedral(4),
     Permutations(1),
     Permutations(4),
+    Signed(1),
+    Signed(3),
+    proper_rotations(3),
     Product(),
     Product(Cyclic(4), Cyclic(2)),
     Product(Product(Cyclic(2), Permutations(3)), Dihedral(3)),

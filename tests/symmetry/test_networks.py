@@ -20,6 +20,7 @@ from symbnn.symmetry.fields import (
     field,
     flips,
     half_turns,
+    point_symmetries,
     rotations,
     rotations_and_flips,
     shifts,
@@ -197,6 +198,20 @@ def test_pixel_permutations_of_a_flat_input():
     assert intertwining_error(flat, network_action(flat, source.flattened()), batch((128,))) < exact64
     with pytest.raises(Refusal, match="spatial axes"):
         network_action(cnn(True), by_pixels)
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_vector_fields_turn_with_the_lattice(ndim):
+    """Channels are the components of vectors, at both ends: f(rho(g) x) is rho(g) f(x) with the weights moved."""
+    conv, space = (nn.Conv2d, nn.Conv3d)[ndim - 2], point_symmetries(ndim)
+    vectors = field(space, (ndim,) + (4,) * ndim, natural_action(space.group))
+    network = randomised(nn.Sequential(conv(ndim, 4, 3, padding=1), nn.Tanh(), conv(4, ndim, 3, padding=1)))
+    action = network_action(network, vectors, output=vectors)
+    assert action.output.agrees_with(vectors) and action.group.order == (8, 48)[ndim - 2]
+    assert intertwining_error(network, action, batch(vectors.shape)) < exact64
+    assert not action.parameters["2.bias"].is_unsigned()  # a bias of vectors has to be zero to be invariant
+    with pytest.raises(Refusal, match="which changes signs"):
+        network_action(nn.Sequential(nn.ReLU(), network), vectors, output=vectors)
 
 
 def test_signs_through_odd_activations():
@@ -434,7 +449,7 @@ REFUSED = {
     "space that is no action": (lambda: network_action(cnn(True), field(SpatialAction(
         Cyclic(3), 2, rotations().point, rotations().shift, "a third of a turn"), IMAGE)), r"rho\(a\) rho\(b\)"),
     "group convolution": (on_image(nn.Sequential(nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 1, groups=2)), hidden="regular"),
-                          "channels in pieces of 3, of which none has a multiple of 4"),
+                          "channels in pieces of 3, of which none is a multiple of 4"),
     "group convolution of given channels": (on_image(nn.Sequential(nn.Conv2d(2, 8, 1), nn.Conv2d(8, 8, 1, groups=2)),
                                                      hidden={"0": regular_channels(Cyclic(4), 2)}),
                                             "tears apart the groups"),

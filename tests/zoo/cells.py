@@ -15,6 +15,7 @@ from symbnn.symmetry.fields import (
     field,
     flips,
     half_turns,
+    point_symmetries,
     rotations,
     rotations_and_flips,
     shifts,
@@ -22,7 +23,6 @@ from symbnn.symmetry.fields import (
 )
 from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.networks import intertwining_error, network_action
-from symbnn.symmetry.signed_permutations import SignedPermutation
 from tolerances import exact64
 
 SPACES = {
@@ -71,13 +71,6 @@ def graph(nodes: int, features: int) -> tuple[Action, Action]:
     """Permutations of nodes, and of the rows and columns of what joins them."""
     natural = natural_action(Permutations(nodes))
     return elements(nodes, features), Action.product(natural, natural)
-
-
-def turns_about_one_axis() -> SpatialAction:
-    """Quarter turns of a volume that keep its first axis."""
-    turn = SignedPermutation([0, 2, 1], [1, 1, -1])
-    powers = [SignedPermutation.identity(3), turn, turn @ turn, turn @ turn @ turn]
-    return SpatialAction(Cyclic(4), 3, powers.__getitem__, lambda g: (0, 0, 0), "quarter turns about one axis")
 
 
 def circular() -> nn.Module:
@@ -160,8 +153,8 @@ def _cells() -> dict[tuple[str, str], Cell]:
     found["circular", "translations"] = Cell(circular, field(shifts(4, step=2), (2, 8, 8)))
     found["circular", "quarter turns"] = Cell(circular, field(rotations(), (2, 8, 8)))
     for name, transposed in (("3-D U-Net, transposed", True), ("3-D U-Net, upsampled", False)):
-        found[name, "quarter turns about one axis"] = Cell(
-            lambda transposed=transposed: zoo.UNet(transposed, 3), field(turns_about_one_axis(), (2, 4, 4, 4))
+        found[name, "symmetries of the cube"] = Cell(
+            lambda transposed=transposed: zoo.UNet(transposed, 3), field(point_symmetries(3), (2, 4, 4, 4))
         )
     for name, make, action in (
         ("transformer encoder", zoo.encoder, elements(5, 8)),

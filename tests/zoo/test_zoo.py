@@ -1,6 +1,8 @@
 """The zoo: every architecture under every group that makes sense for it works exactly, or is refused in words."""
 
+import csv
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +193,6 @@ def test_the_matrix_has_no_other_outcomes():
     assert [row[:2] for row in some] == NAMES[3::16]
     assert all((row[2] == "works") != row[2].startswith("refused: ") for row in some)
     assert all((row[2] != "works") == (row[:2] in REFUSED) for row in some)
+    with open(Path(__file__).parents[2] / "results" / "zoo" / "table.csv", newline="") as file:
+        written = {(row["architecture"], row["group"]): row["outcome"] for row in csv.DictReader(file)}
+    assert written.keys() == CELLS.keys() and all(written[row[:2]] == row[2] for row in some)
