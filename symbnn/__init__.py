@@ -12,7 +12,8 @@ Posteriors: `bayesianize` makes a torch network Bayesian, with a symmetry or wit
 `moped` starts at a pretrained network; `predict` (with several `Inputs`), `describe`, `variational_tensors`,
 `posterior_mean_network`.
 
-Objectives: `elbo`, `Categorical`, `Gaussian`; `violations` says which condition of invariance fails.
+Objectives: `elbo`; likelihoods `Categorical` (of inputs or pixels), `Bernoulli`, `Poisson`, `Gaussian`, `StudentT`,
+`HeteroscedasticGaussian`; `violations` says which condition of invariance fails.
 
 Equivariance: `Symmetric` is a network with its symmetry, to be expanded, averaged, tied and measured;
 `orbit_predictions` and `summarize` measure any predictor, `keep_invariant` projects gradients.
@@ -52,7 +53,11 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
         posterior_mean_network as posterior_mean_network,
         variational_tensors as variational_tensors,
     )
-    from symbnn.posterior.likelihoods import Categorical as Categorical, Gaussian as Gaussian
+    from symbnn.posterior.likelihoods import (
+        Bernoulli as Bernoulli,
+        Categorical as Categorical,
+        Poisson as Poisson,
+    )
     from symbnn.posterior.log_normal import LogNormal as LogNormal
     from symbnn.posterior.moped import moped as moped
     from symbnn.posterior.point_mass import PointMass as PointMass
@@ -60,6 +65,11 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
         isotropic as isotropic,
         per_tensor as per_tensor,
         random_means as random_means,
+    )
+    from symbnn.posterior.real_targets import (
+        Gaussian as Gaussian,
+        HeteroscedasticGaussian as HeteroscedasticGaussian,
+        StudentT as StudentT,
     )
     from symbnn.posterior.sampling import predict as predict
     from symbnn.symmetry.actions import Action as Action, natural_action as natural_action
@@ -102,11 +112,12 @@ _NAMES = {  # the same by module; a test compares the two
     "posterior.full_gaussian": "FullGaussian",
     "posterior.independent": "Laplace MeanFieldGaussian",
     "posterior.layers": "posterior_mean_network variational_tensors",
-    "posterior.likelihoods": "Categorical Gaussian",
+    "posterior.likelihoods": "Bernoulli Categorical Poisson",
     "posterior.log_normal": "LogNormal",
     "posterior.moped": "moped",
     "posterior.point_mass": "PointMass",
     "posterior.priors": "isotropic per_tensor random_means",
+    "posterior.real_targets": "Gaussian HeteroscedasticGaussian StudentT",
     "posterior.sampling": "predict",
     "symmetry.actions": "Action natural_action",
     "symmetry.fields": "field flips point_symmetries rotations rotations_and_flips translations",

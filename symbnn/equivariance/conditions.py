@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['moved_tensors', 'violations']
 
-# %% ../../nbs/3_equivariance/01_conditions.ipynb #a1767233-0
+# %% ../../nbs/3_equivariance/01_conditions.ipynb #1eb5f8aa-0
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -16,12 +16,13 @@ from ..errors import Refusal, check_kind, check_tensor
 from ..estimates import rounding_tolerance
 from ..posterior.family import Family
 from ..posterior.layers import VariationalTensor, variational_tensors
-from ..posterior.likelihoods import Categorical, Gaussian, Likelihood
+from ..posterior.likelihoods import Categorical, Likelihood
+from ..posterior.real_targets import Noisy
 from ..posterior.sampling import predict, sample_weights
 from ..symmetry.actions import Action
 from ..symmetry.networks import NetworkAction, check_acting, intertwining_error
 
-# %% ../../nbs/3_equivariance/01_conditions.ipynb #d9e6241b-0
+# %% ../../nbs/3_equivariance/01_conditions.ipynb #fcb9af20-0
 def moved_tensors(network: nn.Module, action: NetworkAction) -> dict[str, VariationalTensor]:
     """The weights of a network that have posteriors, by name.
 
@@ -105,7 +106,7 @@ def _likelihood_fault(
     shape, dtype = (1, len(inputs), *action.output.shape), torch.promote_types(inputs.dtype, torch.float32)
     outputs = torch.randn(shape, generator=generator, dtype=dtype, device=inputs.device)
     expected = likelihood.log_prob(outputs, targets)
-    several = isinstance(likelihood, Gaussian) and isinstance(likelihood.noise, Tensor) and likelihood.noise.numel() > 1
+    several = isinstance(likelihood, Noisy) and isinstance(likelihood.noise, Tensor) and likelihood.noise.numel() > 1
     cause = "; the noise has to be the same along each orbit of output coordinates" if several else ""
     for g in action.group.generators():
         moved = likelihood.log_prob(action.output.act(g, outputs), likelihood.move(action.output, g, targets))

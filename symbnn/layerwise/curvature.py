@@ -6,7 +6,7 @@
 __all__ = ['LogPrecisions', 'Curvature', 'check_finite', 'check_data', 'network_at_means', 'FullCurvature', 'KernelCurvature',
            'full_curvature']
 
-# %% ../../nbs/5_layerwise/03_curvature.ipynb #e39199f7-0
+# %% ../../nbs/5_layerwise/03_curvature.ipynb #6cb18d35-0
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..errors import Refusal, SIZE_LIMIT, check_count, check_kind, check_tensor, require
 from ..estimates import rounding_tolerance
 from ..posterior.layers import posterior_mean_network, variational_tensors
-from ..posterior.likelihoods import Categorical, Gaussian, Likelihood
+from ..posterior.likelihoods import Categorical, Likelihood
+from ..posterior.real_targets import Gaussian
 
 # %% ../../nbs/5_layerwise/03_curvature.ipynb #95a636d1-0
 LogPrecisions = dict[str, Tensor]  # parameter name -> log d of its prior N(0, I / d), float64 of shape ()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sharing', 'kfac_operator', 'factor_bytes', 'check_factors', 'KroneckerCurvature', 'kronecker_curvature']
 
-# %% ../../nbs/5_layerwise/04_kronecker.ipynb #0e4c9664-0
+# %% ../../nbs/5_layerwise/04_kronecker.ipynb #9edecdee-0
 import importlib
 import math
 import warnings
@@ -25,7 +25,8 @@ from .curvature import LogPrecisions, check_finite, network_at_means
 from .paths import TiedPath
 from .relaxed_networks import PerCopy
 from ..posterior.layers import variational_tensors
-from ..posterior.likelihoods import Categorical, Gaussian, Likelihood
+from ..posterior.likelihoods import Categorical, Likelihood
+from ..posterior.real_targets import Gaussian
 
 # %% ../../nbs/5_layerwise/04_kronecker.ipynb #f957bc47-0
 _INSTALL = "pip install 'symbnn[evidence]' && pip install --no-deps curvlinops-for-pytorch==3.0.1"

@@ -29,9 +29,10 @@ from symbnn.posterior.elbo import elbo
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
 from symbnn.posterior.layers import variational_tensors, with_posteriors
-from symbnn.posterior.likelihoods import Categorical, Gaussian
+from symbnn.posterior.likelihoods import Categorical
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.priors import isotropic, random_means
+from symbnn.posterior.real_targets import Gaussian
 from symbnn.posterior.sampling import apply_weights, sample_weights
 from symbnn.symmetry.actions import Action, natural_action
 from symbnn.symmetry.groups import Cyclic, Permutations

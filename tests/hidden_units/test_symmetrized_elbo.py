@@ -10,8 +10,9 @@ from symbnn.hidden_units.mutual_information import InformationEstimator
 from symbnn.hidden_units.symmetrized_elbo import symmetrized_elbo
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.layers import variational_tensors
-from symbnn.posterior.likelihoods import Categorical, Gaussian
+from symbnn.posterior.likelihoods import Categorical
 from symbnn.posterior.priors import random_means
+from symbnn.posterior.real_targets import Gaussian
 from symbnn.posterior.sampling import apply_weights, sample_weights
 from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.networks import network_action

@@ -22,7 +22,8 @@ from symbnn.hidden_units.mutual_information import mutual_information
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.independent import MeanFieldGaussian
 from symbnn.posterior.layers import variational_tensors, with_posteriors
-from symbnn.posterior.likelihoods import Categorical, Gaussian
+from symbnn.posterior.likelihoods import Categorical
+from symbnn.posterior.real_targets import Gaussian
 from symbnn.posterior.sampling import forward, predict
 from symbnn.symmetry.actions import Action
 from symbnn.symmetry.fields import field, flips, rotations

@@ -21,8 +21,9 @@ from symbnn.layerwise.curvature import (
 from symbnn.layerwise.evidence import LaplaceApproximation, laplace, log_precisions
 from symbnn.layerwise.kronecker import kronecker_curvature
 from symbnn.posterior.layers import variational_tensors, with_posteriors
-from symbnn.posterior.likelihoods import Categorical, Gaussian
+from symbnn.posterior.likelihoods import Categorical
 from symbnn.posterior.point_mass import PointMass
+from symbnn.posterior.real_targets import Gaussian
 from tolerances import assert_close
 
 

@@ -27,10 +27,11 @@ from symbnn.layerwise.kronecker import KroneckerCurvature
 from symbnn.layerwise.precisions import raise_evidence
 from symbnn.posterior.independent import Laplace, MeanFieldGaussian
 from symbnn.posterior.layers import with_posteriors
-from symbnn.posterior.likelihoods import Categorical, Gaussian
+from symbnn.posterior.likelihoods import Categorical
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.point_mass import PointMass
 from symbnn.posterior.priors import isotropic, random_means
+from symbnn.posterior.real_targets import Gaussian
 from tolerances import assert_close
 
 

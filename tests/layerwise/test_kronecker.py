@@ -17,8 +17,9 @@ from symbnn.layerwise.evidence import laplace, log_precisions
 from symbnn.layerwise.kronecker import check_factors, factor_bytes, kronecker_curvature
 from symbnn.layerwise.paths import TiedPath
 from symbnn.posterior.layers import variational_tensors, with_posteriors
-from symbnn.posterior.likelihoods import Categorical, Gaussian
+from symbnn.posterior.likelihoods import Categorical
 from symbnn.posterior.point_mass import PointMass
+from symbnn.posterior.real_targets import Gaussian
 from symbnn.symmetry.fields import rotations
 from tolerances import assert_close, within_standard_errors
 

@@ -12,8 +12,8 @@ from helpers_posterior import KINDS, UNSEEN, Written, linear, refused
 from symbnn.errors import Refusal
 from symbnn.posterior.elbo import elbo
 from symbnn.posterior.layers import kl_sum, posterior_mean_network, variational_tensors, with_posteriors
-from symbnn.posterior.likelihoods import Gaussian
 from symbnn.posterior.plans import execution_plan
+from symbnn.posterior.real_targets import Gaussian
 from symbnn.posterior.sampling import apply_weights, forward, mean_weights, predict, sample_weights
 from tolerances import assert_close, within_standard_errors
 

@@ -11,8 +11,9 @@ from symbnn.posterior.elbo import elbo
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import MeanFieldGaussian
 from symbnn.posterior.layers import VariationalTensor, kl_sum, variational_tensors, with_posteriors
-from symbnn.posterior.likelihoods import Categorical, Gaussian
+from symbnn.posterior.likelihoods import Categorical
 from symbnn.posterior.priors import fixed_means, isotropic
+from symbnn.posterior.real_targets import Gaussian
 from symbnn.posterior.sampling import apply_weights, forward, sample_weights
 from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.networks import network_action

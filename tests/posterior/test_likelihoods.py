@@ -7,9 +7,12 @@ from helpers import seeded
 from symbnn.equivariance.conditions import violations
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import with_posteriors
-from symbnn.posterior.likelihoods import Categorical, Gaussian
-from symbnn.symmetry.actions import regular_channels
+from symbnn.posterior.likelihoods import Bernoulli, Categorical, Poisson
+from symbnn.posterior.real_targets import Gaussian, HeteroscedasticGaussian, StudentT, heteroscedastic_action
+from symbnn.symmetry.actions import natural_action, regular_channels
+from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.groups import Cyclic
+from symbnn.symmetry.hyperoctahedral import Signed
 from symbnn.symmetry.networks import network_action
 from tolerances import assert_close
 
@@ -99,12 +102,12 @@ def test_noise_that_has_become_negative_is_refused():
         likelihood.log_prob(torch.zeros(1, 4, 2), torch.zeros(4, 2))
 
 
-def test_likelihoods_can_be_compared_and_hashed():
-    noise = torch.ones(3)
-    assert Gaussian(0.3) == Gaussian(0.3) and hash(Gaussian(0.3)) == hash(Gaussian(0.3))
-    assert Gaussian(0.3) != Gaussian(0.4) and Gaussian(0.3) != Categorical() and Gaussian(1.0) != Gaussian(noise)
-    assert Gaussian(noise) == Gaussian(noise) and hash(Gaussian(noise)) == hash(Gaussian(noise))
-    assert Gaussian(noise) != Gaussian(noise.clone()) and len({Gaussian(noise), Gaussian(noise), Gaussian(0.3)}) == 2
+def test_likelihoods_say_how_they_were_made_and_not_what_they_learned():
+    assert Gaussian(0.3).described() == "Gaussian(noise=0.3)"
+    assert repr(Categorical(-1)) == "Categorical(ignore_index=-1)"
+    learned = [Gaussian(noise, learn=True) for noise in (0.3, 0.4)]
+    assert learned[0].described() == learned[1].described() != Gaussian(torch.ones(2), learn=True).described()
+    assert StudentT(0.3, nan_is_missing=True).described() == "StudentT(noise=0.3, df=4.0, nan_is_missing=True)"
 
 
 @pytest.mark.parametrize(("outputs", "fix"), [
@@ -159,3 +162,122 @@ def test_likelihoods_of_half_precision_outputs_are_added_up_in_single(dtype):
 def test_complex_labels_are_refused():
     with pytest.raises(Refusal, match="one integer label"):
         Categorical().log_prob(torch.zeros(1, 3, 2), torch.zeros(3, dtype=torch.complex64))
+
+
+DRAWS = {  # likelihood, shape of outputs for one datum, targets
+    "bernoulli": (Bernoulli(), (3,), torch.tensor([[0.0, 1, 1], [1, 0, 0]])),
+    "bernoulli of whole numbers": (Bernoulli(), (1,), torch.tensor([[0], [1]])),
+    "poisson": (Poisson(), (2, 2), torch.tensor([[[0.0, 3], [1, 2]]] * 2)),
+    "student": (StudentT(0.7, df=3.0), (2,), torch.tensor([[0.3, -2.0], [5.0, 0.1]])),
+    "gaussian": (Gaussian(0.2), (2,), torch.tensor([[0.3, -2.0], [5.0, 0.1]])),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_log_probabilities_are_those_of_torch_distributions(name):
+    likelihood, shape, targets = DRAWS[name]
+    targets = targets.double() if targets.is_floating_point() else targets
+    outputs = torch.randn(3, 2, *shape, generator=seeded(), dtype=torch.float64)
+    likelihood.check_targets(targets, shape)
+    expected = likelihood.distribution(outputs).log_prob(targets.double()).flatten(2).sum(-1)
+    assert_close(likelihood.log_prob(outputs, targets), expected)
+    assert_close(likelihood.mean(outputs), likelihood.distribution(outputs).mean)
+
+
+def test_means_and_variances_agree_with_samples():
+    outputs = torch.tensor([0.4, -0.3], dtype=torch.float64).expand(1, 200_000, 2)
+    torch.manual_seed(0)
+    for likelihood in (Bernoulli(), Poisson(), Gaussian(0.5), StudentT(0.5, df=9.0)):
+        draws = likelihood.distribution(outputs).sample()
+        mean, variance = likelihood.mean(outputs)[0, 0], likelihood.variance(outputs)[0, 0]
+        error = (variance / draws.shape[1]).sqrt()
+        assert bool(((draws.mean(1)[0] - mean).abs() < 4 * error).all())
+        spread = (draws[0] - mean).square()
+        assert bool(((spread.mean(0) - variance).abs() < 4 * spread.std(0) / draws.shape[1]**0.5).all())
+
+
+def test_labels_of_every_pixel_with_the_classes_first_or_last():
+    logits = torch.randn(2, 3, 4, 5, 6, generator=seeded(), dtype=torch.float64)
+    labels = torch.randint(0, 4, (3, 5, 6), generator=seeded(1))
+    expected = torch.distributions.Categorical(logits=logits.movedim(2, -1)).log_prob(labels).flatten(2).sum(-1)
+    assert_close(Categorical().log_prob(logits, labels), expected)
+    assert_close(Categorical(class_axis=-1).log_prob(logits.movedim(2, -1), labels), expected)
+    missing = labels.clone()
+    missing[0, 0] = 255
+    known = torch.distributions.Categorical(logits=logits[:, 0, :, 1:].movedim(1, -1)).log_prob(labels[0, 1:])
+    assert_close(Categorical(255).log_prob(logits, missing)[:, 0], known.flatten(1).sum(-1))
+    with pytest.raises(Refusal, match="one integer label"):
+        Categorical().log_prob(logits, missing)
+
+
+@pytest.mark.parametrize("make", [Gaussian, StudentT], ids=["gaussian", "student"])
+def test_missing_targets_add_nothing_and_have_no_gradient(make):
+    outputs = torch.randn(2, 3, 2, generator=seeded(), dtype=torch.float64).requires_grad_()
+    targets = torch.randn(3, 2, generator=seeded(1), dtype=torch.float64)
+    targets[1] = targets[2, 0] = float("nan")
+    found = make(0.3, nan_is_missing=True).log_prob(outputs, targets)
+    found.sum().backward()
+    assert found[:, 1].abs().max() == 0 and outputs.grad[:, 1].abs().max() == 0 == outputs.grad[:, 2, 0].abs().max()
+    assert outputs.grad.isfinite().all() and (outputs.grad[:, 0] != 0).all()
+    assert_close(found[:, 2], make(0.3).log_prob(outputs[:, 2:, 1:], targets[2:, 1:])[:, 0])
+    whole = HeteroscedasticGaussian(True).log_prob(torch.cat([outputs, outputs], 2), targets)
+    assert whole[:, 1].abs().max() == 0 and whole.isfinite().all()
+
+
+def test_targets_move_so_that_likelihoods_stay():
+    turn = field(rotations(), (3, 4, 4))
+    signs = natural_action(Signed(2))
+    for likelihood, action, targets in (
+        (Categorical(-1), turn, torch.randint(-1, 3, (5, 4, 4), generator=seeded())),
+        (Categorical(), regular_channels(Cyclic(4)), torch.tensor([0, 1, 2, 3])),
+        (Bernoulli(), signs, torch.tensor([[0, 1], [1, 1]])),
+        (Bernoulli(), signs, torch.tensor([[False, True], [True, True]])),
+        (Gaussian(0.2), signs, torch.randn(4, 2, generator=seeded())),
+        (Gaussian(0.2, nan_is_missing=True), signs, torch.tensor([[float("nan"), 1.0]])),
+        (HeteroscedasticGaussian(), heteroscedastic_action(signs), torch.randn(4, 2, generator=seeded())),
+        (Poisson(), regular_channels(Cyclic(3)), torch.tensor([[0.0, 4.0, 2.0]])),
+    ):
+        outputs = torch.randn(2, len(targets), *action.shape, generator=seeded(1), dtype=torch.float64)
+        before = likelihood.log_prob(outputs, targets)
+        for g in action.group.elements():
+            moved = likelihood.move(action, g, targets)
+            assert moved.dtype == targets.dtype and moved.shape == targets.shape
+            assert_close(likelihood.log_prob(action.act(g, outputs), moved), before)
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Poisson()], ids=repr)
+def test_signs_that_nothing_can_have_are_refused(likelihood):
+    with pytest.raises(Refusal, match="which changes signs"):
+        likelihood.move(natural_action(Signed(2)), natural_action(Signed(2)).group.generators()[-1], torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(("likelihood", "shape", "targets", "reason"), [
+    (Categorical(), (3,), torch.tensor([0, 3]), "labels from 0 to 3"),
+    (Categorical(), (3,), torch.tensor([0, -100]), "ignore_index=-100"),
+    (Categorical(-1), (3,), torch.tensor([-1, -1]), "not ignored"),
+    (Categorical(), (3,), torch.eye(3)[:2], "one-hot"),
+    (Categorical(), (1,), torch.tensor([0, 1]), "Bernoulli"),
+    (Bernoulli(), (1,), torch.tensor([0, 1]), r"targets\[:, None\]"),
+    (Bernoulli(), (1,), torch.tensor([[-1.0], [1]]), "labels -1 and 1"),
+    (Bernoulli(), (1,), torch.tensor([[float("nan")]]), "targets 0 or 1"),
+    (Poisson(), (1,), torch.tensor([[0.5]]), "counts"), (Poisson(), (1,), torch.tensor([[-1.0]]), "counts"),
+    (Poisson(), (1,), torch.tensor([[float("nan")]]), "counts"),
+    (Gaussian(0.1), (1,), torch.tensor([0.1]), r"targets\[:, None\]"),
+    (Gaussian(0.1), (2,), torch.zeros(3, 1), "shape"),
+    (Gaussian(0.1), (1,), torch.tensor([[1]]), "Categorical"),
+    (Gaussian(0.1), (1,), torch.tensor([[float("nan")]]), "nan_is_missing"),
+    (Gaussian(0.1, nan_is_missing=True), (1,), torch.tensor([[float("inf")]]), "infinite"),
+    (Gaussian(torch.ones(3)), (2,), torch.zeros(4, 2), "noise of shape"),
+    (HeteroscedasticGaussian(), (3,), torch.zeros(4, 1), "even number"),
+    (HeteroscedasticGaussian(), (2,), torch.zeros(4, 2), "shape"),
+], ids=str)
+def test_targets_that_do_not_belong_to_a_likelihood_are_refused(likelihood, shape, targets, reason):
+    with pytest.raises(Refusal, match=reason):
+        likelihood.check_targets(targets, shape)
+
+
+@pytest.mark.parametrize("wrong", [lambda: Categorical(class_axis=2), lambda: Categorical("none"),
+                                   lambda: StudentT(0.1, df=0.0), lambda: StudentT(-1.0)])
+def test_settings_of_likelihoods_that_cannot_be_meant_are_refused(wrong):
+    with pytest.raises(Refusal):
+        wrong()
