@@ -20,7 +20,7 @@ Equivariance: `Symmetric` is a network with its symmetry, to be expanded, averag
 
 Hidden units and layers: `mutual_information`, `relaxed_network`, `laplace`, `learned_equivariance`.
 
-Data and training: `load`, `load_npz`, `Split`, `train`, `TrainingConfig`, `evaluate`, `save_network`, `load_network`.
+Data and training: `load`, `load_npz`, `Split`, `as_split`, `train`, `TrainingConfig`, `evaluate`, `save_network`, `load_network`.
 
 Whatever cannot be done is refused with a `Refusal`. The book behind each name: https://github.com/symbnn/symbnn.
 """
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is imported when it is asked for
+    from symbnn.data.containers import as_split as as_split
     from symbnn.data.own_images import load_npz as load_npz
     from symbnn.data.sources import load as load
     from symbnn.data.splits import Split as Split
@@ -92,6 +93,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from symbnn.training.loop import train as train
 
 _NAMES = {  # the same by module; a test compares the two
+    "data.containers": "as_split",
     "data.own_images": "load_npz",
     "data.sources": "load",
     "data.splits": "Split",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Augmentation', 'AUGMENTATIONS', 'TABLE_LIMIT', 'epoch_generator', 'Batches', 'batches']
 
-# %% ../../nbs/6_data/05_batches.ipynb #1f35040e-0
+# %% ../../nbs/6_data/05_batches.ipynb #7d14b88d-0
 import hashlib
 import math
 from collections.abc import Iterator
@@ -14,17 +14,18 @@ from types import NoneType
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from .splits import Split
 from ..errors import Refusal, check_choice, check_count, check_kind, check_seed, require
+from ..posterior.likelihoods import Categorical, Likelihood
 from ..symmetry.actions import Action
 from ..symmetry.fields import SpatialAction
 from ..symmetry.groups import ENUMERABLE
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/6_data/05_batches.ipynb #a9c4a913-0
+# %% ../../nbs/6_data/05_batches.ipynb #b99c3b0e-0
 Augmentation = Literal["full", "random", "none"]
 AUGMENTATIONS: tuple[Augmentation, ...] = get_args(Augmentation)
 TABLE_LIMIT = 2**25  # entries of the table of maps (300 MB); beyond it they are made batch by batch
@@ -42,11 +43,12 @@ def epoch_generator(seed: int, epoch: int, stream: str = "data") -> torch.Genera
 
 
 class Batches:
-    """One epoch, made by `batches`: iterate for pairs (inputs, labels), as often as wanted, always the same ones."""
+    """One epoch, made by `batches`: iterate for pairs (inputs, targets), as often as wanted, always the same ones."""
 
-    def __init__(self, split: Split, batch_size: int, rows: Tensor, turns: Tensor, maps: "_Maps | None" = None):
-        self.split, self.batch_size, self.maps = split, batch_size, maps
-        self.rows, self.turns = rows.to(split.labels.device), turns.to(split.labels.device)
+    def __init__(self, split: Split, batch_size: int, rows: Tensor, turns: Tensor, maps: "_Maps | None" = None,
+                 targets: "_MovedTargets | None" = None):
+        self.split, self.batch_size, self.maps, self.targets = split, batch_size, maps, targets
+        self.rows, self.turns = rows.to(split.targets.device), turns.to(split.targets.device)
 
     @property
     def num_examples(self) -> int:
@@ -69,14 +71,16 @@ class Batches:
         """The size of the smallest batch."""
         return min(self._sizes())
 
-    def __iter__(self) -> Iterator[tuple[Float[Tensor, "B *shape"], Int64[Tensor, "B"]]]:
+    def __iter__(self) -> Iterator[tuple[Shaped[Tensor, "B *shape"], Shaped[Tensor, "B ..."]]]:
         for start, size in zip(accumulate(self._sizes(), initial=0), self._sizes()):
             chosen = slice(start, start + size)
             rows = self.rows[chosen]
-            inputs = self.split.inputs[rows]
+            inputs, targets = self.split.inputs[rows], self.split.targets[rows]
             if self.maps is not None:
                 inputs = self.maps(inputs, self.turns[chosen])
-            yield inputs, self.split.labels[rows]
+            if self.targets is not None:
+                targets = self.targets(targets, self.turns[chosen])
+            yield inputs, targets
 
 
 class _Maps:
@@ -90,12 +94,23 @@ class _Maps:
         maps = [self.action(g) for g in elements]
         return torch.stack([p.index for p in maps]).to(self.device), torch.stack([p.sign for p in maps]).to(self.device)
 
-    def __call__(self, inputs: Float[Tensor, "B *shape"], which: Int64[Tensor, "B"]) -> Float[Tensor, "B *shape"]:
+    def __call__(self, inputs: Shaped[Tensor, "B *shape"], which: Int64[Tensor, "B"]) -> Shaped[Tensor, "B *shape"]:
         if self.tables is None:
             index, sign = self._stack([self.elements[place] for place in which.tolist()])
         else:
             index, sign = (table[which] for table in self.tables)
         return inputs.flatten(1).gather(1, index).mul_(sign).view_as(inputs)
+
+
+class _MovedTargets:
+    """The targets of a batch, each moved by the group element of its row."""
+
+    def __init__(self, likelihood: Likelihood, maps: _Maps):
+        self.likelihood, self.maps = likelihood, maps
+
+    def __call__(self, targets: Shaped[Tensor, "B ..."], which: Int64[Tensor, "B"]) -> Shaped[Tensor, "B ..."]:
+        encoded = self.likelihood.encoded(targets, tuple(self.maps.action.shape))
+        return self.likelihood.decoded(self.maps(encoded, which), targets)
 
 
 def batches(
@@ -104,22 +119,24 @@ def batches(
     augmentation: Augmentation = "none",
     *,
     action: Action | None = None,  # on one input; needed unless there is no augmentation
-    output: Action | None = None,  # on the classes; must be trivial
+    output: Action | None = None,  # of the same group on one output of the network; None: targets stay
+    likelihood: Likelihood = Categorical(),  # says how it moves the targets
     generator: torch.Generator | None = None,
     shuffle: bool = True,
 ) -> Batches:
     """The batches of one epoch, on the device of the split.
 
-    "full": every pair (g·x_i, y_i) once; "random": every x_i once, turned by its own uniform g; "none": every x_i once.
+    "full": every pair (g·x_i, g·y_i) once; "random": every pair once, moved by its own uniform g; "none": as it is.
     The last batch may be smaller, but is never of one example, which norms that take statistics from the batch could
     do nothing with: that one joins the batch before it. Without shuffling, inputs come in order, and with full
     augmentation each with its whole orbit before the next. Randomness is drawn here, not while iterating. Raises
     `Refusal` for an unknown augmentation, a batch size below one, an action that is missing or does not fit the inputs,
-    one that moves the classes, and the full orbit of a group too large to list. Source: the theorem on random
-    augmentation in the chapter Batches.
+    an action on outputs that cannot move these targets, and the full orbit of a group too large to list. Source: the
+    theorem on random augmentation in the chapter Batches.
     """
     check_count(batch_size, "the batch size", f"batch_size={min(128, len(split))}")
-    acting = _acting(split, augmentation, action, output)
+    acting = _acting(split, augmentation, action)
+    moving = _moving(split, acting, output, likelihood)
     device = generator.device if generator is not None else torch.device("cpu")
     copies = len(acting.group.elements()) if acting is not None and augmentation == "full" else 1
     count = copies * len(split)
@@ -136,10 +153,12 @@ def batches(
         rows, elements = places, list(group.elements())
     else:
         rows, turns, elements = places, torch.arange(count), group.sample(count, generator)
-    return Batches(split, batch_size, rows, turns, _Maps(acting, elements, split.inputs.device))
+    device = split.inputs.device
+    targets = None if moving is None else _MovedTargets(likelihood, _Maps(moving, elements, device))
+    return Batches(split, batch_size, rows, turns, _Maps(acting, elements, device), targets)
 
 
-def _acting(split: Split, augmentation: Augmentation, action: Action | None, output: Action | None) -> Action | None:
+def _acting(split: Split, augmentation: Augmentation, action: Action | None) -> Action | None:
     """The action that augments, None where nothing is augmented. Raises `Refusal` for what does not fit."""
     check_choice(augmentation, AUGMENTATIONS, "the augmentation")
     check_kind(action, (Action, NoneType), "the action on inputs", f"action=field(flips(), {split.shape})",
@@ -153,13 +172,24 @@ def _acting(split: Split, augmentation: Augmentation, action: Action | None, out
             cause="an argument left out" if action is None else "an action made for another data set",
             fix='augmentation="none" for data without a symmetry, or ' + _an_action(split.shape),
         )
-    moves = output is not None and any(
-        output(g) != SignedPermutation.identity(math.prod(output.shape)) for g in output.group.generators())
-    require(not moves, "classes that the group leaves alone, since augmented labels stay as they are",
-            f"an action of {action.group.name} that moves the classes",
-            "a task in which a turned image belongs to another class",
-            "a Split of your own, with inputs and labels moved together, and augmentation=\"none\"")
     return action
+
+
+def _moving(split: Split, acting: Action | None, output: Action | None, likelihood: Likelihood) -> Action | None:
+    """The action that moves targets, None where they stay. Raises `Refusal` for one that cannot."""
+    check_kind(output, (Action, NoneType), "the action on outputs", "output=action.output, of a network's action")
+    check_kind(likelihood, Likelihood, "The likelihood", "likelihood=Categorical(), or likelihood=Gaussian(0.1)")
+    if acting is None or output is None:
+        return None
+    require(output.group == acting.group, f"an action of {acting.group.name} on outputs, as on inputs",
+            f"one of {output.group.name}", "actions that were made for different groups",
+            "network_action(network, action).output")
+    still = SignedPermutation.identity(math.prod(output.shape))
+    if all(output(g) == still for g in output.group.generators()):
+        return None
+    likelihood.check_moves(output)
+    likelihood.check_targets(split.targets, tuple(output.shape))
+    return output
 
 
 def _an_action(shape: tuple[int, ...]) -> str:

@@ -17,7 +17,7 @@ from ..estimates import at_least_single
 from ..symmetry.actions import Action
 from ..symmetry.groups import Element
 
-# %% ../../nbs/2_posterior/16_likelihoods.ipynb #dfe1cde4-0
+# %% ../../nbs/2_posterior/16_likelihoods.ipynb #c704d0c5-0
 class Likelihood(nn.Module, ABC):
     """How outputs explain targets; log-probabilities in nats, summed over the coordinates of a datum.
 
@@ -56,11 +56,11 @@ class Likelihood(nn.Module, ABC):
         check_tensor(targets, "The batch of targets", "targets")
         expected, found = self.target_shape(shape), tuple(targets.shape[1:])
         lacking = expected == (*found, 1)
-        require(expected == found, f"targets of shape (N, {', '.join(map(str, expected))}) for {self.described()}, since "
-                f"the network gives outputs of shape {tuple(shape)} for one input".replace(", )", ",)"),
-                f"targets {tuple(targets.shape)}", "targets without the axis of the network's one output" if lacking
+        require(expected == found, f"targets of shape {_of_all(expected)} for {self.described()}, since the network "
+                f"gives outputs of shape {tuple(shape)} for one input", f"targets {tuple(targets.shape)}",
+                "targets without the axis of the network's one output" if lacking
                 else "a network with another number of outputs, or another likelihood's targets",
-                "targets[:, None]" if lacking else f"a last layer whose outputs fit, or targets of shape (N, *{expected})")
+                "targets[:, None]" if lacking else f"a last layer whose outputs fit, or targets {_of_all(expected)}")
 
     def encoded(self, targets: Shaped[Tensor, "N ..."], shape: tuple[int, ...]) -> Float[Tensor, "N ..."]:
         """Targets as vectors (N, *shape) on which the action on outputs acts."""
@@ -98,6 +98,11 @@ class Likelihood(nn.Module, ABC):
         return self.log_prob(outputs, targets).mean(0).sum()
 
 
+def _of_all(shape: tuple[int, ...]) -> str:
+    """How the shape of all targets is written, for one of this shape."""
+    return f"(N, {', '.join(map(str, shape))})" if shape else "(N,)"
+
+
 def check_fit(likelihood: Likelihood, outputs: Float[Tensor, "S B ..."], targets: Shaped[Tensor, "B ..."]) -> None:
     """Raise `Refusal` unless there is one target of the likelihood's shape for each datum of the outputs."""
     check_tensor(outputs, "The batch of outputs", "outputs")
@@ -111,7 +116,7 @@ def check_fit(likelihood: Likelihood, outputs: Float[Tensor, "S B ..."], targets
             fix="targets[:, None] for a network with one output",
         )
 
-# %% ../../nbs/2_posterior/16_likelihoods.ipynb #d3b0b847-0
+# %% ../../nbs/2_posterior/16_likelihoods.ipynb #29ea09bd-0
 NO_LABEL = -(2**63)  # torch skips this label without a word; by default -100, a common code for "not labelled"
 
 
@@ -135,7 +140,7 @@ class Categorical(Likelihood):
         if ignore_index is not None:
             check_count(ignore_index, "the label that is ignored", "ignore_index=-100", -(2**31))
         require(class_axis in (1, -1), "the logits in the axis behind the batch, class_axis=1, or in the last, -1",
-                f"class_axis={class_axis!r}", "an axis of pixels", "outputs.movedim(axis, 1) as the network's last step")
+                f"class_axis={class_axis!r}", "an axis of pixels", "outputs.movedim(axis, 1) as the last step")
         self.ignore_index, self.class_axis = ignore_index, class_axis
 
     def described(self) -> str:
@@ -156,8 +161,9 @@ class Categorical(Likelihood):
         logits = self._classes_first(outputs.to(at_least_single(outputs.dtype))).flatten(0, 1)
         labels = targets.long().expand(len(outputs), *targets.shape)
         ignored = NO_LABEL if self.ignore_index is None else self.ignore_index
+        each = labels.flatten(0, 1)
         try:
-            entropies = nn.functional.cross_entropy(logits, labels.flatten(0, 1), reduction="none", ignore_index=ignored)
+            entropies = nn.functional.cross_entropy(logits, each, reduction="none", ignore_index=ignored)
         except IndexError as error:
             raise self._refused(targets, shape, "labels that count from 1, or a code for no label") from error
         found = -entropies.view_as(labels)
@@ -195,15 +201,17 @@ class Categorical(Likelihood):
 
     def encoded(self, targets: Int[Tensor, "N ..."], shape: tuple[int, ...]) -> Float[Tensor, "N ..."]:
         """The unit vector of each label; zero where it is ignored."""
-        known = torch.ones_like(targets, dtype=torch.bool) if self.ignore_index is None else targets != self.ignore_index
+        known = torch.ones_like(targets, dtype=torch.bool)
+        if self.ignore_index is not None:
+            known = targets != self.ignore_index
         one_hot = nn.functional.one_hot(targets.long().where(known, 0), self._classes(shape)).float()
         return (one_hot * known.unsqueeze(-1)).movedim(-1, self.class_axis)
 
     def decoded(self, encoded: Float[Tensor, "N ..."], like: Int[Tensor, "N ..."]) -> Int[Tensor, "N ..."]:
         """The class of each unit vector. Raises `Refusal` where the action took unit vectors apart."""
         count = encoded.sum(self.class_axis)
-        require(bool((count == 1).all()) or (self.ignore_index is not None and bool(((count == 1) | (count == 0)).all())),
-                "an action on outputs that permutes classes, or moves pixels with all their classes",
+        kept = (count == 1) | (count == 0) if self.ignore_index is not None else count == 1
+        require(bool(kept.all()), "an action on outputs that permutes classes, or moves pixels with all their classes",
                 "one that gives a pixel the logits of several others", "an action on another layout of the outputs",
                 "class_axis=-1 for outputs (N, ..., classes), or Action.product of one on classes and one on pixels")
         labels = encoded.argmax(self.class_axis).to(like.dtype)
@@ -225,11 +233,23 @@ class Categorical(Likelihood):
         whole = _whole(targets)
         got = f"labels from {int(targets.min())} to {int(targets.max())}" if whole and targets.numel() else "none"
         return Refusal(
-            f"one integer label in 0 ... {self._classes(shape) - 1} for {each}",
+            f"one integer label in 0 ... {self._classes(shape) - 1} for {each}, one for each output of the network",
             got=f"{targets.dtype} of shape {tuple(targets.shape)}, {got}, for outputs {tuple(shape)} of one input",
-            cause=cause, fix="labels.long() that count from 0, targets.argmax(1) of one-hot ones, a last layer with an "
-            "output for each class, or ignore_index=-100 where that stands for no label",
+            cause=cause, fix=self._advice(targets, shape),
         )
+
+    def _advice(self, targets: Tensor, shape: tuple[int, ...]) -> str:
+        """What to type for labels that fit."""
+        if tuple(targets.shape[1:]) != self.target_shape(shape):
+            one_hot = tuple(targets.shape[1:]) == tuple(shape)
+            return (f"targets.argmax({self.class_axis}) of one-hot labels, or likelihood=Bernoulli() for several each"
+                    if one_hot else f"labels of shape {_of_all(self.target_shape(shape))}")
+        if not _whole(targets):
+            return "labels.long() for whole numbers, or likelihood=Gaussian(0.1) for real targets"
+        if targets.numel() and int(targets.min()) < 0:
+            return f"Categorical(ignore_index={int(targets.min())}), where that stands for no label"
+        top = int(targets.max()) if targets.numel() else 0
+        return f"a last layer with {top + 1} outputs, or labels - 1 where they count from one"
 
 
 def _whole(targets: Tensor) -> bool:

@@ -21,7 +21,7 @@ from ..symmetry.actions import Action
 from ..symmetry.groups import Element
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/2_posterior/16b_real_targets.ipynb #52577637-0
+# %% ../../nbs/2_posterior/16b_real_targets.ipynb #9e13f925-0
 def _check_noise(noise: object) -> None:
     """Raise `Refusal` unless these are one or several standard deviations, positive and finite."""
     if isinstance(noise, Tensor):
@@ -79,7 +79,8 @@ class Noisy(Likelihood):
         if isinstance(noise, Tensor):
             if not self.learn:
                 _check_noise(noise)
-            if noise.ndim > len(shape) or any(n not in (1, m) for n, m in zip(reversed(noise.shape), reversed(shape))):
+            if noise.ndim > len(shape) or any(
+                    n not in (1, m) for n, m in zip(reversed(noise.shape), reversed(shape))):
                 raise Refusal(
                     "one standard deviation, or one for each coordinate of a target, as noise",
                     got=f"noise of shape {tuple(noise.shape)} for targets of shape {tuple(shape)} each",
@@ -103,7 +104,7 @@ def check_real(targets: Float[Tensor, "N ..."], nan_is_missing: bool) -> None:
     bad = ~(targets.isfinite() | targets.isnan() if nan_is_missing else targets.isfinite())
     require(not bool(bad.any()), "targets that are finite", f"{int(bad.sum())} of {bad.numel()} that are NaN or "
             f"infinite, first in target {int(bad.flatten(1).any(1).nonzero()[0])}" if bool(bad.any()) else "",
-            "missing values, or a logarithm of zero", "Gaussian(0.1, nan_is_missing=True) where NaN stands for missing, "
+            "missing values, or a logarithm of zero", "Gaussian(0.1, nan_is_missing=True) where NaN means missing, "
             "or keep = targets.flatten(1).isfinite().all(1), and inputs[keep], targets[keep]")
 
 
@@ -151,7 +152,9 @@ class StudentT(Noisy):
     tensor([[-1.5386, -1.5386]])
     """
 
-    def __init__(self, noise: float | Tensor, df: float = 4.0, learn: bool = False, nan_is_missing: bool = False) -> None:
+    def __init__(
+        self, noise: float | Tensor, df: float = 4.0, learn: bool = False, nan_is_missing: bool = False
+    ) -> None:
         # df: degrees of freedom; 1 is Cauchy's distribution, infinity Gauss's
         super().__init__(noise, learn, nan_is_missing)
         check_positive(df, "the degrees of freedom", "df=4.0")

@@ -32,7 +32,7 @@ from ..records import json_values, parse_value, read_record, write_record
 from ..symmetry.networks import check_network
 from .architectures import Architecture, build
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #c50c7280-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #598488b1-0
 FORMAT, VERSION = "symbnn checkpoint", 1
 DESCRIPTION = "checkpoint.json"
 Status = Literal["complete", "stopped", "interrupted"]
@@ -48,7 +48,7 @@ class TensorFile(TypedDict):
 
 
 class Fingerprint(TypedDict):
-    """Of the training data: how many, of which shape, and the checksum of inputs and labels."""
+    """Of the training data: how many, of which shape, and the checksum of inputs and targets."""
 
     rows: Count
     shape: list[Count]
@@ -86,6 +86,7 @@ class Description(TypedDict):
     arrangement: NotRequired[str]
     notes: NotRequired[dict[str, Any]]
     config: NotRequired[dict[str, Any]]
+    likelihood: NotRequired[str]
     data: NotRequired[Fingerprint]
     action: NotRequired[str | None]
     symmetry: NotRequired[str | None]
@@ -202,7 +203,7 @@ def check_continued(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Non
             "the folder of another run, or settings that were changed since",
             "the values in the checkpoint, or another folder")
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #77668f3d-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #403f6341-0
 def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the network's `state_dict`. Raises `Refusal` unless names, shapes and dtypes all agree.
 
@@ -264,10 +265,12 @@ def _distinct(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in network.state_dict().items() if name in first}
 
 
-def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state under `optimizer/`, by the names of the network's parameters."""
+def optimizer_tensors(
+    network: nn.Module, optimizer: torch.optim.Optimizer, part: str = "optimizer"
+) -> dict[str, Tensor]:
+    """The optimiser's state under `part/`, by the names of the parameters of the network, or of another module."""
     return {
-        f"optimizer/{name}/{key}": value
+        f"{part}/{name}/{key}": value
         for name, parameter in network.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None

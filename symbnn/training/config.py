@@ -6,7 +6,7 @@
 __all__ = ['Optimizer', 'Schedule', 'Dtype', 'Select', 'Objective', 'RENAMED', 'TrainingConfig', 'TrainingSettings', 'renamed',
            'configured', 'learning_rate_factor', 'kl_annealing_factor', 'make_optimizer']
 
-# %% ../../nbs/7_training/03_config.ipynb #e3caee3d-0
+# %% ../../nbs/7_training/03_config.ipynb #c1c97592-0
 import difflib
 import math
 from collections.abc import Iterable, Mapping
@@ -20,10 +20,11 @@ from ..data.batches import Augmentation
 from ..errors import check_choice, check_count, check_kind, check_positive, check_seed, require, shortened
 from ..hidden_units.mutual_information import InformationMethod
 from ..posterior.layers import variational_tensors
+from ..posterior.likelihoods import Likelihood
 from ..posterior.sampling import Estimator
 from ..symmetry.actions import Action
 
-# %% ../../nbs/7_training/03_config.ipynb #0dda8203-0
+# %% ../../nbs/7_training/03_config.ipynb #1f370e66-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -58,6 +59,7 @@ class TrainingConfig:
     optimizer: Optimizer = "adamw"  # "sgd" has momentum 0.9 (Nesterov)
     learning_rate: float = 3e-3  # of the means and of deterministic parameters
     scale_rate: float = 1.0  # learning rate of the scales, as a multiple of `learning_rate`
+    noise_rate: float = 1.0  # learning rate of what the likelihood learns, as a multiple of `learning_rate`
     weight_decay: float = 0.0  # of the means; the prior regularises already
     schedule: Schedule = "constant"  # "cosine": from `learning_rate` to 0 over all steps
     kl_weight: float = 1.0  # beta of the objective, see `elbo`
@@ -80,7 +82,7 @@ class TrainingConfig:
             check_choice(getattr(self, name), get_args(kind), name)
         for name, least in _COUNTS.items():
             check_count(getattr(self, name), name, f"{name}={_default(name)}", least)
-        for name in ("learning_rate", "scale_rate"):
+        for name in ("learning_rate", "scale_rate", "noise_rate"):
             check_positive(getattr(self, name), name, f"{name}={_default(name)}")
         if self.clip_norm is not None:
             check_positive(self.clip_norm, "clip_norm", "clip_norm=1.0, or None for no limit")
@@ -113,7 +115,7 @@ class TrainingConfig:
 def _default(name: str) -> object:
     return TrainingConfig.__dataclass_fields__[name].default
 
-# %% ../../nbs/7_training/03_config.ipynb #63e01676-0
+# %% ../../nbs/7_training/03_config.ipynb #5815ea5d-0
 class TrainingSettings(TypedDict, total=False):
     """The settings of `TrainingConfig` as keywords, for type checkers."""
 
@@ -124,6 +126,7 @@ class TrainingSettings(TypedDict, total=False):
     optimizer: Optimizer
     learning_rate: float
     scale_rate: float
+    noise_rate: float
     weight_decay: float
     schedule: Schedule
     kl_weight: float
@@ -176,7 +179,7 @@ def configured(
                 "TrainingConfig(), whose fields are the settings")
     return replace(config, **settings)
 
-# %% ../../nbs/7_training/03_config.ipynb #15a5b0d2-0
+# %% ../../nbs/7_training/03_config.ipynb #de552ac6-0
 def learning_rate_factor(schedule: Schedule, step: int, total: int) -> float:
     """What the learning rates are multiplied by in step `step` of `total`."""
     return (1 + math.cos(math.pi * step / total)) / 2 if schedule == "cosine" else 1.0
@@ -190,8 +193,11 @@ def kl_annealing_factor(step: int, steps: int) -> float:
     return 1.0 if step >= steps else (step + 1) / steps
 
 
-def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum 0.9, with one parameter group for scales and one for everything else.
+def make_optimizer(
+    network: nn.Module, config: TrainingConfig, likelihood: Likelihood | None = None
+) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum 0.9, with one parameter group for scales, one for everything else of the
+    network, and one for what the likelihood learns.
 
     Raises `Refusal` for a network without posteriors.
     """
@@ -203,6 +209,9 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
         {"params": [p for p in trained if id(p) not in scales], "factor": 1.0, "weight_decay": config.weight_decay},
         {"params": [p for p in trained if id(p) in scales], "factor": config.scale_rate, "weight_decay": 0.0},
     ]
+    if likelihood is not None:
+        learned = [parameter for parameter in likelihood.parameters() if parameter.requires_grad]
+        groups.append({"params": learned, "factor": config.noise_rate, "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['DRAWS', 'Scores', 'evaluate']
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #a4d72896-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #66b7ae07-0
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..data.containers import as_split
 from ..data.splits import Split
 from ..equivariance.metrics import summarize
 from ..equivariance.predictions import Equivariance, Mode, Predictor, orbit_predictions
@@ -23,7 +24,6 @@ from ..posterior.structures import one_tensor
 from ..symmetry.actions import Action
 from ..symmetry.groups import Cyclic
 from ..symmetry.networks import NetworkAction
-from .checks import check_split
 
 # %% ../../nbs/7_training/07_evaluation.ipynb #6ad020ef-0
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Scores(Mapping[str, float]):
             parts.append(f"defect {self['defect_plugin']:.5f}")
         return ", ".join(parts)
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #e4c9a153-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #1d8bec27-0
 DRAWS = 64  # of the weights of a Bayesian network, where the caller says nothing
 
 
@@ -69,7 +69,7 @@ def _still(predictor: Predictor, data: Split) -> Equivariance:
 
 def evaluate(
     predictor: Symmetric | Predictor,
-    data: Split,
+    data: object,  # what `as_split` takes, with class labels
     action: Equivariance | NetworkAction | None = None,  # for a predictor that is no pair; None: no symmetry
     *,
     draws: int | None = None,  # of the weights of a Bayesian network; None: 64
@@ -90,7 +90,7 @@ def evaluate(
     >>> 0 <= scores["accuracy"] <= 1
     True
     """
-    check_split(data, "The data to evaluate on")
+    data = as_split(data, "the data to evaluate on")
     check_seed(seed)
     if isinstance(predictor, Symmetric):
         check_kind(action, type(None), "The action beside a pair, which has its own", "evaluate(pair, data)")

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from helpers import seeded
 from helpers_data import typed
@@ -27,64 +26,67 @@ def digits():
 
 
 @pytest.mark.parametrize(
-    "inputs, labels, message",
+    "inputs, targets, message",
     [
         (torch.rand(3, 2), torch.zeros(4).long(), "one integer label for each"),
-        (torch.rand(3, 2), torch.zeros(3, 2).long(), "one-hot labels"),
         (torch.rand(3), torch.zeros(3).long(), r"\(N, C, H, W\)"),
         (torch.rand(0, 2), torch.zeros(0).long(), "at least one input"),
         (torch.rand(3, 0), torch.zeros(3).long(), "at least one number"),
-        (torch.ones(3, 2).byte(), torch.zeros(3).long(), "raw pixel bytes"),
-        (torch.rand(3, 2), torch.zeros(3), "int64"),
-        (torch.rand(3, 2), torch.tensor([0.5, 1.5, 2.0]), "regression"),
-        (torch.rand(3, 2), torch.tensor([0, -1, 2]), "label -1"),
+        (torch.rand(3, 2), torch.zeros(3, 0), "at least one number"),
         (torch.tensor([[0.0, 1.0], [torch.inf, 0.0]]), torch.tensor([0, 1]), "1 of 2 inputs, first in input 1"),
         (torch.tensor([[0.0, torch.nan], [torch.nan, 0.0]]), torch.tensor([0, 1]), "2 of 2 inputs, first in input 0"),
     ],
 )
-def test_bad_splits_are_refused(inputs, labels, message):
+def test_bad_splits_are_refused(inputs, targets, message):
     with pytest.raises(Refusal, match=message):
-        Split(inputs, labels)
+        Split(inputs, targets)
 
 
-@pytest.mark.parametrize(
-    "inputs, labels, rows",
-    [
-        (torch.full((3, 2), 51, dtype=torch.uint8), torch.arange(3), 3),
-        (torch.full((3, 2), 51, dtype=torch.uint8), torch.arange(3.0), 3),
-        (torch.rand(3, 2), torch.arange(3.0), 3),
-        (torch.rand(3, 2), torch.arange(3, dtype=torch.uint8), 3),
-        (torch.tensor([[0.0, 1.0], [torch.inf, 0.0]]), torch.tensor([0, 1]), 1),
-    ],
-)
-def test_the_advice_on_splits_works(inputs, labels, rows):
+def test_the_advice_on_inputs_that_are_not_finite_works():
+    inputs, targets = torch.tensor([[0.0, 1.0], [torch.inf, 0.0]]), torch.tensor([0, 1])
     with pytest.raises(Refusal) as caught:
-        Split(inputs, labels)
-    made = typed(caught.value.fix.removesuffix(" for pixels"), inputs=inputs, labels=labels, Split=Split)
-    assert len(made) == rows and made.inputs.max() <= 1
-    assert torch.equal(made.labels, labels[:rows].long())
+        Split(inputs, targets)
+    assert len(typed(caught.value.fix, inputs=inputs, targets=targets, Split=Split)) == 1
 
 
-def test_the_advice_on_whole_numbers_and_labels_works():
-    tokens, labels = torch.randint(9, (4, 5), generator=seeded()), torch.tensor([-1, 1, 1, -1])
-    names = {"inputs": tokens, "labels": labels, "Split": Split, "nn": nn}
-    with pytest.raises(Refusal, match="token ids") as caught:
-        Split(tokens, labels)
-    measured, counted = caught.value.fix.removesuffix(" for token ids").split(" for measurements, ")
-    for advice, shape in ((measured, (5,)), (counted, (5, int(tokens.max()) + 1))):
-        assert typed(advice, **names | {"labels": labels.clamp(0)}).shape == shape
+@pytest.mark.parametrize("targets, message, meant", [
+    (torch.zeros(3, 2).long(), "one-hot labels", [0, 0, 0]), (torch.eye(3), "one-hot labels", [0, 1, 2]),
+    (torch.arange(3.0), "another type of number", [0, 1, 2]), (torch.arange(3).byte(), "int64", [0, 1, 2]),
+    (torch.tensor([True, False, True]), "int64", [1, 0, 1]),
+    (torch.tensor([0.5, 1.5, 2.0]), "regression", None), (torch.zeros(3, 4, 4).long(), "every pixel", None),
+    (torch.tensor([0, -1, 2]), "label -1", [0, 2]),
+])
+def test_targets_that_are_no_labels_are_targets_all_the_same(targets, message, meant):
+    split = Split(torch.rand(3, 2), targets)
+    with pytest.raises(Refusal, match=message) as caught:
+        len(split.labels)
+    if meant is not None:
+        advice = caught.value.fix.split(", or ")[0]
+        assert typed(advice, inputs=split.inputs, targets=targets, Split=Split).labels.tolist() == meant
+
+
+def test_the_advice_on_two_classes_works():
+    signs = Split(torch.rand(4, 1), torch.tensor([-1, 1, 1, -1]))
     with pytest.raises(Refusal, match="-1") as caught:
-        Split(tokens.float(), labels)
-    kept, two = caught.value.fix.removesuffix(" for two classes").split(", or ")
-    names["inputs"] = tokens.float()
-    assert len(typed(kept, **names)) == 2
-    assert typed(two, **names).labels.tolist() == [0, 1, 1, 0]
+        len(signs.labels)
+    two = caught.value.fix.removesuffix(" for two classes").split(", or ")[1]
+    assert typed(two, inputs=signs.inputs, targets=signs.targets, Split=Split).labels.tolist() == [0, 1, 1, 0]
+
+
+def test_whole_numbers_are_inputs_and_splits_of_a_regression_are_random():
+    tokens = Split(torch.arange(40).reshape(20, 2), torch.randn(20, 1, generator=seeded()))
+    train, validation = split_training(tokens, validation_size=5, seed=1)
+    found = torch.cat([train.inputs, validation.inputs])[:, 0].sort().values
+    assert train.inputs.dtype == torch.int64 and torch.equal(found, tokens.inputs[:, 0])
+    assert Dataset("numbers", train, validation, validation).classes == ()
+    with pytest.raises(Refusal, match="targets of one shape"):
+        Dataset("numbers", train, validation, Split(tokens.inputs, tokens.targets.expand(20, 2)))
 
 
 def test_arrays_are_not_taken_for_tensors():
     with pytest.raises(Refusal, match=r"ndarray.*torch\.as_tensor\(inputs\)"):
         Split(torch.rand(3, 1).numpy(), torch.arange(3))
-    with pytest.raises(Refusal, match=r"ndarray.*torch\.as_tensor\(labels\)"):
+    with pytest.raises(Refusal, match=r"ndarray.*torch\.as_tensor\(targets\)"):
         Split(torch.rand(3, 1), torch.arange(3).numpy())
 
 

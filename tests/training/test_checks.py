@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from helpers_training import ACTION, ARCHITECTURE, CONFIG, DATA, VALIDATION, network, normed, run, same
 from symbnn.data.sources import load
@@ -59,9 +59,7 @@ def test_batches_that_a_norm_cannot_take_are_refused_before_the_first_step():
 
 @pytest.mark.parametrize(("data", "said"), [
     (lambda: DataLoader(TensorDataset(DATA.inputs, DATA.labels), 8), "loader"),
-    (lambda: (DATA.inputs.numpy(), DATA.labels.numpy()), "as_tensor"),
-    (lambda: (DATA.inputs, DATA.labels), "as_tensor"),
-    (lambda: TensorDataset(DATA.inputs, DATA.labels), r"DataLoader\(dataset"),
+    (lambda: (DATA.inputs.numpy(), DATA.labels.numpy(), DATA.labels), "Split"),
     (lambda: DATA.inputs, r"Split\(x, y\)"),
     (lambda: load("digits"), r"data\.train"), (lambda: {"x": DATA.inputs}, "Split"), (lambda: None, "NoneType"),
 ])
@@ -71,6 +69,17 @@ def test_data_in_another_container_are_refused_with_a_way_that_works(data, said)
     if data() is not None:
         with pytest.raises(Refusal, match=r"Split of inputs .* as validation"):
             train(network(), DATA, replace(CONFIG, augmentation="none"), validation=data())
+
+
+@pytest.mark.parametrize("other", [
+    (DATA.inputs.numpy(), DATA.labels.numpy()), [DATA.inputs, DATA.labels], TensorDataset(DATA.inputs, DATA.labels),
+    Subset(TensorDataset(DATA.inputs, DATA.labels), range(len(DATA))),
+])
+def test_runs_on_containers_are_runs_on_the_split(other):
+    config = replace(CONFIG, augmentation="none", epochs=1)
+    expected, found = (train(network(), its, config, validation=its) for its in (DATA, other))
+    assert same(expected.network.state_dict(), found.network.state_dict())
+    assert expected.history[0].validation_nll == found.history[0].validation_nll
 
 
 def test_the_advice_on_data_works():
@@ -101,7 +110,7 @@ def test_tables_are_told_about_augmentation():
 
 @pytest.mark.parametrize(("plain", "said"), [
     (nn.Conv2d(1, 3, 3), "AdaptiveAvgPool2d"),
-    (nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), r"nn\.Linear\(\.\.\., 2\)"),
+    (nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), r"nn\.Linear\(features, 2\)"),
 ])
 def test_outputs_that_are_no_logits_are_refused_before_work(plain, said):
     with pytest.raises(Refusal, match=said):

@@ -112,9 +112,9 @@ def test_the_divergence_is_annealed(tmp_path, monkeypatch):
     formula = beta * sp.Min(1, (t + 1) / W)
     weights, whole = [], loop.elbo
 
-    def noted(*arguments, kl_weight):
+    def noted(*arguments, kl_weight, **options):
         weights.append(kl_weight)
-        return whole(*arguments, kl_weight=kl_weight)
+        return whole(*arguments, kl_weight=kl_weight, **options)
 
     monkeypatch.setattr(loop, "elbo", noted)
     config = replace(CONFIG, kl_weight=0.5, kl_annealing=2)
