@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Probabilities', 'Mode', 'Single', 'Predictor', 'OrbitPredictions', 'check_probabilities', 'check_labels',
-           'Equivariance', 'check_predictions', 'orbit_predictions']
+           'Equivariance', 'check_predictions', 'orbit_predictions', 'OrbitOutputs', 'orbit_outputs']
 
 # %% ../../nbs/3_equivariance/02_predictions.ipynb #390dfc1f-0
 import math
@@ -150,7 +150,7 @@ class Equivariance:
         """The group that acts on both."""
         return self.input.group
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #b0e580fa-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #3db6e31b-0
 Single = nn.Module | Callable[[Tensor], Tensor]  # from inputs (B, ...) to logits (B, C)
 Predictor = Single | Sequence[Single]  # a network or a function; several of them are an ensemble
 
@@ -223,6 +223,73 @@ def orbit_predictions(
     torch.Size([4, 5, 4, 10])
     """
     _check_action(action)
+    found = _over_orbit(predictor, inputs, action, draws, mode, batch_size, generator, memory, progress,
+                        partial(_probabilities, action))
+    return OrbitPredictions(found, action.group.elements(), mode)
+
+
+@dataclass(frozen=True)
+class OrbitOutputs:
+    """A network's own outputs for every sample of the weights at every moved input, moved back."""
+
+    outputs: Float[Tensor, "S N G ..."]  # index 0 of the third axis is the identity
+    elements: tuple[Element, ...]  # the G group elements, in the order of the third axis
+    mode: Mode  # how draws are shared between elements
+
+
+def orbit_outputs(
+    predictor: Predictor,
+    inputs: Num[Tensor, "N ..."],
+    action: Equivariance | NetworkAction,
+    draws: int | None = None,
+    mode: Mode = "common",
+    batch_size: int = 256,
+    generator: torch.Generator | None = None,
+    memory: int = 2**31,
+    progress: bool = False,
+) -> OrbitOutputs:
+    """The outputs of every draw for every input under every group element, of a regression, a field or a segmentation.
+
+    As `orbit_predictions`, which is for class probabilities, with the same arguments and refusals; outputs may have any
+    shape that the action on outputs has, and their signs may change.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import symbnn as sb
+    >>> turn = sb.field(sb.rotations(), (1, 8, 8))
+    >>> pair = sb.bayesianize(nn.Conv2d(1, 1, 3, padding=1), turn, (1, 8, 8), output=turn)
+    >>> sb.orbit_outputs(pair.network, torch.rand(5, 1, 8, 8), pair.action, draws=3).outputs.shape
+    torch.Size([3, 5, 4, 1, 8, 8])
+    """
+    check_kind(action, (NetworkAction, Equivariance), "The action on inputs and outputs",
+               "network_action(network, action), or Equivariance(action, output)")
+    found = _over_orbit(predictor, inputs, action, draws, mode, batch_size, generator, memory, progress,
+                        partial(_as_they_are, action))
+    return OrbitOutputs(found, action.group.elements(), mode)
+
+
+def _as_they_are(action: Equivariance | NetworkAction, outputs: Tensor, draws: int, rows: int) -> Tensor:
+    """The outputs, once they are seen to be some on which the group acts."""
+    expected = (draws, rows, *action.output.shape)
+    require(tuple(outputs.shape) == expected and outputs.is_floating_point(),
+            f"real outputs of shape {expected} (draws, inputs, one output)", f"shape {tuple(outputs.shape)} of "
+            f"{outputs.dtype}", "an action on other outputs than the predictor's",
+            f"Equivariance(action, output) with an output action on {tuple(outputs.shape[2:])}")
+    return outputs
+
+
+def _probabilities(action: Equivariance | NetworkAction, logits: Tensor, draws: int, rows: int) -> Tensor:
+    """The softmax of logits, once they are seen to be some."""
+    _check_outputs(logits, draws, rows, action)
+    return logits.softmax(-1)
+
+
+def _over_orbit(
+    predictor: Predictor, inputs: Tensor, action: Equivariance | NetworkAction, draws: int | None, mode: Mode,
+    batch_size: int, generator: torch.Generator | None, memory: int, progress: bool,
+    read: Callable[[Tensor, int, int], Tensor],  # outputs, numbers of draws and rows
+) -> Float[Tensor, "S N G ..."]:
+    """What is read off the outputs at all moved inputs, moved back; see `orbit_predictions`."""
     draws = _check_draws(predictor, draws, mode)
     check_count(batch_size, "The batch size", "batch_size=256")
     check_count(memory, "The memory of the result in bytes", "memory=2**31", most=SIZE_LIMIT)
@@ -230,7 +297,7 @@ def orbit_predictions(
     device = _check_inputs(predictor, inputs, action)
     elements = action.group.elements()
     kind = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
-    shape = (draws, len(inputs), len(elements), math.prod(action.output.shape))
+    shape = (draws, len(inputs), len(elements), *action.output.shape)
     _check_memory(shape, kind, memory)
     found = torch.empty(shape, dtype=kind, device=device)
     turns = [range(len(elements))] if mode == "common" else [[k] for k in range(len(elements))]
@@ -241,16 +308,15 @@ def orbit_predictions(
             for start in range(0, len(inputs), batch_size):
                 batch = inputs[start : start + batch_size].to(device)
                 turned = torch.cat([action.input.act(elements[k], batch) for k in together])
-                logits = (shared or _draw(predictor, draws, generator))(turned)
-                _check_outputs(logits, draws, len(turned), action)
-                for k, part in zip(together, logits.softmax(-1).split(len(batch), 1), strict=True):
+                values = read((shared or _draw(predictor, draws, generator))(turned), draws, len(turned))
+                for k, part in zip(together, values.split(len(batch), 1), strict=True):
                     back = action.output.act(action.group.inverse(elements[k]), part)
                     found[:, start : start + len(batch), k] = back
                 if counted is not None:
                     counted.update(len(turned))
-    return OrbitPredictions(found, elements, mode)
+    return found
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #3fe23396-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #641d2486-0
 def _check_action(action: Equivariance | NetworkAction) -> None:
     """`Refusal` unless the action is one on inputs and on class probabilities."""
     unmoved = "Equivariance(action, Action.trivial(action.group, (10,))) for ten classes that stay"
@@ -309,8 +375,8 @@ def _check_inputs(predictor: Predictor, inputs: Tensor, action: Equivariance | N
             "members of an ensemble on one device and of one type",
             ", ".join(f"{parameter.dtype} on {parameter.device}" for parameter in first),
             "networks that were trained apart", "[network.to(inputs) for network in networks]")
-    if first and inputs.dtype != first[0].dtype:
-        real = inputs.is_floating_point()
+    real = inputs.is_floating_point()
+    if first and inputs.dtype != first[0].dtype and (real or inputs.dtype == torch.uint8):
         raise Refusal(f"inputs of {first[0].dtype}, the type of the network", got=str(inputs.dtype),
                       cause="NumPy's type for real numbers, or another precision" if real else
                       "whole numbers from an image file", fix=f"inputs.to({first[0].dtype})" + (
@@ -324,12 +390,12 @@ def _check_inputs(predictor: Predictor, inputs: Tensor, action: Equivariance | N
     return first[0].device if first else inputs.device
 
 
-def _check_memory(shape: tuple[int, int, int, int], kind: torch.dtype, memory: int) -> None:
+def _check_memory(shape: tuple[int, ...], kind: torch.dtype, memory: int) -> None:
     """`Refusal` where the result is too large."""
-    draws, inputs, turns, classes = shape
+    draws, inputs, turns, classes = *shape[:3], math.prod(shape[3:])
     size = math.prod(shape) * kind.itemsize
     require(size <= memory, f"predictions that fit into memory={memory:,} bytes",
-            f"{size:,} bytes: {draws} draws, {inputs} inputs, {turns} turns, {classes} classes",
+            f"{size:,} bytes: {draws} draws, {inputs} inputs, {turns} turns, {classes} outputs",
             "more draws than the metrics need, or a large test set",
             f"draws={max(1, draws * memory // max(1, size))} or fewer, fewer inputs, or memory={size}")
 

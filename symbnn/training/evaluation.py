@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAWS', 'Scores', 'evaluate']
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #66b7ae07-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #23e8ad09-0
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,18 +14,26 @@ from torch import nn
 
 from ..data.containers import as_split
 from ..data.splits import Split
+from ..equivariance.measures import summarize_outputs
 from ..equivariance.metrics import summarize
-from ..equivariance.predictions import Equivariance, Mode, Predictor, orbit_predictions
+from ..equivariance.predictions import Equivariance, Mode, Predictor, orbit_outputs, orbit_predictions
 from ..equivariance.symmetric import Symmetric
 from ..errors import check_kind, check_seed
 from ..posterior.layers import is_variational
+from ..posterior.likelihoods import Categorical, Likelihood
 from ..posterior.sampling import predict
 from ..posterior.structures import one_tensor
 from ..symmetry.actions import Action
 from ..symmetry.groups import Cyclic
 from ..symmetry.networks import NetworkAction
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #6ad020ef-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #296ddc74-0
+_MAIN = {  # what is printed of the metrics that are there: words before and behind
+    "accuracy": ("accuracy", ""), "mean_iou": ("mean IoU", ""), "rmse": ("RMSE", ""), "nll_nats": ("NLL", " nats"),
+    "crps": ("CRPS", ""), "ece": ("calibration error", ""), "coverage_90": ("coverage of 90 % intervals", ""),
+}
+
+
 @dataclass(frozen=True)
 class Scores(Mapping[str, float]):
     """All metrics of one predictor on one split by name, as `summarize` gives them; prints the main ones."""
@@ -42,15 +50,14 @@ class Scores(Mapping[str, float]):
         return len(self.metrics)
 
     def __str__(self) -> str:
-        parts = [f"accuracy {self['accuracy']:.5f}", f"NLL {self['nll_nats']:.5f} nats",
-                 f"calibration error {self['ece']:.5f}"]
+        parts = [f"{word} {self[name]:.5f}{unit}" for name, (word, unit) in _MAIN.items() if name in self]
         if "defect_unbiased" in self:
             parts.append(f"defect {self['defect_unbiased']:.5f} ± {self['defect_unbiased_se_draws']:.5f}")
         elif "defect_plugin" in self:
             parts.append(f"defect {self['defect_plugin']:.5f}")
         return ", ".join(parts)
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #1d8bec27-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #43e67d25-0
 DRAWS = 64  # of the weights of a Bayesian network, where the caller says nothing
 
 
@@ -69,20 +76,22 @@ def _still(predictor: Predictor, data: Split) -> Equivariance:
 
 def evaluate(
     predictor: Symmetric | Predictor,
-    data: object,  # what `as_split` takes, with class labels
+    data: object,  # what `as_split` takes
     action: Equivariance | NetworkAction | None = None,  # for a predictor that is no pair; None: no symmetry
     *,
+    likelihood: Likelihood = Categorical(),  # of the targets
     draws: int | None = None,  # of the weights of a Bayesian network; None: 64
     mode: Mode = "common",  # how draws are shared between turns, see `orbit_predictions`
     seed: int = 0,  # of the draws
     batch_size: int = 256,
     progress: bool = False,
 ) -> Scores:
-    """Every metric of `summarize` for a predictor on a split of the data.
+    """The metrics that people of a task expect, of a predictor on a split of the data: for one class label an input
+    those of `summarize`, for other targets those of `summarize_outputs`.
 
     `predictor` is a `Symmetric`, whose action is used, or what `orbit_predictions` takes: a Bayesian network, a plain
-    one, a function from a batch to logits, or a list of those. Networks are evaluated, and left as they are. Raises
-    `Refusal` as `orbit_predictions` and `summarize` do.
+    one, a function from a batch to outputs, or a list of those. Networks are evaluated, and left as they are. Raises
+    `Refusal` as `orbit_predictions`, `summarize` and `summarize_outputs` do.
 
     >>> import symbnn as sb
     >>> digits = sb.load("digits")
@@ -91,6 +100,7 @@ def evaluate(
     True
     """
     data = as_split(data, "the data to evaluate on")
+    check_kind(likelihood, Likelihood, "The likelihood", "likelihood=Categorical(), or likelihood=Gaussian(0.1)")
     check_seed(seed)
     if isinstance(predictor, Symmetric):
         check_kind(action, type(None), "The action beside a pair, which has its own", "evaluate(pair, data)")
@@ -101,5 +111,8 @@ def evaluate(
     device = next((parameter.device for parameter in predictor.parameters()), None) if isinstance(
         predictor, nn.Module) else None
     generator = torch.Generator(device or "cpu").manual_seed(seed)
-    found = orbit_predictions(predictor, data.inputs, action, draws, mode, batch_size, generator, progress=progress)
-    return Scores(summarize(found, data.labels))
+    if isinstance(likelihood, Categorical) and len(action.output.shape) == 1:
+        found = orbit_predictions(predictor, data.inputs, action, draws, mode, batch_size, generator, progress=progress)
+        return Scores(summarize(found, data.labels))
+    outputs = orbit_outputs(predictor, data.inputs, action, draws, mode, batch_size, generator, progress=progress)
+    return Scores(summarize_outputs(outputs, data.targets, likelihood))
