@@ -76,7 +76,7 @@ def _call_layer(module: nn.Module, number: int, *inputs: Any) -> Tensor:
             "settings that are passed to forward", "settings that are passed to the layer's __init__")
     return _layer_operator(list(inputs), list(_named(module).values()), number)
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #8fa545b8-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #6ecf1b2a-0
 class Graph(NamedTuple):
     """A traced forward pass."""
 
@@ -107,7 +107,8 @@ def _exported(module: nn.Module, example: tuple[Any, ...], options: Mapping[str,
     from torch.export import export
     with _quiet(), torch.no_grad():
         program = export(module, example, dict(options), strict=False)
-        return program if all(map(_writes_unseen, program.graph.nodes)) else program.run_decompositions({})
+        plain = all(_writes_unseen(node) and not _wraps(node) for node in program.graph.nodes)
+        return program if plain else program.run_decompositions({})
 
 
 def _exported_in_silence(module: nn.Module, example: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
@@ -178,6 +179,11 @@ def _writes_unseen(node: fx.Node) -> bool:
     target = node.args[0]
     return isinstance(target, fx.Node) and len(target.users) == 1 and target.op == "call_function" and (
         getattr(getattr(target.target, "overloadpacket", None), "__name__", "") in FRESH)
+
+
+def _wraps(node: fx.Node) -> bool:
+    """Whether an operator is a graph of its own, as under autocast, which stands in line once it is decomposed."""
+    return str(getattr(node.target, "__name__", "")).startswith("wrap_with_")
 
 
 LOGGERS = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
