@@ -18,7 +18,7 @@ from .operations import Rule
 from .pieces import select, slice_
 from .views import reshape
 
-# %% ../../nbs/1_symmetry/13b_packed.ipynb #2bb6f6dc-0
+# %% ../../nbs/1_symmetry/13b_packed.ipynb #a4db816e-0
 VIEWS, ARRANGED = ("view", "reshape", "unflatten"), ("contiguous", "clone", "alias", "detach")
 
 
@@ -47,8 +47,9 @@ def _place_behind(node: fx.Node, place: int) -> int | None:
         return place
     if name == "transpose":
         return at[1 - at.index(place)] if place in at else place
-    if name == "permute" and isinstance(node.args[1], Sequence):
-        return [its % ndim for its in node.args[1]].index(place)
+    order: Any = node.args[1] if len(node.args) > 1 else ()
+    if name == "permute" and isinstance(order, Sequence):
+        return [its % ndim for its in order].index(place)
     if name == "unsqueeze":
         return place + (at[0] <= place)
     if name == "squeeze" and len(at) == 1 and at[0] != place:

@@ -19,7 +19,7 @@ from .features import Features, Site, joined
 from .operations import Places, as_features, broadcast, operator_rule, summed
 from .views import CUT, as_grid, expand_axes, position, positions, regrouped
 
-# %% ../../nbs/1_symmetry/09b_pieces.ipynb #4a08d497-0
+# %% ../../nbs/1_symmetry/09b_pieces.ipynb #4cd99a25-0
 @operator_rule("select")
 def select(site: Site, x: Any, dim: int, index: int) -> Any:
     """One place along an axis, which has to stay where it is."""
@@ -254,7 +254,7 @@ def index_select(site: Site, x: Any, dim: int, index: Any) -> Features:
     site.ledger.still(site, x.axes[dim], "places that are chosen by their numbers, along an axis that the group moves",
                       "all places, or a group that leaves this axis as it is")
     if _one_place(index):  # as for tokens that are all of one type
-        row = Features((*x.axes[:dim], *[()] * index.ndim, *x.axes[dim + 1:]))
+        row = Features((*x.axes[:dim], *[()] * len(index.shape), *x.axes[dim + 1:]))
         return expand_axes(site, row, [*x.shape[:dim], *index.shape, *x.shape[dim + 1:]])
     chosen = index.axes if isinstance(index, Features) else tuple((Still(size),) for size in index.shape)
     return Features((*x.axes[:dim], *chosen, *x.axes[dim + 1:]))
