@@ -7,7 +7,7 @@ __all__ = ['ORDER_OF', 'IN_ORDER', 'RANKED', 'FOURIER', 'select', 'narrow', 'sli
            'stack', 'Stacked', 'flip', 'roll', 'rot90', 'cumulated', 'extreme_so_far', 'diff', 'triangle',
            'index_select', 'index', 'positional', 'ranked', 'sorted_first', 'quantile', 'fourier', 'unfold']
 
-# %% ../../nbs/1_symmetry/09b_pieces.ipynb #2d834b30-0
+# %% ../../nbs/1_symmetry/09b_pieces.ipynb #b116c49f-0
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .axes import Axis, Grid, Still, axis_size, grid_moves, is_still, resolved
-from .features import Features, Site, joined
+from .features import Features, Site, joined, of_batch
 from .operations import Places, as_features, broadcast, operator_rule, summed
 from .views import CUT, as_grid, expand_axes, position, positions, regrouped
 
-# %% ../../nbs/1_symmetry/09b_pieces.ipynb #4cd99a25-0
+# %% ../../nbs/1_symmetry/09b_pieces.ipynb #85a560df-0
 @operator_rule("select")
 def select(site: Site, x: Any, dim: int, index: int) -> Any:
     """One place along an axis, which has to stay where it is."""
@@ -319,6 +319,8 @@ def ranked(site: Site, x: Features, *arguments: Any, **options: Any) -> tuple:
 
 def _in_one_line(site: Site, x: Features, dim: int) -> None:
     """Ask of numbers that are ranked along one axis that they stay together, and have no signs."""
+    if any(map(of_batch, resolved(x.axes[dim]))):
+        site.refuse("an order of all examples", "numbers that are ranked along the batch", "dim=1, or another axis")
     site.ledger.unsigned(site, x.axes, RANKED)
     site.ledger.closed(site, [x.axes[dim]], "orders numbers along one axis", "x.flatten(1), all axes together")
 

@@ -138,6 +138,7 @@ REFUSED = {
     "distances to places that stay": (lambda n, x: torch.cdist(x, n.c), VECTORS, {"c": torch.eye(3)[:2]}, "constant"),
     "a quantile along one axis of two": (lambda n, x: x.quantile(0.5, -1), IMAGE, {}, "exchange"),
     "a quantile with signs": (lambda n, x: x.quantile(0.5, 1), VECTORS, {}, "change of sign"),
+    "an order of examples": (lambda n, x: torch.msort(x), SET, {}, "ranked along the batch"),
     "a quantile of all": (lambda n, x: torch.quantile(x, 0.5), SET, {}, "batch"),
     "an order that is learned": (lambda n, x: x.quantile(torch.sigmoid(n.q), 1), SET,
                                  {"q": nn.Parameter(torch.zeros(1))}, "order that is learned"),
