@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER_OF', 'IN_ORDER', 'RANKED', 'FOURIER', 'select', 'narrow', 'slice_', 'written', 'split', 'unbind', 'cat',
-           'stack', 'Stacked', 'flip', 'roll', 'rot90', 'cumulated', 'extreme_so_far', 'diff', 'triangle',
-           'index_select', 'index', 'positional', 'ranked', 'sorted_first', 'quantile', 'fourier', 'unfold']
+           'stack', 'real_and_imaginary', 'Stacked', 'flip', 'roll', 'rot90', 'cumulated', 'extreme_so_far', 'diff',
+           'triangle', 'index_select', 'index', 'positional', 'ranked', 'sorted_first', 'quantile', 'fourier', 'unfold']
 
 # %% ../../nbs/1_symmetry/09b_pieces.ipynb #b116c49f-0
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .features import Features, Site, joined, of_batch
 from .operations import Places, as_features, broadcast, operator_rule, summed
 from .views import CUT, as_grid, expand_axes, position, positions, regrouped
 
-# %% ../../nbs/1_symmetry/09b_pieces.ipynb #85a560df-0
+# %% ../../nbs/1_symmetry/09b_pieces.ipynb #6e1e4b88-0
 @operator_rule("select")
 def select(site: Site, x: Any, dim: int, index: int) -> Any:
     """One place along an axis, which has to stay where it is."""
@@ -130,6 +130,12 @@ def stack(site: Site, tensors: Sequence[Any], dim: int = 0) -> Features:
         broadcast(site, parts[0], other, summed)
     dim = position(site, parts[0], dim, more=1)
     return Features((*parts[0].axes[:dim], (Still(len(parts)),), *parts[0].axes[dim:]))
+
+
+@operator_rule("view_as_real")
+def real_and_imaginary(site: Site, x: Features) -> Features:
+    """Complex numbers as pairs along a new last axis."""
+    return Features((*x.axes, (Still(2),)))
 
 
 class Stacked:

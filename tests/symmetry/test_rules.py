@@ -144,6 +144,7 @@ def cases():
     """A case for each rule by its name."""
     table = several(" ".join(n for n in (*ODD, *EVEN, *OTHER) if hasattr(torch.ops.aten, n)), lambda op, x: op(x / 2))
     table |= several("imag", lambda op, x: op(x * torch.tensor(1 + 2j)))
+    table |= several("view_as_real", lambda op, x: op(torch.fft.fft(x, dim=1)))
     table |= several("log log2 log10 log1p sqrt rsqrt lgamma digamma logit", lambda op, x: op(positive(x) / 9))
     table |= several("asin arcsin atanh arctanh erfinv acos arccos tan", lambda op, x: op(within(x)))
     table |= several("acosh arccosh reciprocal", lambda op, x: op(1 + positive(x)))
