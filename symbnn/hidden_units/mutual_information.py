@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['InformationMethod', 'infonce', 'MutualInformation', 'InformationEstimator', 'mutual_information']
 
-# %% ../../nbs/4_hidden_units/06_mutual_information.ipynb #5e6d5600-0
+# %% ../../nbs/4_hidden_units/06_mutual_information.ipynb #8a59106d-0
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Literal, get_args
@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from ..equivariance.mixture import OrbitMixture
 from ..equivariance.projected_gradients import check_prior
-from ..errors import Refusal, check_choice, check_count, check_kind, check_tensor, require
+from ..errors import check_choice, check_count, check_kind, check_tensor, require
 from ..estimates import Estimate, Kind, with_error
-from .modes import Coordinates, unit_coordinates
+from .modes import Coordinates
 from .permanents import EXACT_UNITS, log_bethe_permanent, log_capacity, log_permanent, propose
-from .unit_densities import unit_log_densities, unit_rule
-from ..posterior.family import Family
+from .subgroups import unit_subgroup
+from .unit_densities import unit_log_densities
 from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Weights, predict, sample_weights
-from ..symmetry.groups import Permutations, Product
+from ..symmetry.groups import Element
 from ..symmetry.networks import NetworkAction, check_acting, intertwining_error
 
 # %% ../../nbs/4_hidden_units/06_mutual_information.ipynb #4ea92c2f-0
@@ -44,77 +44,19 @@ def infonce(log_densities: Float[Tensor, "S K"]) -> Float[Tensor, "S"]:
             "torch.cat([own[:, None], negatives], 1)")
     return math.log(K) + log_densities[..., 0] - log_densities.logsumexp(-1)
 
-# %% ../../nbs/4_hidden_units/06_mutual_information.ipynb #62aaa164-0
-def _hidden_classes(action: NetworkAction) -> dict[str, int]:
-    """The channel classes of two or more units that the group permutes freely, with their sizes; none for any other
-    group."""
-    sizes = {name: moves.numel for name, moves in action.channels.items() if name not in ("input", "output")}
-    free = action.group == Product(*map(Permutations, sizes.values()))
-    return {name: size for name, size in sizes.items() if free and size > 1}
-
-
-def _factors(network: nn.Module, action: NetworkAction) -> tuple[dict[str, Coordinates], str]:
-    """The classes over whose units the posterior factorises, and why others are left out."""
-    found, reasons = {}, []
-    for hidden in _hidden_classes(action):
-        try:
-            found[hidden] = unit_coordinates(action, hidden)
-        except Refusal as refusal:
-            reasons.append(f"units of {hidden!r} share weights ({refusal.got})")
-    posteriors = {name: tensor.posterior for name, tensor in variational_tensors(network).items()}
-    for hidden, coordinates in list(found.items()):
-        found[hidden] = coordinates = {name: at for name, at in coordinates.items() if name in posteriors}
-        if not coordinates:
-            del found[hidden]
-            reasons.append(f"no weight of the units of {hidden!r} has a posterior")
-        why = next((reason for name in coordinates if (reason := _no_units(name, posteriors[name]))), "")
-        if why:
-            del found[hidden]
-            reasons.append(why)
-    return found, "; ".join(reasons) or "the group does not permute hidden units"
-
-
-def _no_units(name: str, posterior: Family) -> str:
-    """Why the density of a tensor's weights is no product over units; empty where it is one."""
-    try:
-        unit_rule(posterior)
-    except Refusal as refusal:
-        return f"the law of {name!r} does not factorise over units ({refusal.got}: {refusal.cause})"
-    return ""
-
-
-def _share_weights(one: Coordinates, other: Coordinates) -> bool:
-    return any(bool(torch.isin(one[name], other[name]).any()) for name in one.keys() & other.keys())
-
-
-def _heaviest(classes: Mapping[str, Coordinates]) -> dict[str, Coordinates]:
-    """Classes no two of which share weights, with the largest subgroup."""
-    if not classes:
-        return {}
-    (first, own), *rest = classes.items()
-    without = _heaviest(dict(rest))
-    apart = {name: other for name, other in rest if not _share_weights(own, other)}
-    taken = {first: own, **_heaviest(apart)}
-    return taken if _log_order(taken) >= _log_order(without) else without
-
-
-def _sizes(classes: Mapping[str, Coordinates]) -> list[int]:
-    return [len(next(iter(coordinates.values()))) for coordinates in classes.values()]
-
-
-def _log_order(classes: Mapping[str, Coordinates]) -> float:
-    return sum(math.lgamma(n + 1) for n in _sizes(classes))
-
-# %% ../../nbs/4_hidden_units/06_mutual_information.ipynb #8716747f-0
+# %% ../../nbs/4_hidden_units/06_mutual_information.ipynb #4e1c89c5-0
 InformationMethod = Literal[
-    "auto", "enumeration", "permanent", "bethe", "marginal", "capacity", "infonce", "importance", "importance_upper"
+    "auto", "enumeration", "permanent", "bethe", "marginal", "capacity", "infonce", "alternating", "importance",
+    "importance_upper",
 ]
 _SIDES: dict[str, Kind] = {
     "enumeration": "exact", "permanent": "exact", "bethe": "upper", "marginal": "upper", "capacity": "lower",
     "infonce": "lower", "importance": "lower", "importance_upper": "upper",
 }
 _OF_A_SUBGROUP: dict[Kind, Kind] = {"exact": "lower", "lower": "lower", "upper": "estimate"}
-_LISTED = 1000  # the largest group that method="auto" lists
+_LISTED = 1000  # the largest group that is listed unless it is asked for
+_SUMS = 2**22  # of all permanents of one draw, up to which method="auto" alternates
+_EXACT = 16  # units up to which permanents are exact unless it is asked for
 _TOLERANCE = 1e-3  # of column sums, for values, whose error is of second order in it; gradients iterate further
 _AT_ONCE = 2**22  # entries of the matrices of draws that are taken together
 _WIDE = 256  # units beyond which the iterations run in float32, on differences taken in float64
@@ -131,12 +73,13 @@ class MutualInformation(Estimate):
     reason: str  # why this method, and what it leaves out
     within: float  # the most by which the expectation can differ from I; infinite where that is not known
     ceiling: float  # log |G|, which I cannot exceed
+    units: tuple[str, ...] = ()  # the classes of hidden units whose permutations are counted
 
     def __str__(self) -> str:
         value = with_error(self.value, self.standard_error)
         return f"I {self.relation} {value} of at most {self.ceiling:.4g} nats ({self.method}: {self.reason})"
 
-# %% ../../nbs/4_hidden_units/06_mutual_information.ipynb #470789f1-0
+# %% ../../nbs/4_hidden_units/06_mutual_information.ipynb #1e56ae19-0
 class InformationEstimator:
     """I = KL(q || q^G) of a network's posterior, prepared for repeated use; `mutual_information` uses it once.
 
@@ -153,25 +96,29 @@ class InformationEstimator:
         check_count(K, "The number K of elements that are compared", "K=64", least=2)
         self.network, self.action, self.K, self._priors_checked = network, action, K, False
         _check_preserved(network, action)
-        factors, self._excluded = _factors(network, action)
-        self.classes = _heaviest(factors)
-        hidden = _hidden_classes(action)
-        self.whole = bool(self.classes) and len(self.classes) == len(hidden)
+        self.subgroup = unit_subgroup(network, action)
+        self.classes, self.whole = self.subgroup.apart, self.subgroup.whole
         self.method, self.reason = self._choose(method)
         self.ceiling = math.log(action.group.order)
         self.mixture = OrbitMixture(network, action) if self.method == "enumeration" else None
 
     def _choose(self, method: InformationMethod) -> tuple[str, str]:
         """The method, and why it is this one."""
-        largest = max(_sizes(self.classes), default=0)
-        part = "" if self.whole else f"; a lower bound from the layers {list(self.classes)}, which share no weights"
+        largest, excluded = self.subgroup.largest, self.subgroup.excluded
+        part = "" if self.whole else f"; a lower bound from {_counted(self.classes)} alone: {excluded}"
         if method == "auto":
             return self._automatic(largest, part)
         if method in ("enumeration", "infonce"):
             return method, "asked for"
-        instead = "enumeration" if self.action.group.order <= _LISTED else "infonce"
+        if method == "alternating":
+            require(bool(self.subgroup.sizes), "a group that permutes hidden units", self.action.group.name,
+                    "a symmetry of the data", 'method="auto"')
+            return method, f"asked for; {self._alternation()}"
+        small = self.action.group.order <= _LISTED
+        instead = "enumeration" if small else "alternating" if self.subgroup.sizes else "infonce"
         require(bool(self.classes), "a posterior that is a product over the hidden units that the group permutes",
-                self._excluded, "a group of another kind, correlated weights, or units tied by a sum",
+                excluded, "a group of another kind, correlated weights, or weights that belong to two units, as of a "
+                "layer that is added to its own input: of these the mixture is no permanent",
                 f'method="{instead}"')
         require(method != "permanent" or largest <= EXACT_UNITS, f"at most {EXACT_UNITS} units a layer for the exact "
                 "permanent", f"{largest} units, which take 2^{largest} sums", "a wide layer",
@@ -179,18 +126,33 @@ class InformationEstimator:
         return method, "asked for" + part
 
     def _automatic(self, largest: int, part: str) -> tuple[str, str]:
-        order = self.action.group.order
+        order, exact = self.action.group.order, largest <= _EXACT
         if self.whole:
-            return "permanent" if largest <= 16 else "bethe", f"one permanent of {largest} units a layer"
+            return "permanent" if exact else "bethe", f"one permanent of {largest} units a layer"
         if order <= _LISTED:
             return "enumeration", f"all {order} elements of {self.action.group.name}"
+        sums = self.subgroup.rest.order * sum(2**min(n, 64) * n for n in _sizes(self.classes))
+        if self.classes and exact and self._listed and sums <= _SUMS:
+            return "alternating", self._alternation()
         if self.classes:
-            return "permanent" if largest <= 16 else "capacity", f"layers of up to {largest} units{part}"
-        return "infonce", f"{self._excluded}, and {self.action.group.name} is too large to list"
+            return "permanent" if exact else "capacity", f"layers of up to {largest} units{part}"
+        return "infonce", f"{self.subgroup.excluded}, and {self.action.group.name} is too large to list"
+
+    @property
+    def _listed(self) -> bool:
+        """Whether all permutations of the classes that are left out are listed where methods alternate."""
+        return self.subgroup.rest.order <= _LISTED
+
+    def _alternation(self) -> str:
+        rest = self.subgroup.rest
+        listed = f"all {rest.order}" if self._listed else f"{self.K} random"
+        return f"{listed} permutations of {_counted(self.subgroup.left_out)}, permanents of {_counted(self.classes)}"
 
     @property
     def kind(self) -> Kind:
         """What the expectation of an estimate is with respect to I."""
+        if self.method == "alternating":
+            return "exact" if self._listed and self.subgroup.largest <= _EXACT else "lower"
         side = _SIDES[self.method]
         if self.whole or self.method in ("enumeration", "infonce"):
             return side
@@ -199,7 +161,7 @@ class InformationEstimator:
     @property
     def within(self) -> float:
         """The most by which the expectation can differ from I, in nats."""
-        if self.method == "enumeration" or (self.whole and self.method == "permanent"):
+        if self.kind == "exact":
             return 0.0
         sizes = _sizes(self.classes)
         widths = {"bethe": sum(n for n in sizes if n > 1) * math.log(2) / 2,
@@ -222,8 +184,8 @@ class InformationEstimator:
             logs = self.mixture.log_densities(weights)
             own = self.mixture.elements.index(self.action.group.identity())
             return math.log(len(logs)) + logs[own] - logs.logsumexp(0)
-        if self.method == "infonce" and not self.whole:
-            return self._infonce_by_elements(weights, generator)
+        if self.method == "alternating" or (self.method == "infonce" and not self.whole):
+            return self._by_elements(weights, generator)
         matrices = [unit_log_densities(self.network, weights, c) for c in self.classes.values()]
         if self.method == "infonce":
             return self._infonce_by_units(matrices, generator)
@@ -239,10 +201,10 @@ class InformationEstimator:
             drop = int(self.method == "importance_upper")  # the identity, which is the first
             chosen, log_r = (part[:, drop:] for part in propose(marginals, self.K + drop, generator))
             total = (_products(log_a, chosen) - log_r).logsumexp(-1) - math.log(self.K)
-        elif self.method == "permanent":
+        elif self.method == "permanent" or (self.method == "alternating" and n <= _EXACT):
             total = log_permanent(log_a).value
         else:
-            side = {"bethe": log_bethe_permanent, "capacity": log_capacity}[self.method]
+            side = log_bethe_permanent if self.method == "bethe" else log_capacity
             total = side(log_a.float() if n > _WIDE else log_a, _TOLERANCE).value.double()
         return math.lgamma(n + 1) - total
 
@@ -256,15 +218,29 @@ class InformationEstimator:
             logs = logs + _products(log_a, keys.argsort(-1))
         return infonce(logs)
 
-    def _infonce_by_elements(self, weights: Weights, generator: torch.Generator | None) -> Tensor:
-        """The weights of every draw are moved by elements of its own."""
-        rows = []
+    def _by_elements(self, weights: Weights, generator: torch.Generator | None) -> Tensor:
+        """The weights of every draw are moved by elements of its own; permanents are taken at each of them."""
+        rows, classes = [], self.classes.values() if self.method == "alternating" else ()
         for s in range(len(next(iter(weights.values())))):
-            one = {name: weight[s : s + 1] for name, weight in weights.items()}
-            elements = [self.action.group.identity(), *self.action.group.sample(self.K - 1, generator)]
-            turned = [self.action.act(g, one) for g in elements]  # g and its inverse are equally likely
-            rows.append(_log_density(self.network, {name: torch.cat([t[name] for t in turned]) for name in one}))
-        return infonce(torch.stack(rows))
+            one = {name: weight[s : s + 1].double() for name, weight in weights.items()}
+            turned = [self.action.act(g, one) for g in self._elements(generator)]  # g and its inverse: equally likely
+            moved = {name: torch.cat([its[name] for its in turned]) for name in one}
+            logs = _log_density(self.network, moved)
+            for at in classes:
+                logs = logs - self._of_matrix(unit_log_densities(self.network, moved, at), generator)
+            rows.append(_log_density(self.network, one)[0] + math.log(len(turned)) - logs.logsumexp(0))
+        return torch.stack(rows)
+
+    def _elements(self, generator: torch.Generator | None) -> list[Element]:
+        """The identity and random elements; of the classes that are left out, or all of theirs, where methods
+        alternate."""
+        alternate = self.method == "alternating"
+        group = self.subgroup.rest if alternate else self.action.group
+        if alternate and self._listed:
+            chosen = list(group.elements())
+        else:
+            chosen = [group.identity(), *group.sample(self.K - 1, generator)]
+        return list(map(self.subgroup.element, chosen)) if alternate else chosen
 
     def __call__(self, draws: int = 64, generator: torch.Generator | None = None) -> MutualInformation:
         """The estimate from fresh draws of the weights, in pieces that bound the memory. `Refusal` below two draws."""
@@ -277,7 +253,12 @@ class InformationEstimator:
         values = torch.cat([self.values(sample_weights(self.network, n, generator), generator) for n in counts])
         mean = Estimate.mean_of(values)
         return MutualInformation(mean.value, mean.standard_error, self.kind, method=self.method, reason=self.reason,
-                                 within=self.within, ceiling=self.ceiling)
+                                 within=self.within, ceiling=self.ceiling, units=self._units())
+
+    def _units(self) -> tuple[str, ...]:
+        """The classes whose permutations are counted."""
+        everything = self.method in ("enumeration", "infonce", "alternating")
+        return tuple(self.subgroup.sizes if everything else self.classes)
 
 
 def _products(log_a: Float[Tensor, "S n n"], chosen: Tensor) -> Float[Tensor, "S K"]:
@@ -287,8 +268,18 @@ def _products(log_a: Float[Tensor, "S n n"], chosen: Tensor) -> Float[Tensor, "S
 
 
 def _log_density(network: nn.Module, weights: Weights) -> Float[Tensor, "S"]:
-    logs = [t.posterior.log_prob(weights[name]).double() for name, t in variational_tensors(network).items()]
-    return sum(logs, torch.zeros(()))
+    """log q of draws in float64."""
+    wide = {name: its.posterior.in_dtype(torch.float64) for name, its in variational_tensors(network).items()}
+    return sum((posterior.log_prob(weights[name]) for name, posterior in wide.items()), torch.zeros(()))
+
+
+def _sizes(classes: Mapping[str, Coordinates]) -> list[int]:
+    return [len(next(iter(coordinates.values()))) for coordinates in classes.values()]
+
+
+def _counted(names: Collection[str]) -> str:
+    """Classes of units in words."""
+    return f"the units of {', '.join(map(repr, names))}" if names else "no units"
 
 
 def _check_preserved(network: nn.Module, action: NetworkAction) -> None:
@@ -331,7 +322,8 @@ def mutual_information(
     """What the weights of a network tell about the group, I = KL(q || q^G) in nats, and what the ELBO of q^G gains.
 
     `method="auto"` takes the permanent of up to 16 units, its Bethe bound beyond, all elements of groups of order up to
-    1,000, permanents of every other layer of a deep network, and else InfoNCE with `K` elements; `reason` says so.
+    1,000, all permutations of some classes of units with permanents of the others where these are few enough, else
+    permanents of the classes that share no weights, and else InfoNCE with `K` elements; `reason` says so, and which.
     The mean over `draws` samples of the weights; for gradients there is `InformationEstimator.values`. Raises `Refusal`
     as `InformationEstimator`, and for fewer than two samples. Source: arXiv 2408.05496.
 

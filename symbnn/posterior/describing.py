@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['TensorLine', 'NetworkTable', 'describe']
 
-# %% ../../nbs/2_posterior/15b_describing.ipynb #e7ee030a-0
+# %% ../../nbs/2_posterior/15b_describing.ipynb #566932b8-0
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..binding import plain_network
-from ..errors import check_count
+from ..errors import check_count, check_kind, require, shortened
 from .calls import Batch
 from .family import Family
 from .folding import drawn_apart
@@ -23,9 +24,10 @@ from .layers import is_variational, posterior_mean_network, variational_tensors
 from .plans import execution_plan
 from .sampling import check_inputs, predict
 from .selection import places
-from ..symmetry.networks import check_network
+from ..symmetry.networks import NetworkAction, check_network
+from ..symmetry.words import action_in_words
 
-# %% ../../nbs/2_posterior/15b_describing.ipynb #7b33e478-0
+# %% ../../nbs/2_posterior/15b_describing.ipynb #133fe98b-0
 @dataclass(frozen=True)
 class TensorLine:
     """What `describe` says of one tensor, in words."""
@@ -35,6 +37,7 @@ class TensorLine:
     posterior: str
     prior: str
     path: str  # how several draws of it are run
+    action: str = ""  # how its axes move, where an action was given
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,10 @@ class NetworkTable:
     cost: str
 
     def __str__(self) -> str:
-        rows = [("tensor", "shape", "posterior", "prior", "path")]
-        rows += [(line.name, " x ".join(map(str, line.shape)) or "number", line.posterior, line.prior, line.path)
-                 for line in self.lines]
+        rows = [("tensor", "shape", "posterior", "prior", "path", "action")]
+        rows += [(line.name, " x ".join(map(str, line.shape)) or "number", line.posterior, line.prior, line.path,
+                  line.action) for line in self.lines]
+        rows = rows if any(line.action for line in self.lines) else [row[:-1] for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join(["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
                          + [self.cost])
@@ -96,7 +100,28 @@ def _names(network: nn.Module) -> dict[int, list[str]]:
         found.setdefault(id(module), []).append(name)
     return found
 
-# %% ../../nbs/2_posterior/15b_describing.ipynb #f78cd34e-0
+# %% ../../nbs/2_posterior/15b_describing.ipynb #4bf7c76c-0
+def _with_action(lines: Sequence[TensorLine], action: NetworkAction) -> list[TensorLine]:
+    """The same lines with a word on how the group moves each tensor; `Refusal` for another network's action."""
+    shapes = {name: tuple(moves.shape) for name, moves in action.parameters.items()}
+    first = [line.name.partition(" = ")[0] for line in lines]
+    unlike = [name for name, line in zip(first, lines) if shapes.get(name) != line.shape]
+    require(not unlike, "the action on this network's weights", f"one that has {shortened(unlike)} not, or in another "
+            "shape", "the action of another network", "network_action(network, action), or describe(pair.network)")
+    words = action_in_words(action)
+    return [replace(line, action=words[name]) for name, line in zip(first, lines)]
+
+
+def _taken_apart(network: Any, action: NetworkAction | None) -> tuple[Any, NetworkAction | None]:
+    """The network of a pair, and its action."""
+    own = getattr(network, "action", None)
+    paired = isinstance(own, NetworkAction) and isinstance(getattr(network, "network", None), nn.Module)
+    require(not paired or action is None, "an action once", "a pair of a network and its action, and another action",
+            "the action of the pair, which need not be given", "describe(pair)")
+    check_kind(action, (NetworkAction, NoneType), "The action on the network", "network_action(network, action)")
+    return (network.network, own) if paired else (network, action)
+
+# %% ../../nbs/2_posterior/15b_describing.ipynb #92eb9afc-0
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     """The shortest of three runs, after one that is not counted."""
     def timed() -> float:
@@ -129,14 +154,16 @@ def _measured_cost(network: nn.Module, x: Batch, draws: int) -> str:
             f"{several / once:.1f} times a plain pass of {1e3 * once:.3g} ms")
 
 
-def describe(network: nn.Module, x: Batch | None = None, *, draws: int = 8) -> NetworkTable:
+def describe(network: Any, x: Batch | None = None, *, draws: int = 8,
+             action: NetworkAction | None = None) -> NetworkTable:
     """Every tensor of a network: shape, posterior, prior, and the path of its draws; and what draws cost.
 
     Behind the name of a family stands the standard deviation of its weights. "runs of rows": the layer takes all draws
     in one pass; "one draw at a time": the network is run once for each draw. With inputs `x`, as in `predict`, the plan
-    for them is found, and predictions of `draws` draws are timed beside a pass of the plain network. Plain networks are
-    described, too: their names are those for `only=` and `skip=`. Raises `Refusal` for what is no network, and for
-    inputs that it does not take.
+    for them is found, and predictions of `draws` draws are timed beside a pass of the plain network. With an action, or
+    a `Symmetric` in the place of the network, a column says how the axes of each tensor move. Plain networks are
+    described, too: their names are those for `only=` and `skip=`. Raises `Refusal` for what is no network, for inputs
+    that it does not take, and for the action of another network.
 
     >>> from torch import nn
     >>> import symbnn as sb
@@ -146,9 +173,11 @@ def describe(network: nn.Module, x: Batch | None = None, *, draws: int = 8) -> N
     bias    2      MeanFieldGaussian 0.1  MeanFieldGaussian 1  runs of rows
     draws: all in one pass over S times the rows, if describe(network, x) finds no reason against it
     """
+    network, action = _taken_apart(network, action)
     check_network(network)
     check_count(draws, "The number of samples", "draws=8")
     plain = plain_network(network)
     random = _random_lines(plain, _names(plain)) if is_variational(plain) else []
     cost = _expected_cost(plain) if x is None or not random else _measured_cost(network, x, draws)
-    return NetworkTable((*random, *_still_lines(plain)), cost)
+    lines = [*random, *_still_lines(plain)]
+    return NetworkTable(tuple(lines if action is None else _with_action(lines, action)), cost)

@@ -21,7 +21,7 @@ from .groups import Cyclic, Element, Group, Permutations, Subgroup, left_regular
 from .hyperoctahedral import Signed
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #bd4135dc-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #7b8e8be8-0
 def _check_acted_on(shape: Sequence[int]) -> None:
     check_shape(shape, "the shape that a group acts on", "a tuple such as (3,) or (1, 28, 28)")
     check_memory(16 * math.prod(shape), "the map of a group element, an index and a sign for each coordinate,",
@@ -119,6 +119,13 @@ class Action:
         """The action of another group through a homomorphism into this one's, such as a factor of a product."""
         return Action(group, self.shape, partial(_through, self, homomorphism), self.name)
 
+    def restricted(self, start: int, size: int) -> "Action | None":
+        """The action on so many coordinates of one axis; None where an element moves one of them out (seen on
+        generators)."""
+        stays = all(bool(((start <= its) & (its < start + size)).all())
+                    for its in (self(g).index[start:start + size] for g in self.group.generators()))
+        return Action(self.group, (size,), partial(_restricted, self, start, size), self.name) if stays else None
+
     def agrees_with(self, other: "Action") -> bool:
         """Whether the two are the same action of the same group on the same coordinates (seen on generators)."""
         return self.group == other.group and self.numel == other.numel and all(
@@ -128,7 +135,7 @@ class Action:
         """Whether no element changes a sign (seen on generators)."""
         return all(self(g).is_unsigned for g in self.group.generators())
 
-# %% ../../nbs/1_symmetry/03_actions.ipynb #332f3ecb-0
+# %% ../../nbs/1_symmetry/03_actions.ipynb #6fbd59c3-0
 def unmoved(identity: SignedPermutation, g: Element) -> SignedPermutation:
     """The rule of an action that moves nothing: `identity` for every element."""
     return identity
@@ -141,6 +148,11 @@ def tensor_product(actions: Sequence[Action], g: Element) -> SignedPermutation:
 
 def _absolute(action: Action, g: Element) -> SignedPermutation:
     return action(g).absolute()
+
+
+def _restricted(action: Action, start: int, size: int, g: Element) -> SignedPermutation:
+    whole = action(g)
+    return SignedPermutation(whole.index[start:start + size] - start, whole.sign[start:start + size])
 
 
 def _through(action: Action, homomorphism: Callable[[Element], Element], g: Element) -> SignedPermutation:

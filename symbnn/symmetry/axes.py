@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Atom', 'Axis', 'Unknown', 'Still', 'Batch', 'Known', 'Grid', 'Joint', 'Absolute', 'Parts', 'axis_size', 'absolute',
            'resolved', 'grid_moves', 'is_still', 'of_size', 'sources', 'split_grid', 'merge_grids', 'Uncoupled',
-           'AxesAction', 'axes_of', 'action_on']
+           'PiecesAction', 'AxesAction', 'axes_of', 'action_on']
 
 # %% ../../nbs/1_symmetry/06_axes.ipynb #75b7518c-0
 import math
@@ -190,7 +190,7 @@ def merge_grids(coarse: Grid, fine: Grid) -> Grid:
     """The grid whose blocks and whose pixels within a block these are."""
     return of_size(coarse, coarse.pixels * fine.pixels)._replace(copy=("merged", coarse.copy))
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #a2f6ea4b-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #2b2cb0dc-0
 class Uncoupled(Exception):
     """An axis without the one that some element exchanges it with."""
 
@@ -221,10 +221,17 @@ def _final(atom: Atom, group: Group) -> Atom:
         assert isinstance(atom.of, Known), "an action that nobody has chosen"
         return Known(atom.of.action.absolute())
     if isinstance(atom, Parts):
-        pieces = [AxesAction(group, (piece,), "piece") for piece in atom.pieces]
-        return Known(Action(group, (atom.size,), partial(_one_behind_the_other, pieces), "pieces"))
+        return Known(PiecesAction(group, [AxesAction(group, (piece,), "piece") for piece in atom.pieces]))
     assert not isinstance(atom, Unknown), "an action that nobody has chosen"
     return atom
+
+
+class PiecesAction(Action):
+    """A group acting on an axis piece by piece."""
+
+    def __init__(self, group: Group, pieces: "Sequence[AxesAction]") -> None:
+        self.pieces = pieces
+        super().__init__(group, (sum(its.numel for its in pieces),), partial(_one_behind_the_other, pieces), "pieces")
 
 
 def _one_behind_the_other(pieces: Sequence[Action], g: Element) -> SignedPermutation:

@@ -21,7 +21,7 @@ from .operations import relabelled, scaled, summed
 from .pieces import Stacked, cat, index_select
 from .views import expand_axes
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #6ed79a7e-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #6f18c418-0
 SUM_OVER = "sums over it"
 TOGETHER = ("nn.Flatten(1) before a linear layer, all axes together that are exchanged with each other, or a group "
             "that keeps them apart, such as flips()")
@@ -223,7 +223,7 @@ def embedding(site: Site, weight: Any, index: Any, *unused: object, **options: o
     weight = as_features(site, weight)
     if isinstance(index, Features):
         site.ledger.unsigned(site, index.axes, "numbers of rows, which have no sign")
-    if isinstance(index, Tensor) and index.ndim != 1:
+    if isinstance(index, Tensor) and index.ndim > 1 and not bool((index == index.flatten()[0]).all()):
         rows = index_select(site, weight, 0, index.reshape(-1, index.shape[-1])[0]) if _rows_alike(index) else None
         if rows is not None:
             return Features((*((Still(size),) for size in index.shape[:-1]), *rows.axes))

@@ -51,7 +51,7 @@ class Site(NamedTuple):
         raise Refusal(f"layers that commute with the group {self.ledger.group.name}",
                       got=f"layer '{self.label}' with {received}{where}", cause=cause, fix=fix)
 
-# %% ../../nbs/1_symmetry/07_features.ipynb #dff159a2-0
+# %% ../../nbs/1_symmetry/07_features.ipynb #0d342dc4-0
 class Ledger:
     """What a walk along a network notes: axes that are moved alike, and what to check when all actions are chosen."""
 
@@ -206,6 +206,10 @@ class Ledger:
         elif isinstance(x, Still) or isinstance(y, Still):
             self.still(site, (y if isinstance(x, Still) else x,), "an axis that stays beside one that is moved",
                        "features that move alike, or a group that leaves this axis as it is")
+        elif isinstance(x, Parts) or isinstance(y, Parts):
+            parts, whole = (x, y) if isinstance(x, Parts) else (y, x)
+            assert isinstance(parts, Parts)
+            self._tie_pieces(site, parts, (whole,), copies, flipped=parts is y)
         else:
             self.agree(site, (x,), (y,))
 
@@ -257,6 +261,10 @@ class Ledger:
                       (self.unknown(total - at, first.name and f"{first.name}[{at}:]", first.read),))
             first.value = (Parts(pieces),)
             return pieces
+        if isinstance(first, Known):
+            before, behind = first.action.restricted(0, at), first.action.restricted(at, total - at)
+            return None if before is None or behind is None else ((Known(before, first.name),),
+                                                                  (Known(behind, first.name),))
         if isinstance(first, Absolute) and isinstance(first.of, Unknown):
             ends = self.cut((first.of,), at)
             return None if ends is None else (tuple(map(absolute, ends[0])), tuple(map(absolute, ends[1])))

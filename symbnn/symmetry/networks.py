@@ -27,7 +27,7 @@ from .groups import Cyclic, Element, Group, Permutations, Product
 from .readings import Hidden, Reading
 from .tracing import Graph, network_graph
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #5a94b2e2-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #af6bd8af-0
 @dataclass(frozen=True)
 class NetworkAction:
     """How a group acts on a network's inputs, outputs and weights, such that for all g, x and theta
@@ -40,7 +40,7 @@ class NetworkAction:
 
     group: Group
     input: Any  # an Action, or a tuple or dictionary of them for several inputs
-    output: Any  # an Action, or several of them in the form of the network's outputs
+    output: Any  # an Action, or several of them in the form of the network's outputs, None where an output is None
     parameters: dict[str, Action]
     layers: dict[str, tuple[str, str]]  # layer -> channel classes that it reads and writes
     channels: dict[str, Action]  # channel class -> action on its channels
@@ -203,7 +203,7 @@ def unit_permutations(network: nn.Module, input_shape: Sequence[int]) -> Network
         unknown.value = (Known(natural(unknown.name, unknown.size), unknown.name),)
     return NetworkAction(group, unmoved(group), *reading.assemble())
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #8d29a3da-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #8a5423e5-0
 def intertwining_error(network: nn.Module, action: NetworkAction, x: Any, elements: Sequence[Element] | None = None, *,
                        tensors: Mapping[str, Tensor] | None = None,
                        forward: Callable[[Any, Mapping[str, Tensor]], Any] | None = None) -> float:
@@ -247,12 +247,14 @@ def _act(action: Any, g: Element, x: Any) -> Any:
     """A tensor, or several, moved by the actions of the same form."""
     if isinstance(action, Action):
         return action.act(g, x)
-    moved = [its.act(g, tensor) for its, tensor in zip(tree_leaves(action), tree_leaves(x), strict=True)]
+    pairs = zip(tree_leaves(action), tree_leaves(x), strict=True)
+    moved = [its if its is None else its.act(g, tensor) for its, tensor in pairs]  # None stays None
     return tree_unflatten(moved, tree_structure(x))
 
 
 def _largest(a: Any, b: Any) -> float:
-    return max((float((x - y).abs().max()) for x, y in zip(tree_leaves(a), tree_leaves(b)) if x.numel()), default=0.0)
+    pairs = zip(tree_leaves(a), tree_leaves(b))
+    return max((float((x - y).abs().max()) for x, y in pairs if x is not None and x.numel()), default=0.0)
 
 
 def _forward(network: nn.Module, x: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -38,7 +38,7 @@ def operator_rule(*names: str) -> Callable[[Rule], Rule]:
 
     return register
 
-# %% ../../nbs/1_symmetry/08_operations.ipynb #8f650f9d-0
+# %% ../../nbs/1_symmetry/08_operations.ipynb #d73d5aad-0
 def as_features(site: Site, value: Any) -> Features:
     """Features of a constant tensor, which has to be the same after it has been moved."""
     if isinstance(value, Features):
@@ -54,7 +54,7 @@ def as_features(site: Site, value: Any) -> Features:
                         "a constant along one of two axes that are exchanged",
                         "a constant along both axes, or flips() or half_turns(), which keep the axes")
         for g in site.ledger.group.generators():
-            moved = action.act(g, value.double() if value.dtype != torch.complex64 else value)
+            moved = action.act(g, value if value.is_complex() else value.double())
             if not torch.equal(moved, value.to(moved.dtype)):
                 site.refuse(f"a constant of shape {tuple(value.shape)}, which the element {g} changes",
                             "a mask, an encoding or weights that prefer some positions, and are no parameters",
@@ -63,11 +63,11 @@ def as_features(site: Site, value: Any) -> Features:
     site.ledger.later(check)
     return features
 
-# %% ../../nbs/1_symmetry/08_operations.ipynb #c4fb79e1-0
+# %% ../../nbs/1_symmetry/08_operations.ipynb #9fab645b-0
 ODD = ("neg tanh sin asin arcsin atan arctan sinh asinh arcsinh atanh arctanh tan erf erfinv sign sgn trunc fix round "
        "reciprocal contiguous clone detach alias lift_fresh lift_fresh_copy "
        "float double half positive real view_of softshrink hardshrink deg2rad rad2deg "
-       "lift _assert_tensor_metadata conj resolve_conj resolve_neg").split()
+       "lift _assert_tensor_metadata imag conj resolve_conj resolve_neg").split()
 EVEN = "abs absolute cos cosh square sinc".split()
 OTHER = ("relu relu6 leaky_relu rrelu elu selu celu gelu silu mish softplus sigmoid hardsigmoid hardswish log_sigmoid "
          "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt threshold floor ceil frac acos arccos acosh arccosh erfc "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Hidden', 'check_channels', 'Reading']
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #1217a25d-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #1250a862-0
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from ..errors import Refusal, check_choice, require, shortened
 from .actions import Action, check_action, regular_channels
 from .axes import Absolute, Atom, Axis, Batch, Known, Parts, Still, Uncoupled, Unknown
-from .axes import action_on, axes_of, resolved
+from .axes import action_on, axes_of, is_still, resolved
 from .features import Features, Ledger, Site, in_words, of_batch
 from .fields import FieldAction
 from .groups import Group
 from .operations import Places
+from .pieces import Stacked
 from .reductions import refuse_opened
 from .tracing import Graph, read
 
@@ -76,7 +77,7 @@ def check_channels(action: Action, group: Group, name: str, size: int) -> None:
                       fix=f"Action.trivial(action.group, ({size},)), or an action of that group on {size} channels")
     check_action(action)
 
-# %% ../../nbs/1_symmetry/15_readings.ipynb #6cf1b9e4-0
+# %% ../../nbs/1_symmetry/15_readings.ipynb #7696a55f-0
 class Reading:
     """What is known of a network while its action is derived."""
 
@@ -109,8 +110,10 @@ class Reading:
 
     def end(self, output: Any) -> None:
         """Say how the outputs move: what is still unknown of them is trivial, or as it is given."""
-        self.ends = [self._without_batch(result) for result in self.results]
-        self.last = [atom for axes in self.ends for axis in axes for atom in map(_bare, resolved(axis))
+        if all(result is None for result in self.results):
+            self.site.refuse("nothing", "a network that returns None", "return x")
+        self.ends = [None if result is None else self._without_batch(result) for result in self.results]
+        self.last = [atom for axes in self.ends for axis in axes or () for atom in map(_bare, resolved(axis))
                      if isinstance(atom, Unknown)]
         for unknown in self.last:
             unknown.name = "output"
@@ -119,28 +122,38 @@ class Reading:
                 f"{len(given)} actions", "a network that returns several tensors",
                 "output=None, which leaves all of them as they come")
         for axes, action in zip(self.ends, given):
-            if action is not None:
+            if axes is None:
+                require(action is None, "no action for an output that is None", repr(action),
+                        "outputs in another order", "output=None, which leaves all of them as they come")
+            elif action is not None:
                 self._end(axes, action)
         for unknown in self.last:
             if unknown.value is None:
                 unknown.value = (Known(Action.trivial(self.group, (unknown.size,)), "output"),)
 
     def _without_batch(self, result: Any) -> tuple[Axis, ...]:
-        """The axes of an output behind the batch; all of them where the batch was reduced."""
+        """The axes of an output behind the batch; all of them where the batch was reduced.
+
+        Of several outputs one may have still axes before the batch, as the last states of recurrent layers do.
+        """
+        if isinstance(result, Stacked):
+            result = result.together(self.site)
         if not isinstance(result, Features):
             kind = "positions of maxima" if isinstance(result, Places) else f"a result of type {type(result).__name__}"
             self.site.refuse(kind, "a network that returns what is no tensor of features",
                              "a module around it that returns the rest")
         if result.opened:
             refuse_opened(self.site, result)
-        first, *rest = ([*resolved(axis)] for axis in result.axes) if result.axes else ([],)
-        whole = len(first) == 1 and isinstance(first[0], Batch)
-        if any(of_batch(atom) for axis in (rest if whole else (first, *rest)) for atom in axis):
+        axes = [[*resolved(axis)] for axis in result.axes]
+        place = next((k for k, axis in enumerate(axes) if len(axis) == 1 and isinstance(axis[0], Batch)), -1)
+        if place > 0 and not (len(self.results) > 1 and all(is_still(atom) for axis in axes[:place] for atom in axis)):
+            place = -1
+        if any(of_batch(atom) for axis in axes[place + 1:] for atom in axis):
             self.site.refuse(f"an output of shape {result.shape} from two inputs",
                              "a batch that is not the first axis of the output",
                              "nn.Flatten(1), torch.flatten(x, 1), or batch_first=True, which keep the batch as the "
                              "first axis")
-        return result.axes[1:] if whole else result.axes
+        return result.axes[place + 1:]
 
     def _end(self, axes: tuple[Axis, ...], action: Action) -> None:
         shape = Features(axes).shape
@@ -229,7 +242,7 @@ class Reading:
         try:
             for check in self.ledger.checks:
                 check()
-            outputs = [action_on(self.group, axes, "output") for axes in self.ends]
+            outputs = [None if axes is None else action_on(self.group, axes, "output") for axes in self.ends]
         except Uncoupled as error:
             self.site.refuse("features of which one axis goes on without the other one", str(error),
                              "one operation for both axes, such as x.mean((-2, -1)), or flips() or half_turns(), which "

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_MAXIMUM', 'SIGNED_SUM', 'CENTRED', 'reduced', 'refuse_opened', 'sums', 'extremes', 'extreme', 'spreads', 'moments',
-           'softmax', 'gated', 'cosine_similarity', 'pairwise_distance', 'batch_norm', 'instance_norm', 'layer_norm',
-           'rms_norm', 'group_norm', 'weight_norm']
+           'softmax', 'gated', 'cosine_similarity', 'distances', 'pairwise_distance', 'batch_norm', 'instance_norm',
+           'layer_norm', 'rms_norm', 'group_norm', 'weight_norm']
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #7c40c229-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #e4a5316c-0
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from .axes import Axis, Grid, Joint, absolute, axis_size, grid_moves, resolved
-from .contractions import TOGETHER, contract, letters, note_layer
+from .contractions import TOGETHER, contract, letters, matmul, note_layer
 from .features import Features, Site
 from .operations import Places, add, as_features, multiply, operator_rule, pointwise, together
 from .pieces import split
 from .views import expand_axes, positions, regrouped
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #2c2423e4-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #f16e8342-0
 NO_MAXIMUM = "a maximum does not commute with a change of sign"
 SIGNED_SUM = "a sum over features that change signs"
 
@@ -148,6 +148,14 @@ def cosine_similarity(site: Site, x: Any, y: Any, dim: int = 1, eps: float = 1e-
     names = letters(len(shape))
     gone = names[positions(site, x, dim)[0]]
     return contract(site, x, names, y, names, names.replace(gone, ""))
+
+
+@operator_rule("cdist", "_cdist_forward")
+def distances(site: Site, x: Any, y: Any, *unused: object, **options: object) -> Features:
+    """All distances between vectors along the last axes of two tensors, in which permutations and signs cancel."""
+    x, y = as_features(site, x), as_features(site, y)
+    site.ledger.unsigned(site, (*x.axes[:-1], *y.axes[:-1]), "differences of vectors of which one changes its sign")
+    return matmul(site, x, Features((*y.axes[:-2], y.axes[-1], y.axes[-2])))
 
 
 @operator_rule("pairwise_distance")

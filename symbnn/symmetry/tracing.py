@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_BY', 'FRESH', 'LOGGERS', 'KEEPS_APART', 'GO_ON', 'Graph', 'network_graph', 'read']
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #136e42b3-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #02c42bbd-0
 import copy
 import itertools
 import logging
@@ -29,6 +29,7 @@ from .contractions import linear
 from .features import Features, Ledger, Site
 from .filters import convolution
 from .operations import LAYER_RULES, RULES, Places
+from .packed import Packed, mutates, operator_name, packed
 from .pieces import Stacked
 from .reductions import refuse_opened
 
@@ -76,7 +77,7 @@ def _call_layer(module: nn.Module, number: int, *inputs: Any) -> Tensor:
             "settings that are passed to forward", "settings that are passed to the layer's __init__")
     return _layer_operator(list(inputs), list(_named(module).values()), number)
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #8fa545b8-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #6fa787a7-0
 class Graph(NamedTuple):
     """A traced forward pass."""
 
@@ -107,7 +108,8 @@ def _exported(module: nn.Module, example: tuple[Any, ...], options: Mapping[str,
     from torch.export import export
     with _quiet(), torch.no_grad():
         program = export(module, example, dict(options), strict=False)
-        return program if all(map(_writes_unseen, program.graph.nodes)) else program.run_decompositions({})
+        plain = all(_writes_unseen(node) and not _wraps(node) for node in program.graph.nodes)
+        return program if plain else program.run_decompositions({})
 
 
 def _exported_in_silence(module: nn.Module, example: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
@@ -173,11 +175,16 @@ FRESH = ("conv1d conv2d conv3d linear batch_norm layer_norm group_norm instance_
 
 def _writes_unseen(node: fx.Node) -> bool:
     """Whether an operator writes into nothing, or only into what nothing else looks at."""
-    if node.op != "call_function" or not _mutates(node):
+    if node.op != "call_function" or not mutates(node):
         return True
     target = node.args[0]
     return isinstance(target, fx.Node) and len(target.users) == 1 and target.op == "call_function" and (
         getattr(getattr(target.target, "overloadpacket", None), "__name__", "") in FRESH)
+
+
+def _wraps(node: fx.Node) -> bool:
+    """Whether an operator is a graph of its own, as under autocast, which stands in line once it is decomposed."""
+    return str(getattr(node.target, "__name__", "")).startswith("wrap_with_")
 
 
 LOGGERS = "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes"
@@ -223,7 +230,7 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shortened(lines[0], 300) if lines else ''}"
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #0cd013a7-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #a4ef6bd3-0
 def read(graph: Graph, ledger: Ledger, inputs: Sequence[Features | Any]) -> tuple[dict[str, Features], list[Any]]:
     """Walk along a graph; the features of each parameter that was met, and those that the network returns."""
     parameters: dict[str, Features] = {}
@@ -243,7 +250,7 @@ def read(graph: Graph, ledger: Ledger, inputs: Sequence[Features | Any]) -> tupl
         if node.op == "call_function":
             args, kwargs = map_arg((node.args, node.kwargs), value_of)
             values[node] = _apply(graph, ledger, node, args, kwargs)
-            if _mutates(node) and isinstance(node.args[0], fx.Node):
+            if mutates(node) and isinstance(node.args[0], fx.Node):
                 values[node.args[0]] = values[node]
     return parameters, [value_of(node) if isinstance(node, fx.Node) else node for node in graph.outputs]
 
@@ -252,7 +259,7 @@ def _statistics(graph: Graph) -> set[str]:
     """Names of buffers that move with the features: running statistics, and what parametrisations keep."""
     found = set()
     for node in graph.nodes.nodes:
-        if node.op == "call_function" and _operator(node) in ("batch_norm", "instance_norm"):
+        if node.op == "call_function" and operator_name(node) in ("batch_norm", "instance_norm"):
             names = [arg.name for arg in node.args[3:5] if isinstance(arg, fx.Node)]
             found |= {graph.parameters[name] for name in names if name in graph.parameters}
     return found | {name for name in graph.parameters.values() if "parametrizations." in name}
@@ -274,21 +281,8 @@ def _placeholder(graph: Graph, ledger: Ledger, node: fx.Node, given: Mapping[str
     return features
 
 
-def _operator(node: fx.Node) -> str:
-    """The name of torch's operator, without namespace and overload."""
-    packet = getattr(node.target, "overloadpacket", None)
-    name = packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
-    return name.rstrip("_") if _mutates(node) else name
-
-
-def _mutates(node: fx.Node) -> bool:
-    """Whether an operator writes into its first argument."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
 def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    name = _operator(node)
+    name = operator_name(node)
     site = Site(ledger, name, _label(graph, node, name), _line(node), _path(node)[0])
     if node.target is operator.getitem:
         if isinstance(args[0], Features):
@@ -310,7 +304,7 @@ def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwa
         site.refuse(f"a call of {name}, for which no action is known",
                     "an operation that moves or mixes features in another way",
                     "layers and functions of torch that a rule is known for, or a rule of your own: @rule(...)")
-    if _mutates(node) and not isinstance(args[0], Features):
+    if mutates(node) and not isinstance(args[0], Features):
         site.refuse("a constant into which features are written",
                     "a tensor that is made in the forward pass and filled in place",
                     "torch.cat or torch.stack of the pieces")
@@ -318,6 +312,10 @@ def _apply(graph: Graph, ledger: Ledger, node: fx.Node, args: Sequence[Any], kwa
     if name not in KEEPS_APART:
         args = [its.together(site) if isinstance(its, Stacked) else its for its in args]
     try:
+        if args and isinstance(args[0], Packed):
+            return args[0].through(found, site, args[1:], kwargs)
+        if args and (several := packed(site, node, args[0])) is not None:
+            return several
         result = found(site, *args, **kwargs)
         _check_shapes(site, result, node.meta.get("val"))
         return result
@@ -360,7 +358,7 @@ def _has_features(value: Any) -> bool:
         return any(map(_has_features, value.values()))
     if isinstance(value, (list, tuple)) and not isinstance(value, Features):
         return any(map(_has_features, value))
-    return isinstance(value, (Features, Stacked, Places))
+    return isinstance(value, (Features, Stacked, Packed, Places))
 
 
 GO_ON = "mean sum amax amin max min logsumexp".split()  # these may take the other one of two axes that are exchanged

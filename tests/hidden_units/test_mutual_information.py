@@ -588,5 +588,5 @@ def test_units_without_any_posterior_are_named():
                 parameter.fill_(parameter.flatten()[0].item())
     network = with_posteriors(plain, MeanFieldGaussian, 1.0, isotropic(1.0))
     estimator = InformationEstimator(network, unit_permutations(network, (4,)))
-    assert "no weight of the units of '0'" in estimator._excluded
+    assert "no weight of the units of '0'" in estimator.subgroup.excluded
     assert not estimator.whole

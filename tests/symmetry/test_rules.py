@@ -18,7 +18,7 @@ from symbnn.symmetry.fields import SpatialAction, field, flips, half_turns, rota
 from symbnn.symmetry.groups import Cyclic, Permutations
 from symbnn.symmetry.networks import example_inputs, intertwining_error, network_action
 from symbnn.symmetry.operations import EVEN, ODD, OTHER, RULES
-from symbnn.symmetry.pieces import cumulated, diff, extreme_so_far, flip, positional, roll, rot90
+from symbnn.symmetry.pieces import FOURIER, cumulated, diff, extreme_so_far, flip, positional, roll, rot90
 from symbnn.symmetry.signed_permutations import SignedPermutation
 from symbnn.symmetry.tracing import network_graph
 from tolerances import exact64
@@ -143,6 +143,8 @@ def within(x):
 def cases():
     """A case for each rule by its name."""
     table = several(" ".join(n for n in (*ODD, *EVEN, *OTHER) if hasattr(torch.ops.aten, n)), lambda op, x: op(x / 2))
+    table |= several("imag", lambda op, x: op(x * torch.tensor(1 + 2j)))
+    table |= several("view_as_real", lambda op, x: op(torch.fft.fft(x, dim=1)))
     table |= several("log log2 log10 log1p sqrt rsqrt lgamma digamma logit", lambda op, x: op(positive(x) / 9))
     table |= several("asin arcsin atanh arctanh erfinv acos arccos tan", lambda op, x: op(within(x)))
     table |= several("acosh arccosh reciprocal", lambda op, x: op(1 + positive(x)))
@@ -229,7 +231,11 @@ def cases():
     table |= several("one_hot", lambda op, x: op((x > 0).long(), 2))
     table |= several("bucketize", lambda op, x: op(x, torch.tensor([0.0, 1.0], dtype=torch.float64)))
     table |= several("searchsorted", lambda op, x: op(torch.tensor([0.0, 1.0], dtype=torch.float64), x))
-    table |= several("median mode", lambda op, x: op(x, 1)[0])
+    table |= several("median nanmedian mode", lambda op, x: op(x, 1)[0])
+    table |= several("msort", lambda op, x: op(x.transpose(0, 1)).transpose(0, 1))
+    table |= several("quantile nanquantile", lambda op, x: op(x, 0.3, 1))
+    table |= several(" ".join(f"fft_{name}" for name in FOURIER[:6]), lambda op, x: op(x, None, 1).abs())
+    table |= several(" ".join(f"fft_{name}" for name in FOURIER[6:]), lambda op, x: op(x, None, [1, 2]).real)
     table |= several("unfold", lambda op, x: op(x, 2, 2, 2))
     table |= several("im2col", lambda op, x: op(x, [2, 2], [1, 1], [0, 0], [2, 2]))
     table |= several("col2im", lambda op, x: op(x, [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]), shape=(4, 4))
@@ -276,6 +282,8 @@ def cases():
     table |= several("_softmax _log_softmax", lambda op, x: op(x, 1, False))
     table |= several("glu", lambda op, x: op(x, 1))
     table |= several("cosine_similarity", lambda op, x: op(x, torch.tanh(x), 1))
+    table |= several("cdist", lambda op, x: op(x, torch.tanh(x)))
+    table |= several("_cdist_forward", lambda op, x: op(x, torch.tanh(x), 2.0, None))
     table |= several("pairwise_distance", lambda op, x: op(x, torch.tanh(x)))
     still = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     table |= several("batch_norm", lambda op, x, w, b: op(x, w, b, *still, False, 0.1, 1e-5, False), (2,), (2,))
