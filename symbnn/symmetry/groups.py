@@ -303,7 +303,7 @@ class Permutations(Group):
     def _list(self) -> tuple[tuple[int, ...], ...]:
         return tuple(itertools.permutations(range(self.n)))
 
-# %% ../../nbs/1_symmetry/01_groups.ipynb #091d03d7-0
+# %% ../../nbs/1_symmetry/01_groups.ipynb #177c4ef6-0
 @dataclass(frozen=True, init=False)
 class Product(Group):
     """The direct product of groups: tuples of elements, composed entry by entry."""
@@ -325,6 +325,10 @@ class Product(Group):
     @property
     def order(self) -> int:
         """The product of the orders."""
+        return self._order
+
+    @cached_property
+    def _order(self) -> int:  # for symmetric groups a number of many thousand digits
         return math.prod(group.order for group in self.groups)
 
     def identity(self) -> tuple[Element, ...]:

@@ -56,14 +56,13 @@ def _with_signs(map: SignedPermutation) -> Tensor:
     n, negative = map.size, map.sign < 0
     return torch.cat([map.index + n * negative, map.index + n * ~negative])
 
-# %% ../../nbs/1_symmetry/05_orbits.ipynb #5a756916-0
+# %% ../../nbs/1_symmetry/05_orbits.ipynb #85c68c3b-0
 def _in_step(action: Action) -> int:
     """The largest number of neighbouring coordinates that all elements move as one."""
     step = action.numel
     for moves in action.generating():
         starts = 1 + ((moves.index.diff() != 1) | (moves.sign.diff() != 0)).nonzero().flatten()
-        ends = torch.cat([starts, moves.index[starts], moves.index[:1]])
-        step = math.gcd(step, int(np.gcd.reduce(ends.numpy())))
+        step = math.gcd(step, int(np.gcd.reduce(starts.numpy())))  # so what they are moved to are such steps as well
     return step
 
 
