@@ -185,6 +185,8 @@ def test_restriction_is_the_same_action_of_fewer_elements(name):
     assert type(part) is type(action) and part.group.order < action.group.order
     assert len(part.parts) == len(action.parts) and [len(its) for its in part.pieces()] == [
         len(its) for its in action.pieces()]
+    grids = [atom for axis in getattr(part, "axes", ()) for atom in axis if isinstance(atom, Grid)]
+    assert all(atom.space.group == part.group for atom in grids)
     x = random(2, *action.shape)
     for h in part.group.elements():
         assert part(h) == action(h) and torch.equal(part.act(h, x), action.act(h, x))
