@@ -29,7 +29,7 @@ from ..symmetry.actions import Action
 from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 
-# %% ../../nbs/3_equivariance/11_averages.ipynb #4b3ef46f-0
+# %% ../../nbs/3_equivariance/11_averages.ipynb #468a0397-0
 Barycentre = Literal["geometric", "arithmetic", "projection"]
 
 
@@ -40,10 +40,10 @@ def _normal(kind: Barycentre, loc: Tensor, log_scale: Tensor, signed: Orbits, sc
         """The mean over the weights that share a scale."""
         return value.sum_to_size(log_scale.shape) * (log_scale.numel() / loc.numel())
 
-    centre = signed.project(loc)
     if kind == "projection":
-        return centre, scales.project(log_scale.exp()).log()
+        return signed.project(loc), scales.project(log_scale.exp()).log()
     if kind == "arithmetic":
+        centre = signed.project(loc)
         return centre, scales.project((2 * log_scale).exp() + stored((loc - centre) ** 2)).log() / 2
     weight = (-2 * log_scale).exp()
     precision = scales.project(weight)

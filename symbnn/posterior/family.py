@@ -72,7 +72,7 @@ def apply_map(map: LinearMap, value: Tensor) -> Tensor:
     """The map applied along the last axis."""
     return map(value) if isinstance(map, SignedPermutation) else value @ map.to(value.device, value.dtype).T
 
-# %% ../../nbs/2_posterior/01_family.ipynb #3932198c-0
+# %% ../../nbs/2_posterior/01_family.ipynb #fd2a359f-0
 _SIGNATURES = {  # of what each family defines for itself
     "initial": "@classmethod def initial(cls, mean, scale, trainable=True)", "mean": "@property def mean(self)",
     "variance": "@property def variance(self)", "transport": "def transport(self, noise)",
@@ -246,12 +246,15 @@ class Family(nn.Module):
         exponential family" of the chapter Closedness, and the cases of the chapters on the families; arXiv 2606.26273.
         """
         if isinstance(map, Action):
-            answers = [self.is_closed_under(map(g)) for g in map.group.generators()]
-            return next((a for a in answers if not a), Closure(True, "closed under every generator of the group"))
+            return self._closed_under_action(map)
         _check_map(map, self.numel)
         if _is_singular(map):
             return Closure(False, "the map is singular, and a symmetry is invertible")
         return self._closure(map)
+
+    def _closed_under_action(self, action: Action) -> Closure:
+        answers = (self.is_closed_under(moves) for moves in action.generating())
+        return next((a for a in answers if not a), Closure(True, "closed under every generator of the group"))
 
     def _closure(self, map: LinearMap) -> Closure:
         return Closure(False, f"{type(self).__name__} does not say which maps keep it (by a method `_closure`)")

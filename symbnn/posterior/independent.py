@@ -6,7 +6,7 @@
 __all__ = ['log_of_scale', 'LocationScaleFamily', 'IndependentFamily', 'natural_of_normals', 'normals_of_natural',
            'DiagonalGaussian', 'MeanFieldGaussian', 'Laplace']
 
-# %% ../../nbs/2_posterior/02_independent.ipynb #dd0cab36-0
+# %% ../../nbs/2_posterior/02_independent.ipynb #d94192e0-0
 import math
 from functools import partial
 from numbers import Real
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Laplace as TorchLaplace, Normal
 
 from ..errors import Refusal, check_positive
+from ..estimates import rounding_tolerance
 from .family import Closure, ContinuousFamily, Family, LinearMap, monomial
 from ..symmetry.actions import Action
 from ..symmetry.groups import Element
@@ -38,11 +39,13 @@ def log_of_scale(scale: float | Tensor, like: Tensor, shape: tuple[int, ...]) ->
                       f"scale=0.05, or a tensor of shape {tuple(shape)}")
     return scale.log().expand(shape)
 
-# %% ../../nbs/2_posterior/02_independent.ipynb #52031114-0
+# %% ../../nbs/2_posterior/02_independent.ipynb #9d95534f-0
 def _on_stored(action: Action, shape: torch.Size, full: tuple[int, ...]) -> Action:
     """The action on a parameter that is stored with `shape` and broadcast to the weights, of shape `full`."""
     if tuple(shape) == full:
-        return Action(action.group, full, action, action.name)
+        return action if action.shape == full else Action(action.group, full, action, action.name)
+    if shape.numel() == 1 and action.is_unsigned():
+        return Action.trivial(action.group, shape)
     entry = torch.arange(shape.numel()).view(shape).expand(full).flatten()  # that each weight reads
     reader = torch.zeros(shape.numel(), dtype=torch.long)
     reader[entry] = torch.arange(action.numel)  # some weight that reads each entry
@@ -61,6 +64,15 @@ def _move_entries(action: Action, entry: Tensor, reader: Tensor, g: Element) -> 
                       cause="a mean or a scale that is stored once for weights which move to different places, or with "
                       "different signs", fix="a parameter for each weight: MeanFieldGaussian(q.mean, q.scale.log())")
     return SignedPermutation(index, sign)
+
+
+def _stays(value: Tensor, action: Action) -> bool:
+    """Whether numbers that broadcast to the weights are where they were when the group has moved them, to rounding."""
+    if value.numel() == 1 and action.is_unsigned():
+        return True
+    before = value.expand(action.shape)
+    return all(bool(((action.act(g, before) - before).abs() <= rounding_tolerance(value)).all())
+               for g in action.group.generators())
 
 
 class LocationScaleFamily(ContinuousFamily):
@@ -125,9 +137,27 @@ class LocationScaleFamily(ContinuousFamily):
         """`old` where it is stored broadcast and `value` repeats it; else `value`."""
         return old if old.shape != value.shape and torch.equal(value, old.expand(self.shape)) else value
 
+    def _of_locations(self, action: Action) -> Action:
+        """How locations move when the weights do."""
+        return action
+
     def _parameter_actions(self, action: Action) -> dict[str, Action]:
-        return {"loc": _on_stored(action, self.loc.shape, self.shape),
+        return {"loc": _on_stored(self._of_locations(action), self.loc.shape, self.shape),
                 "log_scale": _on_stored(action.absolute(), self.log_scale.shape, self.shape)}
+
+    def is_invariant_under(self, action: Action) -> bool:
+        """Whether *this* member is its own push-forward under the group, up to rounding of its parameters.
+
+        Raises `Refusal` where the family is not closed under the action.
+        """
+        real = {name for name, value in self.state_dict().items() if value.is_floating_point()}
+        if real != {"loc", "log_scale"} or action.shape != self.shape or not self.is_closed_under(action):
+            return super().is_invariant_under(action)
+        return _stays(self.loc.detach(), self._of_locations(action)) and _stays(self.log_scale.detach(),
+                                                                                action.absolute())
+
+
+_SENDS = Closure(True, "the map sends each coordinate to one coordinate, up to a factor")
 
 
 class IndependentFamily(LocationScaleFamily):
@@ -138,11 +168,15 @@ class IndependentFamily(LocationScaleFamily):
         """A member centred at `mean` whose scale is `scale`: a number, or a tensor that broadcasts."""
         return cls(mean, log_of_scale(scale, mean, mean.shape), trainable=trainable)
 
+    def _closed_under_action(self, action: Action) -> Closure:
+        own = type(self)._closure is IndependentFamily._closure and action.numel == self.numel
+        return _SENDS if own else super()._closed_under_action(action)  # every signed permutation keeps it
+
     def _closure(self, map: LinearMap) -> Closure:
         if monomial(map, self.loc) is None:
             return Closure(False, "the map mixes coordinates, so covariances sum_k R_ik R_jk var_k of the image "
                            "cannot vanish for all scales")
-        return Closure(True, "the map sends each coordinate to one coordinate, up to a factor")
+        return _SENDS
 
     def _moved(self, map: LinearMap) -> tuple[Tensor, Tensor, Tensor]:
         """Location and log-scale of the coordinate that each coordinate of the image reads, and the factors."""

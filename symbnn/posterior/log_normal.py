@@ -20,7 +20,11 @@ from .family import Closure, ContinuousFamily, Family, LinearMap, monomial
 from .independent import IndependentFamily, normals_of_natural, log_of_scale, natural_of_normals
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/03_log_normal.ipynb #f93fbc33-0
+# %% ../../nbs/2_posterior/03_log_normal.ipynb #2bf4d3aa-0
+_KEPT_MASK = "the map permutes and rescales coordinates and keeps the sign mask"
+_MOVED_MASK = "the map does not send the sign mask to itself, so it moves the support"
+
+
 class LogNormal(IndependentFamily):
     """Weights mask * exp(loc + exp(log_scale) * normal noise): frozen signs, log-normal magnitudes.
 
@@ -104,16 +108,23 @@ class LogNormal(IndependentFamily):
             return Closure(False, "the map mixes coordinates, so it moves the support, the orthant of the sign mask")
         mask = self.mask.expand(self.shape).flatten()
         if not bool((mask[pair[0]] * pair[1].sign() == mask).all()):
-            return Closure(False, "the map does not send the sign mask to itself, so it moves the support")
-        return Closure(True, "the map permutes and rescales coordinates and keeps the sign mask")
+            return Closure(False, _MOVED_MASK)
+        return Closure(True, _KEPT_MASK)
 
     def _pushed(self, map: LinearMap) -> Family:
         loc, log_scale, factor = self._moved(map)
         return LogNormal(self._compact(loc + factor.abs().log(), self.loc), self._compact(log_scale, self.log_scale),
                          self.mask, shape=self.shape, trainable=self.trainable)
 
-    def _parameter_actions(self, action: Action) -> dict[str, Action]:
-        return super()._parameter_actions(action.absolute())
+    def _closed_under_action(self, action: Action) -> Closure:
+        if action.shape != self.shape:
+            return super()._closed_under_action(action)
+        mask = self.mask.expand(self.shape)
+        kept = all(torch.equal(action.act(g, mask), mask) for g in action.group.generators())
+        return Closure(kept, _KEPT_MASK if kept else _MOVED_MASK)
+
+    def _of_locations(self, action: Action) -> Action:
+        return action.absolute()
 
     def marginal(self, index: Int[Tensor, " k"]) -> "LogNormal":
         """The law of some of the flattened coordinates, of shape (k,)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from .family import Closure, ContinuousFamily, Family, LinearMap, apply_map
 from ..symmetry.actions import Action
 
-# %% ../../nbs/2_posterior/06_point_mass.ipynb #a2541ba8-0
+# %% ../../nbs/2_posterior/06_point_mass.ipynb #3cabbc0a-0
 class PointMass(Family):
     """All mass at `loc`: with it the ELBO is the log-density of data and weights, and training finds its maximum.
 
@@ -73,6 +73,10 @@ class PointMass(Family):
 
     def _cross_entropy(self, posterior: ContinuousFamily) -> Tensor | None:
         raise posterior._no_kl(self, "all mass of this prior lies at one point: KL is infinite")
+
+    def _closed_under_action(self, action: Action) -> Closure:
+        known = type(self)._closure is PointMass._closure and action.numel == self.numel
+        return Closure(True, "the image of a point is a point") if known else super()._closed_under_action(action)
 
     def _closure(self, map: LinearMap) -> Closure:
         return Closure(True, "the image of a point is a point")

@@ -7,7 +7,7 @@ __all__ = ['Atom', 'Axis', 'Unknown', 'Still', 'Batch', 'Known', 'Grid', 'Joint'
            'resolved', 'grid_moves', 'is_still', 'of_size', 'sources', 'split_grid', 'merge_grids', 'Uncoupled',
            'PiecesAction', 'AxesAction', 'axes_of', 'action_on']
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #75b7518c-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #33777fe1-0
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .actions import Action
+from .actions import Action, Pieces
 from .fields import FieldAction, GridAction, SpatialAction, field
-from .groups import Element, Group
+from .groups import Element, Group, Subgroup
 from .signed_permutations import SignedPermutation
 
 # %% ../../nbs/1_symmetry/06_axes.ipynb #35a9d0bf-0
@@ -140,7 +140,7 @@ def resolved(axis: Axis) -> Iterator[Atom]:
         elif not (isinstance(atom, Still) and atom.size == 1):
             yield atom
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #883fa3f6-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #c5eee5b0-0
 def grid_moves(atom: Grid) -> tuple[tuple[int, int, int], ...]:
     """For each generator the axis that is read, its sense, and the shift in pixels."""
     found = []
@@ -155,8 +155,7 @@ def is_still(atom: Atom) -> bool:
     if isinstance(atom, Grid):
         return all(move == (atom.axis, 1, 0) for move in grid_moves(atom))
     if isinstance(atom, Known):
-        return all(bool((atom.action(g).index == torch.arange(atom.size)).all()) and atom.action(g).is_unsigned
-                   for g in atom.action.group.generators())
+        return not atom.action.moving
     if isinstance(atom, Parts):
         return all(is_still(leaf) for piece in atom.pieces for leaf in resolved(piece))
     return isinstance(atom, Still)
@@ -190,7 +189,7 @@ def merge_grids(coarse: Grid, fine: Grid) -> Grid:
     """The grid whose blocks and whose pixels within a block these are."""
     return of_size(coarse, coarse.pixels * fine.pixels)._replace(copy=("merged", coarse.copy))
 
-# %% ../../nbs/1_symmetry/06_axes.ipynb #2b2cb0dc-0
+# %% ../../nbs/1_symmetry/06_axes.ipynb #d9f7439d-0
 class Uncoupled(Exception):
     """An axis without the one that some element exchanges it with."""
 
@@ -230,7 +229,7 @@ class PiecesAction(Action):
     """A group acting on an axis piece by piece."""
 
     def __init__(self, group: Group, pieces: "Sequence[AxesAction]") -> None:
-        self.pieces = pieces
+        self.stacked = pieces
         super().__init__(group, (sum(its.numel for its in pieces),), partial(_one_behind_the_other, pieces), "pieces")
 
 
@@ -256,8 +255,9 @@ class AxesAction(Action):
         self._join()
         self._places = [self._place(k, atom) for k, atom in enumerate(self.factors)]
         super().__init__(group, tuple(map(axis_size, self.axes)), self._table, name)
-        for g in group.generators():
-            self.reads(g)
+        if any(isinstance(atom, Grid) for atom in self.factors):  # nothing else can lack an axis
+            for g in group.generators():
+                self._check_sources([source for source, _ in self._reads(g, along_pixels=True)])
 
     def _join(self) -> None:
         """Make one factor of the axes of a joint action, where all of them follow each other."""
@@ -285,19 +285,45 @@ class AxesAction(Action):
     def reads(self, g: Element) -> list[tuple[int, SignedPermutation | None]]:
         """For each factor the one that it is read from, and the map of its coordinates (None: as they are)."""
         result = []
-        for k, atom in enumerate(self.factors):
-            if isinstance(atom, Grid):
-                source = self._places[k].get(int(atom.space.point(g).index[atom.axis]))
-                if source is None or self.factors[source].size != atom.size:
-                    raise Uncoupled(atom)
-                moves = _along(atom, g)
-            else:
-                source, moves = k, atom.action(g) if isinstance(atom, Known) else None
+        for source, moves in self._reads(g):
             plain = moves is None or (moves.is_unsigned and bool((moves.index == torch.arange(moves.size)).all()))
             result.append((source, None if plain else moves))
-        if len({source for source, _ in result}) < len(result):  # two grids; which axes belong together is not known
-            raise Uncoupled(next(atom for atom in self.factors if isinstance(atom, Grid)))
+        self._check_sources([source for source, _ in result])
         return result
+
+    def _reads(self, g: Element, along_pixels: bool = False) -> Iterator[tuple[int, SignedPermutation | None]]:
+        """For each factor the one that it is read from, and its map; along pixels alone if asked."""
+        for k, atom in enumerate(self.factors):
+            if not isinstance(atom, Grid):
+                yield k, atom.action(g) if isinstance(atom, Known) and not along_pixels else None
+                continue
+            source = self._places[k].get(int(atom.space.point(g).index[atom.axis]))
+            if source is None or self.factors[source].size != atom.size:
+                raise Uncoupled(atom)
+            yield source, _along(atom, g)
+
+    def _check_sources(self, sources: Sequence[int]) -> None:
+        if len(set(sources)) < len(sources):  # two grids; which axes belong together is not known
+            raise Uncoupled(next(atom for atom in self.factors if isinstance(atom, Grid)))
+
+    def pieces(self) -> Pieces:
+        """The factors that are moved: channels each by themselves, the axes of one copy of a grid together."""
+        places: dict[object, list[int]] = {}
+        for k, atom in enumerate(self.factors):
+            if isinstance(atom, (Grid, Known)):
+                places.setdefault((k,) if isinstance(atom, Known) else atom.copy, []).append(k)
+        return tuple(atom.size for atom in self.factors), [(tuple(ks), self._piece(ks)) for ks in places.values()]
+
+    def _piece(self, numbers: Sequence[int]) -> Action:
+        first = self.factors[numbers[0]]
+        if isinstance(first, Known):
+            return first.action
+        if len(numbers) == len(self.factors):
+            return self
+        axes: dict[int, Axis] = {}
+        for k in numbers:
+            axes[self._axis_of[k]] = (*axes.get(self._axis_of[k], ()), self.factors[k])
+        return AxesAction(self.group, list(axes.values()), self.name)
 
     def _table(self, g: Element) -> SignedPermutation:
         sizes = [atom.size for atom in self.factors]
@@ -319,6 +345,11 @@ class AxesAction(Action):
             y = y if moves is None else moves(y, lead + k)
         return y.reshape(x.shape).contiguous()
 
+    def restricted(self, *generating: Element) -> "AxesAction":
+        """The action of the subgroup that these elements generate."""
+        axes = [tuple(_restricted(atom, generating) for atom in axis) for axis in self.axes]
+        return AxesAction(Subgroup(self.group, generating), axes, self.name)
+
     def flattened(self) -> Action:
         """The same action on the flattened tensor, of shape `(n,)`."""
         return AxesAction(self.group, (tuple(atom for axis in self.axes for atom in axis),), f"flattened {self.name}")
@@ -330,6 +361,13 @@ class AxesAction(Action):
     def is_unsigned(self) -> bool:
         """Whether no element changes a sign (seen on generators)."""
         return all(atom.action.is_unsigned() for atom in self.factors if isinstance(atom, Known))
+
+
+def _restricted(atom: Atom, generating: Sequence[Element]) -> Atom:
+    """A final atom under the subgroup that some elements generate."""
+    if isinstance(atom, Grid):
+        return atom._replace(space=atom.space.restricted(*generating))
+    return atom._replace(action=atom.action.restricted(*generating)) if isinstance(atom, (Known, Joint)) else atom
 
 
 def axes_of(action: Action, name: str, copy: object = 0) -> tuple[Axis, ...]:

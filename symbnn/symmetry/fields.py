@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SpatialAction', 'GridAction', 'rotations', 'rotations_and_flips', 'flips', 'half_turns', 'time_reversal',
-           'point_symmetries', 'point_rotations', 'shifts', 'translations', 'FieldAction', 'field']
+           'point_symmetries', 'point_rotations', 'shifts', 'translations', 'spelled', 'FieldAction', 'field']
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #a13e5b22-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #af7d6802-0
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +15,12 @@ from types import NoneType
 import torch
 
 from ..errors import Refusal, check_count, check_kind, check_shape, require
-from .actions import Action, check_action, sending_with_signs, tensor_product, unmoved
-from .groups import Cyclic, Dihedral, Element, Group, Product
+from .actions import Action, Pieces, check_action, sending_with_signs, tensor_product, unmoved
+from .groups import Cyclic, Dihedral, Element, Group, Product, Subgroup
 from .hyperoctahedral import Signed, proper_rotations
 from .signed_permutations import SignedPermutation
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #c501d177-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #6358d7cc-0
 @dataclass(frozen=True)
 class SpatialAction:
     """A group acting on the axes of a grid: turns and flips about the centre, then a circular shift.
@@ -85,6 +85,15 @@ class SpatialAction:
         shift = partial(_rescaled, self.shift, tuple(size), tuple(new_size))
         return SpatialAction(self.group, self.ndim, self.point, shift, self.name)
 
+    def restricted(self, *generating: Element) -> "SpatialAction":
+        """The action of the subgroup that these elements generate. Raises `Refusal` for what is no element.
+
+        >>> import symbnn as sb
+        >>> sb.rotations_and_flips().restricted((1, 0)).group.order
+        4
+        """
+        return SpatialAction(Subgroup(self.group, generating), self.ndim, self.point, self.shift, self.name)
+
     def _check_axes(self, size: Sequence[int]) -> None:
         check_shape(size, "the size of a grid in pixels", "whole numbers of pixels, such as 28, 28", least=1)
         require(len(size) == self.ndim, f"a grid with as many axes as '{self.name}' moves, {self.ndim}",
@@ -116,6 +125,10 @@ class GridAction(Action):
         self.space = space
         super().__init__(space.group, size, partial(_move_pixels, space, size, True), space.name)
 
+    def restricted(self, *generating: Element) -> "GridAction":
+        """The action of the subgroup that these elements generate."""
+        return GridAction(self.space.restricted(*generating), self.shape)
+
 
 def _move_pixels(space: SpatialAction, size: Sequence[int], shifted: bool, g: Element) -> SignedPermutation:
     """The permutation of the flattened grid that moves the value at centred `u` to `A u`, then shifts it."""
@@ -127,7 +140,7 @@ def _move_pixels(space: SpatialAction, size: Sequence[int], shifted: bool, g: El
         target = target * length + (pixel + space.shift(g)[axis] * shifted) % length
     return SignedPermutation.sending(target.flatten())
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #330533d5-0
+# %% ../../nbs/1_symmetry/04_fields.ipynb #4f2a4cad-0
 _TURN, _FLIP = SignedPermutation([1, 0], [-1, 1]), SignedPermutation([0, 1], [1, -1])
 
 
@@ -244,7 +257,23 @@ def translations(*size: int) -> SpatialAction:
 def _by_itself(g: tuple[int, ...]) -> tuple[int, ...]:
     return g
 
-# %% ../../nbs/1_symmetry/04_fields.ipynb #3f067551-0
+
+def spelled(space: SpatialAction) -> str:
+    """How to type an action on pixels that has a name of its own; empty for others."""
+    named = {"rotations()": rotations(), "flips()": flips(), "half_turns()": half_turns(),
+             "rotations_and_flips()": rotations_and_flips(), "time_reversal()": time_reversal()}
+    if 2 < space.ndim < 5:
+        named[f"point_rotations({space.ndim})"] = point_rotations(space.ndim)
+    moves = _moves(space)
+    return next((name for name, its in named.items() if _moves(its) == moves), "")
+
+
+def _moves(space: SpatialAction) -> set:
+    """What the elements do with the axes of a grid."""
+    return {(*space.point(g).index.tolist(), *space.point(g).sign.tolist(), *space.shift(g))
+            for g in space.group.elements()}
+
+# %% ../../nbs/1_symmetry/04_fields.ipynb #9fbeae99-0
 class FieldAction(Action):
     """A group acting on feature maps of shape `(C, *size)`: on the channels by one action, on the pixels by another."""
 
@@ -256,6 +285,15 @@ class FieldAction(Action):
         self.channels, self.space, self.size = channels, space, tuple(size)
         rule = partial(tensor_product, (channels, space.on(*size)))
         super().__init__(space.group, (*channels.shape, *size), rule, f"{channels.name} channels, {space.name}")
+
+    def restricted(self, *generating: Element) -> "FieldAction":
+        """The action of the subgroup that these elements generate, on channels and pixels."""
+        return FieldAction(self.channels.restricted(*generating), self.space.restricted(*generating), self.size)
+
+    def pieces(self) -> Pieces:
+        """The channels and the pixels."""
+        pixels = self.space.on(*self.size)
+        return (self.channels.numel, pixels.numel), [((0,), self.channels), ((1,), pixels)]
 
 
 def field(space: SpatialAction, shape: Sequence[int], channels: Action | None = None) -> FieldAction:

@@ -248,7 +248,7 @@ class Dihedral(Group):
     def _list(self) -> tuple[tuple[int, int], ...]:
         return tuple((k, s) for s in (0, 1) for k in range(self.n))
 
-# %% ../../nbs/1_symmetry/01_groups.ipynb #3f55a1a5-0
+# %% ../../nbs/1_symmetry/01_groups.ipynb #62a8fd99-0
 @dataclass(frozen=True)
 class Permutations(Group):
     """S_n, the permutations of n things as tuples of images: `a` sends i to a[i]."""
@@ -291,8 +291,8 @@ class Permutations(Group):
 
     def contains(self, a: Element) -> bool:
         """Whether `a` is a tuple that names each of 0, ..., n - 1 once."""
-        integers = isinstance(a, tuple) and len(a) == self.n and all(isinstance(i, int) for i in a)
-        return integers and set(a) == set(range(self.n))
+        right = isinstance(a, tuple) and len(a) == self.n and all(issubclass(kind, int) for kind in {*map(type, a)})
+        return right and set(a) == set(range(self.n))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> list[tuple[int, ...]]:
         """`n` independent uniform permutations, each a shuffle of O(n) steps."""
@@ -303,7 +303,7 @@ class Permutations(Group):
     def _list(self) -> tuple[tuple[int, ...], ...]:
         return tuple(itertools.permutations(range(self.n)))
 
-# %% ../../nbs/1_symmetry/01_groups.ipynb #091d03d7-0
+# %% ../../nbs/1_symmetry/01_groups.ipynb #177c4ef6-0
 @dataclass(frozen=True, init=False)
 class Product(Group):
     """The direct product of groups: tuples of elements, composed entry by entry."""
@@ -325,6 +325,10 @@ class Product(Group):
     @property
     def order(self) -> int:
         """The product of the orders."""
+        return self._order
+
+    @cached_property
+    def _order(self) -> int:  # for symmetric groups a number of many thousand digits
         return math.prod(group.order for group in self.groups)
 
     def identity(self) -> tuple[Element, ...]:

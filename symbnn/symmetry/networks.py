@@ -6,7 +6,7 @@
 __all__ = ['Actions', 'NetworkAction', 'check_network', 'check_acting', 'network_action', 'example_inputs', 'unit_permutations',
            'intertwining_error']
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #8189448b-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #7a86744b-0
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,11 @@ from ..binding import bind
 from ..errors import Refusal, check_kind, check_shape, check_tensor, require, shortened
 from .actions import Action, check_action, natural_action
 from .axes import Known
+from .features import Breaking
 from .fields import SpatialAction, field
 from .groups import Cyclic, Element, Group, Permutations, Product
 from .readings import Hidden, Reading
+from .subgroups import restricted, with_subgroup
 from .tracing import Graph, network_graph
 
 # %% ../../nbs/1_symmetry/16_networks.ipynb #af6bd8af-0
@@ -87,7 +89,7 @@ def check_acting(network: object, action: object) -> None:
                 f"actions on several, {shortened(its, 120)}",
                 f"a network with several {name}s", "a module around it, whose forward takes one tensor and returns one")
 
-# %% ../../nbs/1_symmetry/16_networks.ipynb #4f265de8-0
+# %% ../../nbs/1_symmetry/16_networks.ipynb #fa4029c4-0
 Actions = Action | Sequence[Action] | Mapping[str, Action]  # of one input, of several, or of inputs by their names
 
 
@@ -104,7 +106,7 @@ def network_action(network: nn.Module, input: Actions, *, hidden: Hidden = "triv
     `graph` is what `network_graph` makes of it, or of a network of the same layers; by default it is made here.
 
     Raises `Refusal`, naming the layer, the reason and what would work, wherever the network does not commute with the
-    group; nothing is approximated.
+    group; nothing is approximated. For groups of up to 48 elements it names the largest subgroup that the network has.
 
     >>> from torch import nn
     >>> import symbnn as sb
@@ -125,10 +127,29 @@ def network_action(network: nn.Module, input: Actions, *, hidden: Hidden = "triv
     require(not isinstance(hidden, Action), "'trivial', 'regular', a dictionary or a function for hidden channels",
             f"{hidden!r}", "an action on the channels of one class", "hidden={name: action}, by the name of the class")
     graph = graph or network_graph(network, *example_inputs(network, input, example))
+    try:
+        return _derived(graph, input, hidden, output)
+    except Breaking as broken:
+        derives = partial(_derives, graph, (input, hidden, output))
+        operations = sum(node.op == "call_function" for node in graph.nodes.nodes)
+        traceback, cause = broken.__traceback__, broken.__cause__
+        raise with_subgroup(broken, input, derives, operations).with_traceback(traceback) from cause
+
+
+def _derived(graph: Graph, input: Actions, hidden: Hidden, output: Any) -> NetworkAction:
     reading = Reading(graph, input)
     reading.end(output)
     reading.choose(hidden)
     return NetworkAction(reading.group, input, *reading.assemble())
+
+
+def _derives(graph: Graph, actions: Sequence[Any], generators: Sequence[Element]) -> bool:
+    """Whether a subgroup acts on the network whose graph this is."""
+    try:
+        _derived(graph, *(restricted(its, generators) for its in actions))
+    except Refusal:
+        return False
+    return True
 
 
 def _each(input: Any) -> list:

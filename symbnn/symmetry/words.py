@@ -14,7 +14,7 @@ from .axes import resolved
 from .groups import Group, Permutations
 from .networks import NetworkAction
 
-# %% ../../nbs/1_symmetry/16b_words.ipynb #1dccc4a1-0
+# %% ../../nbs/1_symmetry/16b_words.ipynb #c5027181-0
 def action_in_words(action: NetworkAction) -> dict[str, str]:
     """In a few words how the axes of each tensor move, by its name: "rows by 2 x C4 (0), columns still".
 
@@ -99,7 +99,7 @@ def _factor(group: Sequence[Atom], classes: Classes) -> str:
         return atom.action.name
     assert isinstance(atom, Known), "still, or chosen"
     if isinstance(atom.action, PiecesAction):
-        pieces = ((its.numel, tuple(resolved(its.axes[0]))) for its in atom.action.pieces)
+        pieces = ((its.numel, tuple(resolved(its.axes[0]))) for its in atom.action.stacked)
         return " then ".join(f"{size} {_axis(piece, classes)}" for size, piece in pieces)
     name = classes.get(atom.name) or classes.get(id(atom.action))
     return _mover(atom.action) + (f" ({name})" if name else "")

@@ -1,0 +1,167 @@
+"""Measures of regressions, fields and segmentations: against truth, against definitions, and what is refused."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import seeded
+from symbnn.data.sources import load
+from symbnn.equivariance.measures import crps, output_defect, summarize_outputs, variance_parts
+from symbnn.equivariance.predictions import OrbitOutputs, orbit_outputs
+from symbnn.equivariance.symmetric import bayesianize
+from symbnn.errors import Refusal
+from symbnn.posterior.likelihoods import Bernoulli, Categorical, Poisson
+from symbnn.posterior.real_targets import Gaussian, HeteroscedasticGaussian, StudentT, heteroscedastic_action
+from symbnn.symmetry.actions import Action, natural_action
+from symbnn.symmetry.fields import field, point_symmetries, rotations
+from symbnn.symmetry.groups import Cyclic
+from symbnn.training.evaluation import evaluate
+from symbnn.training.loop import train
+from tolerances import assert_close, within_standard_errors
+
+SHAPE = (1, 4, 4)
+TURN = field(rotations(), SHAPE)
+
+
+def vectors():
+    space = point_symmetries(2)
+    return field(space, SHAPE), field(space, (2, 4, 4), natural_action(space.group)), 2, Gaussian(0.3)
+
+
+def told():
+    return TURN, heteroscedastic_action(TURN), 2, HeteroscedasticGaussian()
+
+
+TASKS = {  # actions on inputs and outputs, channels of the outputs, likelihood
+    "gaussian": lambda: (TURN, TURN, 1, Gaussian(0.3)), "vectors": vectors, "two outputs": told,
+    "student": lambda: (TURN, TURN, 1, StudentT(0.3)),
+    "pixels": lambda: (TURN, field(rotations(), (3, 4, 4)), 3, Categorical()),
+    "bernoulli": lambda: (TURN, TURN, 1, Bernoulli()), "poisson": lambda: (TURN, TURN, 1, Poisson()),
+}
+
+
+def made(name):
+    turn, output, channels, likelihood = TASKS[name]()
+    torch.manual_seed(0)
+    pair = bayesianize(nn.Conv2d(1, channels, 3, padding=1).double(), turn, SHAPE, output=output)
+    return pair, likelihood, torch.randn(2, *SHAPE, generator=seeded(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_unbiased_defect_covers_its_truth_at_the_nominal_rate(name):
+    pair, likelihood, x = made(name)
+    many = orbit_outputs(pair.network, x, pair.action, draws=20_000, generator=seeded(99))
+    truth, error = output_defect(many, likelihood)
+    inside, repetitions = 0, 500
+    for seed in range(repetitions):
+        found = orbit_outputs(pair.network, x, pair.action, draws=48, generator=seeded(seed))
+        estimate = output_defect(found, likelihood)
+        inside += abs(estimate.value - truth) <= 1.96 * math.hypot(estimate.standard_error, error)
+    within_standard_errors(torch.tensor(inside / repetitions), 0.95, math.sqrt(0.95 * 0.05 / repetitions))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_parts_of_the_variance_add_up_to_that_of_the_mixture(name):
+    pair, likelihood, x = made(name)
+    found = orbit_outputs(pair.network, x, pair.action, draws=5, generator=seeded())
+    flat = found.outputs.transpose(1, 2).flatten(0, 1)  # draws and elements together
+    means, variances = likelihood.mean(flat), likelihood.variance(flat)
+    total = (variances + means.square()).mean(0) - means.mean(0).square()
+    parts = variance_parts(found, likelihood)
+    assert_close(torch.tensor(parts.total, dtype=torch.float64), total.mean())
+    assert min(parts) >= 0 and parts.orbit > 0
+
+
+def test_an_average_over_the_group_has_no_orbit_part_and_no_defect():
+    pair, likelihood, x = made("vectors")
+    found = orbit_outputs(pair.network, x, pair.action, draws=4, generator=seeded()).outputs
+    averaged = found.mean(2, keepdim=True).expand_as(found).contiguous()
+    still = OrbitOutputs(averaged, pair.action.group.elements(), "common")
+    assert abs(output_defect(still, likelihood).value) < 1e-15 and variance_parts(still, likelihood).orbit < 1e-15
+
+
+def test_the_score_of_a_mixture_is_its_definition():
+    mean, scale = torch.randn(3, 2, 1, generator=seeded()).double(), 0.2 + torch.rand(3, 2, 1, generator=seeded(1)).double()
+    y = torch.randn(2, 1, generator=seeded(2)).double()
+    mixture = torch.distributions.Normal(mean, scale)
+    grid = torch.linspace(-12, 12, 240_001, dtype=torch.float64)
+    for i in range(2):
+        below = torch.distributions.Normal(mean[:, i], scale[:, i]).cdf(grid).mean(0)
+        expected = torch.trapezoid((below - (grid >= y[i]).double()).square(), grid)
+        assert_close(crps(mixture, y)[i, 0], expected, 1e-5)  # of the grid
+    sure = torch.distributions.Normal(mean[:1], torch.full_like(mean[:1], 1e-12))
+    assert_close(crps(sure, y), (y - mean[0]).abs(), 1e-10)
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(0.7), StudentT(0.7), HeteroscedasticGaussian()], ids=repr)
+def test_intervals_of_the_right_predictive_cover_what_they_say(likelihood):
+    n = 20_000
+    outputs = torch.randn(8, 1, 2, generator=seeded()).double().expand(8, n, 2)
+    outputs = outputs if isinstance(likelihood, HeteroscedasticGaussian) else outputs[..., :1]
+    torch.manual_seed(1)
+    drawn = likelihood.distribution(outputs).sample()[torch.randint(8, (n,)), torch.arange(n)]
+    still = OrbitOutputs(outputs[:, :, None], (0,), "common")
+    scores = summarize_outputs(still, drawn, likelihood)
+    for level in (0.5, 0.9):
+        share = torch.tensor(scores[f"coverage_{100 * level:.0f}"])
+        within_standard_errors(share, level, math.sqrt(level * (1 - level) / n))
+    assert "defect_unbiased" not in scores and abs(scores["rmse"] / scores["predictive_sd"] - 1) < 0.05
+
+
+def test_missing_targets_and_ignored_labels_are_left_out():
+    outputs = torch.randn(3, 4, 1, 2, generator=seeded()).double()
+    y = torch.randn(4, 2, generator=seeded(1)).double()
+    y[0, 1] = y[2] = float("nan")
+    errors = (outputs[:, :, 0].mean(0) - y)[~y.isnan()]
+    still = OrbitOutputs(outputs, (0,), "common")
+    assert math.isclose(summarize_outputs(still, y, Gaussian(0.3, nan_is_missing=True))["rmse"],
+                        errors.square().mean().sqrt().item())
+    pixels = OrbitOutputs(torch.randn(3, 4, 1, 3, 5, 5, generator=seeded()), (0,), "common")
+    predicted = pixels.outputs[:, :, 0].softmax(2).mean(0).argmax(1)
+    labels = torch.randint(0, 3, (4, 5, 5), generator=seeded(3))
+    labels[:, 0] = -1
+    scores = summarize_outputs(pixels, labels, Categorical(-1))
+    known = labels >= 0
+    assert math.isclose(scores["accuracy"], (predicted == labels)[known].double().mean().item())
+    unions = [(((predicted == c) & (labels == c))[known].sum() / ((predicted == c) | (labels == c))[known].sum()).item()
+              for c in range(3)]
+    assert math.isclose(scores["mean_iou"], sum(unions) / 3, rel_tol=1e-6)
+
+
+def test_an_expanded_network_is_equivariant_in_its_mean():
+    """A vector field under the symmetries of the square: the average has no defect where the baseline has one."""
+    data = load("flow", train_size=64)
+    space = point_symmetries(2)
+    turn, flow = field(space, data.shape), field(space, (2, 16, 16), natural_action(space.group))
+    torch.manual_seed(0)
+    pair = bayesianize(nn.Conv2d(1, 2, 5, padding=2, padding_mode="circular"), turn, data.shape, output=flow)
+    train(pair, data.train, epochs=3, learning_rate=0.01, likelihood=Gaussian(0.3), augmentation="random", batch_size=32)
+    x = data.test.inputs[:8]
+    plain, averaged = (output_defect(its.outputs(x, draws=8), Gaussian(0.3)) if hasattr(its, "outputs") else
+                       output_defect(orbit_outputs(its.network, x, its.action, draws=8, generator=seeded()), Gaussian(0.3))
+                       for its in (pair, pair.average()))
+    assert abs(averaged.value) <= 4 * averaged.standard_error + 1e-9 and plain.value > averaged.value
+    scores = evaluate(pair, data.test, likelihood=Gaussian(0.3), draws=4)
+    assert {"rmse", "crps", "orbit", "defect_unbiased"} <= set(scores) and "RMSE" in str(scores)
+
+
+@pytest.mark.parametrize(("call", "said"), [
+    (lambda found: summarize_outputs(found, torch.zeros(3, *SHAPE), Gaussian(0.3)), "2 targets"),
+    (lambda found: summarize_outputs(found, torch.zeros(2, 2, 4, 4), Gaussian(0.3)), "shape"),
+    (lambda found: summarize_outputs(found.outputs, torch.zeros(2, *SHAPE), Gaussian(0.3)), "orbit_outputs"),
+    (lambda found: summarize_outputs(found, torch.zeros(2, *SHAPE), "gaussian"), "likelihood"),
+    (lambda found: output_defect(OrbitOutputs(found.outputs[:2], found.elements, "common"), Gaussian(0.3)), "three draws"),
+    (lambda found: output_defect(OrbitOutputs(found.outputs[:, :, :1], (0,), "common"), Gaussian(0.3)), "1 elements"),
+])
+def test_what_cannot_be_measured_is_refused(call, said):
+    pair, _, x = made("gaussian")
+    with pytest.raises(Refusal, match=said):
+        call(orbit_outputs(pair.network, x, pair.action, draws=4, generator=seeded()))
+
+
+def test_outputs_of_another_shape_than_the_action_are_refused():
+    still = Action.trivial(Cyclic(4), (5,))
+    from symbnn.equivariance.predictions import Equivariance
+    with pytest.raises(Refusal, match="real outputs of shape"):
+        orbit_outputs(nn.Conv2d(1, 1, 3, padding=1), torch.randn(2, *SHAPE), Equivariance(TURN, still))
