@@ -6,9 +6,10 @@
 __all__ = ['read_network', 'graph_for', 'products', 'Widths', 'owner', 'named_tensor', 'Along', 'Copies', 'find_copies',
            'plan_copies']
 
-# %% ../../nbs/3_equivariance/12b_copies.ipynb #556d8a97-0
+# %% ../../nbs/3_equivariance/12b_copies.ipynb #014d5fd1-0
 import itertools
 import math
+import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,7 +24,7 @@ from ..symmetry.networks import NetworkAction, example_inputs
 from ..symmetry.readings import Reading
 from ..symmetry.tracing import Graph, network_graph
 
-# %% ../../nbs/3_equivariance/12b_copies.ipynb #c44cc8b9-0
+# %% ../../nbs/3_equivariance/12b_copies.ipynb #339fe4b4-0
 def read_network(graph: Graph, action: NetworkAction) -> Reading:
     """What is known of a network before actions on its hidden channels are chosen."""
     reading = Reading(graph, action.input)
@@ -55,42 +56,56 @@ class _Plan(NamedTuple):
     grouped: frozenset[str]
 
 
-def _groups(reading: Reading, name: str, module: nn.Module) -> Axis | None:
-    """The axis that a module of torch takes apart into groups or heads, the groups first; None where it does not."""
-    ledger = reading.ledger
+def _groups(reading: Reading, name: str, module: nn.Module) -> list[list[Atom]]:
+    """The factors that number the groups or heads of a module of torch, for each piece of what it takes apart."""
+    ledger, axis = reading.ledger, None
     if isinstance(module, nn.GroupNorm):
-        return ledger.normed.get(name, (None,))[0]
-    if isinstance(module, nn.MultiheadAttention):
+        axis, count = ledger.normed.get(name, (None,))[0], module.num_groups
+    elif isinstance(module, nn.MultiheadAttention):
         weights = (reading.parameters.get(f"{name}.{key}") for key in ("in_proj_weight", "q_proj_weight"))
-        return next((weight.axes[0] for weight in weights if weight is not None), None)
-    return ledger.layers[name][0] if name in ledger.layers and getattr(module, "groups", 1) > 1 else None
+        axis, count = next((weight.axes[0] for weight in weights if weight is not None), None), module.num_heads
+    elif (count := getattr(module, "groups", 1)) != 1 and name in ledger.layers:
+        axis = ledger.layers[name][0]
+    return [] if axis is None else [_first_factors(product, count) for product in products(axis)]
+
+
+def _first_factors(product: list[Atom], count: int) -> list[Atom]:
+    """The factors, slowest first, whose sizes multiply to so many; of one group none."""
+    sizes = list(itertools.accumulate((atom.size for atom in product), operator.mul))
+    return product[:next((k + 1 for k, size in enumerate(sizes) if size >= count > 1), len(product) * (count > 1))]
+
+
+def _pieces(product: Sequence[Atom], some: Collection[Unknown]) -> list[Unknown]:
+    return [atom for atom in product if isinstance(atom, Unknown) and atom in some]
+
+
+def _whole_products(reading: Reading, free: Collection[Unknown]) -> list[list[Unknown]]:
+    """The pieces of all products of which one has to grow; those within one group are a part of another product."""
+    axes = [*(axis for ends in reading.ledger.layers.values() for axis in ends),
+            *(axis for features in reading.parameters.values() for axis in features.axes)]
+    found = {frozenset(pieces): pieces for axis in axes for product in products(axis)
+             if (pieces := _pieces(product, free))}
+    return [pieces for its, pieces in found.items() if not any(its < other for other in found)]
 
 
 def _plans(network: nn.Module, reading: Reading, free: Collection[Unknown]) -> Iterator[_Plan]:
-    """What to try: groups multiplied or, where each has several channels, kept; of other factors the last or the
+    """What to try: groups of torch's layers grow before other factors do, or not; of other factors the last, or the
     first."""
-    groups = {name: axis for name, module in modules_outside(plain_network(network))
-              if (axis := _groups(reading, name, module)) is not None}
-    alone = {name for name in groups if _is_depthwise(plain_network(network).get_submodule(name))}
-    axes = [axis for features in reading.parameters.values() for axis in features.axes]
-    tried = []
+    groups = {name: found for name, module in modules_outside(plain_network(network))
+              if (found := _groups(reading, name, module))}
+    whole, tried = _whole_products(reading, free), []
     for multiplied, place in itertools.product((True, False), (-1, 0)):
         grown: set[Unknown] = set()
-        names = [name for name in groups if multiplied or name in alone]
-        for chosen, where in (([groups[name] for name in names], 0), (axes, place)):
-            for product in (product for axis in chosen for product in products(axis)):
-                pieces = [atom for atom in product if isinstance(atom, Unknown) and atom in free]
-                if pieces and not grown & set(pieces):
-                    grown.add(pieces[where])
-        plan = _Plan(frozenset(grown), frozenset(
-            name for name in names if any(atom in grown for product in products(groups[name]) for atom in product)))
+        first = [product for found in groups.values() for product in found] if multiplied else []
+        for product, where in (*((its, 0) for its in first), *((its, place) for its in whole)):
+            pieces = _pieces(product, free)
+            if pieces and not grown & set(pieces):
+                grown.add(pieces[where])
+        plan = _Plan(frozenset(grown), frozenset(name for name, found in groups.items() if any(
+            grown & set(product) if product else multiplied for product in found)))
         if plan not in tried:
             tried.append(plan)
             yield plan
-
-
-def _is_depthwise(module: Any) -> bool:
-    return getattr(module, "groups", 1) > 1 and module.groups == module.in_channels
 
 # %% ../../nbs/3_equivariance/12b_copies.ipynb #55122604-0
 _LENGTHS = {"in_features": ("weight", 1), "out_features": ("weight", 0), "in1_features": ("weight", 1),
@@ -189,7 +204,7 @@ def named_tensor(network: nn.Module, name: str) -> Any:
     """A parameter, buffer or posterior by its name in the plain network."""
     return getattr(owner(network, name), name.rpartition(".")[2])
 
-# %% ../../nbs/3_equivariance/12b_copies.ipynb #c1e245d8-0
+# %% ../../nbs/3_equivariance/12b_copies.ipynb #c6a72d38-0
 class Along(NamedTuple):
     """One axis of a tensor of an expanded network, place by place."""
 
@@ -215,12 +230,12 @@ def _class(unknown: Unknown) -> str:
 def _matched(small: Sequence[int], wide: Sequence[int], order: int) -> list[int] | None:
     """The size in the small network of each piece of a class of the wider one, 1 for one that numbers copies alone.
 
-    None where the sizes do not say that there are copies.
+    None where the sizes are neither those of the small network nor of copies.
     """
     found = [list(small)] if len(small) == len(wide) else [
         [*small[:k], 1, *small[k:]] for k in range(len(wide)) if len(wide) == len(small) + 1]
-    return next((sizes for sizes in found if all(new in (old, order * old) for old, new in zip(sizes, wide))
-                 and (math.prod(wide) > math.prod(sizes) or order == 1)), None)
+    return next((sizes for sizes in found if all(new in (old, order * old) for old, new in zip(sizes, wide))),
+                None)
 
 
 def _by_class(pieces: Sequence[tuple[str, Any]]) -> dict[str, list]:
@@ -246,6 +261,9 @@ def find_copies(reading: Reading, sizes: Sequence[tuple[str, int]]) -> Copies:
         grown |= {unknown: old for unknown, old in zip(wide, matched) if unknown.size > old or order == 1}
     for name, wide in after.items():
         _refuse_copies(reading, name, [unknown.size for unknown in wide])
+    for product in _whole_products(reading, free):
+        if not grown.keys() & set(product):
+            _refuse_copies(reading, product[0].name, [piece.size for piece in product])
     return Copies(reading, grown, free, {name: tuple(_along(reading, name, features.axes, axis, grown)
                                                      for axis in features.axes)
                                          for name, features in reading.parameters.items()})
@@ -267,7 +285,7 @@ def _along(reading: Reading, name: str, axes: tuple[Axis, ...], axis: Axis, grow
     labels, places, start = [], [], 0
     for product in products(axis):
         label, place, size = torch.full((1,), -1), torch.zeros(1, dtype=torch.int64), 1
-        found = _grown_in(product, grown)
+        found = _pieces(product, grown)
         if len(found) > 1:
             raise Refusal("features of which each axis has the copies of one class of channels",
                           got=f"{name!r}, along one axis of which those of {' and '.join(map(_class, found))} multiply",
@@ -283,18 +301,14 @@ def _along(reading: Reading, name: str, axes: tuple[Axis, ...], axis: Axis, grow
         labels.append(label)
         places.append(place + start)
         start += size
-    pieces = dict.fromkeys(piece for product in products(axis) for piece in _grown_in(product, grown))
+    pieces = dict.fromkeys(piece for product in products(axis) for piece in _pieces(product, grown))
     return Along(torch.cat(labels), torch.cat(places), tuple(pieces), _summed(reading, axes, axis, grown))
-
-
-def _grown_in(product: Sequence[Atom], grown: Mapping[Unknown, int]) -> list[Unknown]:
-    return [atom for atom in product if isinstance(atom, Unknown) and atom in grown]
 
 
 def _summed(reading: Reading, axes: tuple[Axis, ...], axis: Axis, grown: Mapping[Unknown, int]) -> bool | None:
     """Whether the copies along an axis are summed over in every call that uses the tensor, in none, or in some."""
     calls = reading.ledger.sums.get(frozenset(atom for its in axes for atom in its), [])
-    answers = {any(_grown_in(product, grown) for own in axis if own in call for product in products(call[own]))
+    answers = {any(_pieces(product, grown) for own in axis if own in call for product in products(call[own]))
                for call in calls} or {False}
     return answers.pop() if len(answers) == 1 else None
 

@@ -82,7 +82,7 @@ def arrangement_of(network: nn.Module) -> Arrangement | None:
             "expand(network, action, arrangement).network.load_state_dict(state), with the whole state")
     return cast(Arrangement, names[0]) if names else None
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #75709506-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #c2bf3eba-0
 def _exponent(group: Group) -> int:
     """The least k with g^k = e for all elements."""
     one = group.identity()
@@ -93,18 +93,21 @@ def _depths(copies: Copies, arrangement: Arrangement) -> dict[Unknown, int]:
     """For each piece of channels the power l such that g permutes its copies as g^l: 1, or its depth if rolled."""
     depths, exponent = {}, _exponent(copies.reading.group)
     order = {name: k for k, name in enumerate(copies.reading.ledger.layers)}  # that of the forward pass
+    grouped = {name for name, (reads, _) in copies.reading.ledger.layers.items()
+               if any(atom in copies.grown for product in products(reads) for atom in product)}
     met = sorted(copies.axes, key=lambda name: order.get(name.rpartition(".")[0], len(order)))
     for name in met if arrangement == "row_rolled" else ():
         read, written = ({piece for axis in copies.axes[name] for piece in axis.pieces if bool(axis.summed) == summed}
                          for summed in (True, False))
-        if not any(axis.summed for axis in copies.axes[name]) and name not in _weights(copies):
+        layer = name.rpartition(".")[0]
+        if name not in _weights(copies) or (not read and layer in grouped):
             continue
         for piece, depth in itertools.product(written, {(depths.get(its, 0) + 1) % exponent for its in read} or {
                 1 % exponent}):
             if depths.setdefault(piece, depth) != depth:
                 raise Refusal(f"paths of one length, modulo {exponent}, to the channels of each layer of a row_rolled "
                               "expansion",
-                              got=f"layer {name.rpartition('.')[0]!r} at depth {depth}, whose outputs are added to "
+                              got=f"layer {layer!r} at depth {depth}, whose outputs are added to "
                                   f"those at depth {depths[piece]}",
                               cause="a residual sum or a concatenation; row_rolled turns the copies once more in each "
                                     f"layer, and {exponent} turns of {copies.reading.group} are none",
@@ -288,7 +291,7 @@ def _expand_tensors(expansion: _Expansion, widths: Widths, network: nn.Module, p
             if id(small) in made:
                 setattr(module, key, made[id(small)])
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #d6f07867-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #54203d17-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
     require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
@@ -358,8 +361,8 @@ def _check_blocks(expansion: _Expansion) -> None:
         if expansion.moves(name) and (lost or ("input" in written and any(axis.summed for axis in many))):
             raise Refusal("a first layer that leaves the input's channels, and a last layer that makes the output's",
                           got=_from_to(expansion, name),
-                          cause="a residual sum with the input or the output, or weights that are added to the input, "
-                          "whose channels keep their number, so that no copies of these weights can be kept apart",
+                          cause="a residual sum with the input or the output, weights that are added to the input, "
+                          "or products of all channels of two layers, so that no copies are kept apart",
                           fix="a layer of its own before the first residual sum, and one behind the last")
 
 
@@ -373,7 +376,7 @@ def _from_to(expansion: _Expansion, name: str) -> str:
     source, target = expansion.action.layers.get(layer, ("", ""))
     return f"layer {layer!r} from {source} to {target}" if source else f"{name!r}, which the group moves"
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #8c99f11f-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #b359df7e-0
 class Expanded(NamedTuple):
     """An expanded network, and how the group acts on it."""
 
@@ -425,7 +428,7 @@ def expanded_action(expanded: nn.Module, action: NetworkAction) -> NetworkAction
     how they were expanded and the action depends on it.
     """
     check_acting(expanded, action)
-    absent = sorted(action.layers.keys() - {name for name, _ in expanded.named_modules()})
+    absent = sorted(action.layers.keys() - dict(modules_outside(plain_network(expanded))).keys())
     require(not absent, "an expanded network with the layers of the small one, under their names",
             f"a network without {', '.join(absent)}",
             "the action of another network, or layers put into a new container", "expand(network, action).action")
