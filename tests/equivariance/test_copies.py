@@ -291,6 +291,7 @@ def test_layers_state_their_new_widths():
 def test_shared_tensors_stay_shared():
     for network in (pair("shared")[0], with_posteriors(pair("shared")[0])):
         wide = expand(network, pair("shared")[1]).network
+        assert tuple(wide[2].weight.shape) == (12, 12, 3, 3)
         assert wide[2].weight is wide[4].weight and wide[2] is wide[6] and wide[2].bias is not wide[4].bias
 
 
