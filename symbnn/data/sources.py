@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PARTS', 'SOURCES', 'DATASETS', 'OTHER_TASKS', 'SIMULATED', 'Source', 'load']
 
-# %% ../../nbs/6_data/03_sources.ipynb #fa479bfc-0
+# %% ../../nbs/6_data/03_sources.ipynb #bf8d1fb1-0
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def _files(name: str, root: str | Path | None, download: bool) -> tuple[Path, ..
             f'load("{name}", FOLDER), load("{name}", download=True), or load("{DATASETS[0]}"), which needs no file')
     return files or _downloaded(name)
 
-# %% ../../nbs/6_data/03_sources.ipynb #52aa2686-0
+# %% ../../nbs/6_data/03_sources.ipynb #d8d99cdb-0
 def _digits(dtype: torch.dtype) -> tuple[Split, Split, tuple[str, ...]]:
     data = optional("sklearn.datasets", "data").load_digits()  # takes a second to import, and is needed only here
     everything = Split(torch.from_numpy(data.images)[:, None].to(dtype) / 16, torch.from_numpy(data.target).long())
@@ -169,7 +170,7 @@ def _diabetes(dtype: torch.dtype) -> tuple[Split, Split, tuple[str, ...]]:
 
 
 def _simulated(name: str, dtype: torch.dtype) -> tuple[Split, Split, tuple[str, ...]]:
-    made = {"spins": spins, "flow": flows, "canvases": canvases}[name](SIMULATED)
+    made = {"spins": partial(spins, sweeps=150), "flow": flows, "canvases": canvases}[name](SIMULATED)
     inputs, targets = (values.to(dtype) if values.is_floating_point() else values for values in made)
     return Split(inputs[400:], targets[400:]), Split(inputs[:400], targets[:400]), ()
 

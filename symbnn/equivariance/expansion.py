@@ -6,17 +6,19 @@
 __all__ = ['Arrangement', 'ARRANGEMENT', 'block_turn', 'mark_arrangement', 'arrangement_of', 'Widen', 'expansion_rule',
            'Expanded', 'expand', 'expanded_action']
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #07a9e5fb-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #3dcbc53d-0
 import itertools
 import math
-from collections.abc import Set
-from functools import partial, singledispatch
+from collections.abc import Sequence, Set
+from functools import cache, partial, singledispatch
 from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..binding import copy_network, modules_outside
+from ..binding import copy_network, modules_outside, plain_network
+from .copies import Along, Copies, Widths, find_copies, graph_for, named_tensor, owner, plan_copies
+from .copies import products, read_network
 from ..errors import Refusal, check_choice, require
 from ..posterior.family import Family, no_rule
 from ..posterior.full_gaussian import FullGaussian
@@ -26,8 +28,10 @@ from ..posterior.log_normal import LogNormal
 from ..posterior.point_mass import PointMass
 from ..posterior.priors import Prior
 from ..symmetry.actions import Action, regular_channels
+from ..symmetry.axes import Axis, Known, Unknown
 from ..symmetry.groups import Element, Group
 from ..symmetry.networks import NetworkAction, check_acting, network_action
+from ..symmetry.tracing import Graph
 
 # %% ../../nbs/3_equivariance/13_expansion.ipynb #a5a6fe16-0
 Arrangement = Literal["regular", "row_rolled", "row_constant", "block_diagonal"]
@@ -78,91 +82,127 @@ def arrangement_of(network: nn.Module) -> Arrangement | None:
             "expand(network, action, arrangement).network.load_state_dict(state), with the whole state")
     return cast(Arrangement, names[0]) if names else None
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #df30eeff-0
-_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)  # layers from one channel class to another; the others are norms
-_EXPANDED = (*_WEIGHTED, nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
-
-
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #c2bf3eba-0
 def _exponent(group: Group) -> int:
     """The least k with g^k = e for all elements."""
     one = group.identity()
     return math.lcm(*(next(k for k in range(1, group.order + 1) if group.power(g, k) == one) for g in group.elements()))
 
 
-def _depths(network: nn.Module, action: NetworkAction, arrangement: Arrangement) -> dict[str, int]:
-    """For each hidden channel class the power l such that g permutes its copies as g^l: 1, or its depth if rolled."""
-    hidden = [name for name in action.channels if name not in ("input", "output")]
-    if arrangement != "row_rolled":
-        return dict.fromkeys(hidden, 1)
-    depths, exponent = {"input": 0}, _exponent(action.group)
-    for name, (source, target) in action.layers.items():  # in the order of the forward pass
-        if target != "output" and isinstance(network.get_submodule(name), _WEIGHTED):
-            depth = (depths[source] + 1) % exponent
-            if depths.setdefault(target, depth) != depth:
+def _depths(copies: Copies, arrangement: Arrangement) -> dict[Unknown, int]:
+    """For each piece of channels the power l such that g permutes its copies as g^l: 1, or its depth if rolled."""
+    depths, exponent = {}, _exponent(copies.reading.group)
+    order = {name: k for k, name in enumerate(copies.reading.ledger.layers)}  # that of the forward pass
+    grouped = {name for name, (reads, _) in copies.reading.ledger.layers.items()
+               if any(atom in copies.grown for product in products(reads) for atom in product)}
+    met = sorted(copies.axes, key=lambda name: order.get(name.rpartition(".")[0], len(order)))
+    for name in met if arrangement == "row_rolled" else ():
+        read, written = ({piece for axis in copies.axes[name] for piece in axis.pieces if bool(axis.summed) == summed}
+                         for summed in (True, False))
+        layer = name.rpartition(".")[0]
+        if name not in _weights(copies) or (not read and layer in grouped):
+            continue
+        for piece, depth in itertools.product(written, {(depths.get(its, 0) + 1) % exponent for its in read} or {
+                1 % exponent}):
+            if depths.setdefault(piece, depth) != depth:
                 raise Refusal(f"paths of one length, modulo {exponent}, to the channels of each layer of a row_rolled "
                               "expansion",
-                              got=f"layer {name!r} at depth {depth}, whose outputs are added to those at depth "
-                                  f"{depths[target]}",
-                              cause="a residual sum; row_rolled turns the copies once more in each layer, and "
-                                    f"{exponent} turns of {action.group} are none",
+                              got=f"layer {layer!r} at depth {depth}, whose outputs are added to "
+                                  f"those at depth {depths[piece]}",
+                              cause="a residual sum or a concatenation; row_rolled turns the copies once more in each "
+                                    f"layer, and {exponent} turns of {copies.reading.group} are none",
                               fix='arrangement="block_diagonal", or "regular"')
-    return {name: depths[name] for name in hidden}
+    return {piece: depths.get(piece, 1) for piece in copies.grown}
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #806ff482-0
+
+def _weights(copies: Copies) -> Set[str]:
+    """The tensors over some axis of which products are summed."""
+    reading = copies.reading
+    return {name for name, features in reading.parameters.items()
+            if any(reading.ledger.sums.get(frozenset(atom for axis in features.axes for atom in axis), []))}
+
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #6738a778-0
 class _Expansion(NamedTuple):
     """What decides the blocks of every tensor."""
 
     action: NetworkAction  # of the small network
     arrangement: Arrangement
-    depths: dict[str, int]  # hidden class -> l, where g permutes the copies as g^l
+    copies: Copies
+    depths: dict[Unknown, int]  # piece of channels -> l, where g permutes the copies as g^l
 
-    def own_turns(self, name: str, hidden: str) -> list[Element]:
-        """How each copy of a class moves the tensor `name` that meets only this class: t(g^l h) = g t(h)."""
-        group, depth, exponent = self.action.group, self.depths[hidden], _exponent(self.action.group)
+    def own_turns(self, name: str, axis: Along) -> list[Element]:
+        """How each copy along one axis moves the tensor `name` that has copies there alone: t(g^l h) = g t(h)."""
+        group, exponent = self.action.group, _exponent(self.action.group)
+        depth = next(iter({self.depths[piece] for piece in axis.pieces}))
         if math.gcd(depth, exponent) == 1:
             return [group.power(element, pow(depth, -1, exponent)) for element in group.elements()]
-        tensor = self.action.parameters[name]
-        if not tensor.agrees_with(Action.trivial(group, tensor.shape)):
+        if self.moves(name):
             raise Refusal(
                 f"a depth that has no common factor with {exponent}, the exponent of {group}, for weights of a "
                 "row_rolled expansion that the group moves", got=f"{name!r} at depth {depth}",
-                cause="a linear layer that reads positions, behind so many layers that some element moves its weights "
-                "and leaves the copies in place",
+                cause="weights that read positions, behind so many layers that some element moves them and leaves the "
+                "copies in place",
                 fix='arrangement="block_diagonal", or "regular"; or nn.AdaptiveAvgPool2d(1) before nn.Flatten()',
             )
         return [group.identity()] * group.order
 
-    def blocks(
-        self, name: str, source: str | None, target: str, scales: bool
-    ) -> tuple[list[list[Element]], list[list[float]]]:
-        """Turns and factors of the blocks, rows for the copies of `target`, columns for those of `source`."""
-        elements, n = self.action.group.elements(), self.action.group.order
-        if target not in self.depths and source is not None:
-            return [self.own_turns(name, source)], [[n**-0.5 if scales else 1 / n] * n]
-        if source not in self.depths:
-            return [[turn] for turn in self.own_turns(name, target)], [[1.0]] * n
-        turns = [[block_turn(self.arrangement, self.action.group, a, b) for b in elements] for a in elements]
-        diagonal = self.arrangement == "block_diagonal" and not scales
-        return turns, [[float(a == b) if diagonal else n**-0.5 for b in elements] for a in elements]
+    def moves(self, name: str) -> bool:
+        """Whether some element moves a tensor of the small network."""
+        tensor = self.action.parameters[name]
+        return not tensor.agrees_with(Action.trivial(self.action.group, tensor.shape))
 
-    def tensor(self, name: str, small: Tensor, source: str | None, target: str, scales: bool = False) -> Tensor:
-        """The expanded form of the tensor `name`, or with `scales` of the logarithms of its scales.
+    def turn(self, name: str, written: Sequence[tuple[int, Along]], read: Sequence[tuple[int, Along]]) -> Element:
+        """The element that moves the small tensor in the block of these copies, of which there is one at least."""
+        elements, group = self.action.group.elements(), self.action.group
+        (first, axis), *others = *written, *read
+        if not others:
+            return self.own_turns(name, axis)[first]
+        require(len(others) == 1 or not self.arrangement.startswith("row"),
+                f"weights with copies along two axes, for a {self.arrangement} expansion", f"{name!r} with copies "
+                f"along {len(others) + 1}", "a bilinear layer of hidden channels, or products of several",
+                'arrangement="block_diagonal", or "regular"')
+        turned, a = elements[first], elements[first]
+        for other, _ in others:
+            step = block_turn(self.arrangement, group, a, elements[other])
+            turned = group.compose(group.compose(turned, group.inverse(a)), step)
+        return turned
 
-        `source` is None where the tensor meets one class only, as biases and norms do.
-        """
+    def factor(self, written: Sequence[int], read: Sequence[int], scales: bool) -> float:
+        """What the small tensor is multiplied by in the block of these copies."""
+        n = self.action.group.order
+        if scales:
+            return n ** (-len(read) / 2)
+        if self.arrangement == "block_diagonal":
+            return float(len({*written, *read}) == 1) * (1.0 if written else 1 / n)
+        return n ** (-len(read) / 2) if written else n ** (-(len(read) + 1) / 2)
+
+    def tensor(self, name: str, small: Tensor, scales: bool = False) -> Tensor:
+        """The expanded form of the tensor `name`, or with `scales` of the logarithms of its scales."""
+        axes, group = self.copies.axes[name], self.action.group
         rule = self.action.parameters[name].absolute() if scales else self.action.parameters[name]
-        moved = {g: rule.act(g, small) for g in self.action.group.elements()}
-        if source not in self.depths and target not in self.depths:
-            every = torch.stack(list(moved.values()))
-            return (torch.logsumexp(2 * every, 0) - math.log(len(every))) / 2 if scales else every.mean(0)
-        turns, factors = self.blocks(name, source, target, scales)
-        filled = [
-            [moved[g] + math.log(factor) if scales else factor * moved[g] for g, factor in zip(*row)]
-            for row in zip(turns, factors)
-        ]
-        return torch.cat([row[0] if len(row) == 1 else torch.cat(row, 1) for row in filled])
+        wide, moved = small.new_zeros([len(axis.labels) for axis in axes]), cache(lambda g: rule.act(g, small))
+        for block in itertools.product(*(axis.labels.unique().tolist() for axis in axes)):
+            met = [(label, axis) for label, axis in zip(block, axes) if label >= 0]
+            read, written = ([its for its in met if bool(its[1].summed) == summed] for summed in (True, False))
+            if met:
+                factor = self.factor([label for label, _ in written], [label for label, _ in read], scales)
+                if factor == 0:
+                    continue
+                turned = moved(self.turn(name, written, read))
+                filled = turned + math.log(factor) if scales else factor * turned
+            else:
+                every = torch.stack([moved(g) for g in group.elements()])
+                filled = (torch.logsumexp(2 * every, 0) - math.log(len(every))) / 2 if scales else every.mean(0)
+            at = [(axis.labels == label).nonzero()[:, 0] for label, axis in zip(block, axes)]
+            wide[_grid(at)] = filled[_grid([axis.places[its] for axis, its in zip(axes, at)])]
+        return wide
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #08ccb403-0
+
+def _grid(places: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Indices of all combinations of these places along the axes of a tensor."""
+    return tuple(its.view([-1 if k == axis else 1 for k in range(len(places))]) for axis, its in enumerate(places))
+
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #380a473b-0
 class Widen(Protocol):
     """Expands a tensor of means, or with `scales` of logarithms of scales, that has the shape of the small weights."""
 
@@ -205,7 +245,7 @@ def _expand_neither(family: LogNormal | FullGaussian, widen: Widen) -> Family:
                   fix="family=MeanFieldGaussian, Laplace or BlockGaussian in with_posteriors")
 
 
-def _expand_family(expansion: _Expansion, name: str, family: Family, source: str | None, target: str) -> Family:
+def _expand_family(expansion: _Expansion, name: str, family: Family) -> Family:
     """A family of the same kind over the expanded tensor, or a `Refusal` that names the tensor."""
     closure = family.is_closed_under(expansion.action.parameters[name])
     if not closure:
@@ -214,7 +254,7 @@ def _expand_family(expansion: _Expansion, name: str, family: Family, source: str
                       fix="family=MeanFieldGaussian in with_posteriors")
 
     def widen(small: Tensor, *, scales: bool = False) -> Tensor:
-        return expansion.tensor(name, small, source, target, scales)
+        return expansion.tensor(name, small, scales)
 
     try:
         return expansion_rule(family, widen)
@@ -230,36 +270,28 @@ def _compact(value: Tensor, small: Tensor, shape: tuple[int, ...]) -> Tensor:
         once = once.narrow(axis, 0, 1) if size == 1 < full else once
     return once if torch.equal(once.expand_as(value), value) else value
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #400decf0-0
-def _expand_layer(expansion: _Expansion, name: str, layer: nn.Module, prior: Prior | None) -> None:
-    """Widen one layer in place."""
-    source, target = expansion.action.layers[name]
-    tensors = {**layer._parameters, **layer._modules, **layer._buffers}
-    for part, small in [(key, value) for key, value in tensors.items() if value is not None and value.ndim]:
-        plain = f"{name}.{part}"
-        ends = (source if part == "weight" and isinstance(layer, _WEIGHTED) else None, target)
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #61feb9c5-0
+def _expand_tensors(expansion: _Expansion, widths: Widths, network: nn.Module, prior: Prior | None) -> None:
+    """Widen all layers and tensors in place."""
+    made: dict[int, nn.Module | Tensor] = {}
+    for name in expansion.copies.axes:
+        small = named_tensor(network, name)
         if isinstance(small, VariationalTensor):
-            posterior = _expand_family(expansion, plain, small.posterior, *ends)
-            wide_prior = prior(plain, posterior) if prior else _expand_family(expansion, plain, small.prior, *ends)
-            setattr(layer, part, VariationalTensor(posterior, wide_prior).train(small.training))
+            posterior = _expand_family(expansion, name, small.posterior)
+            wide_prior = prior(name, posterior) if prior else _expand_family(expansion, name, small.prior)
+            made[id(small)] = VariationalTensor(posterior, wide_prior).train(small.training)
         else:
-            wide = expansion.tensor(plain, small.detach(), *ends)
-            keep = isinstance(small, nn.Parameter)
-            setattr(layer, part, nn.Parameter(wide, requires_grad=small.requires_grad) if keep else wide)
-    order = expansion.action.group.order
-    _widen(layer, order if source in expansion.depths else 1, order if target in expansion.depths else 1)
+            wide = expansion.tensor(name, small.detach())
+            made[id(small)] = (nn.Parameter(wide, requires_grad=small.requires_grad) if isinstance(small, nn.Parameter)
+                               else wide)
+    for name, module in list(modules_outside(network)):
+        widths.apply(name, module)
+        tensors = {**module._parameters, **module._modules, **module._buffers}
+        for key, small in tensors.items():
+            if id(small) in made:
+                setattr(module, key, made[id(small)])
 
-
-def _widen(layer: nn.Module, read: int, written: int) -> None:
-    """Multiply the channel counts that a layer states by the numbers of copies that it reads and writes."""
-    for key in ("in_channels", "in_features", "out_channels", "out_features", "num_features"):
-        if hasattr(layer, key):
-            setattr(layer, key, getattr(layer, key) * (read if key.startswith("in_") else written))
-    if isinstance(layer, nn.LayerNorm):
-        first, *rest = layer.normalized_shape
-        layer.normalized_shape = (written * first, *rest)
-
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #4c44f35b-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #54203d17-0
 def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
     """`Refusal` unless the arrangement exists for the group."""
     require(arrangement != "gcnn", f"one of {', '.join(get_args(Arrangement))} as the arrangement", "'gcnn'",
@@ -273,17 +305,19 @@ def _check_arrangement(arrangement: Arrangement, action: NetworkAction) -> None:
 def _check_tensors(network: nn.Module, action: NetworkAction) -> None:
     """`Refusal` unless the action is one on tensors of these names and shapes."""
     found = {f"{name}.{key}".removeprefix("."): tuple(tensor.shape)
-             for name, layer in modules_outside(network) if name in action.layers
-             for key, tensor in {**layer._parameters, **layer._modules, **layer._buffers}.items()
+             for name, layer in modules_outside(network)
+             for key, tensor in {**layer._buffers, **layer._parameters, **layer._modules}.items()
              if isinstance(tensor, (Tensor, VariationalTensor)) and tensor.ndim}
+    buffers = {name for name, _ in network.named_buffers(remove_duplicate=False)}
     moved = {name: rule.shape for name, rule in action.parameters.items() if rule.shape}
+    found = {name: shape for name, shape in found.items() if name in moved or name not in buffers}
     require(found == moved, _OWN, f"tensors that only the network has: {_listed(found.items() - moved.items())}; that "
             f"only the action has: {_listed(moved.items() - found.items())}", *_NOT_OWN)
 
 
-def _check_own(network: nn.Module, action: NetworkAction) -> None:
-    """`Refusal` unless the action is what is derived for the network."""
-    own = network_action(network, action.input, output=action.output)
+def _check_own(network: nn.Module, action: NetworkAction, graph: Graph) -> None:
+    """`Refusal` unless the action is what is derived for the network, whose forward pass is given."""
+    own = network_action(network, action.input, output=action.output, graph=graph)
     same = own.layers == action.layers and all(
         rule.agrees_with(action.parameters[name]) for name, rule in own.parameters.items()
     )
@@ -301,50 +335,48 @@ def _listed(items: Set[tuple[str, tuple[int, ...]]]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in sorted(items)[:3]) or "none"
 
 
-def _check_kinds(network: nn.Module, action: NetworkAction) -> None:
-    """`Refusal` for weights of layers that no expansion is known for."""
-    modules = dict(modules_outside(network))
-    for plain in action.parameters:
-        name = plain.rpartition(".")[0]
-        require(name not in modules or (name in action.layers and isinstance(modules[name], _EXPANDED)),
-                f"weights of layers that can be widened, {', '.join(its.__name__ for its in _EXPANDED)}",
-                f"{plain!r} of a {type(modules.get(name)).__name__}",
-                "a layer whose copies no rule is known for, or a parameter outside layers",
-                "average(...), tie(...) or a mixture of the network, which take any network that has an action")
+def _check_parametrised(action: NetworkAction) -> None:
+    """`Refusal` for weights that are computed from others, as factors of blocks do not go through that."""
+    for name in action.parameters:
+        layer, found, rest = name.partition(".parametrizations.")
+        require(not found, "weights that are parameters of their own", f"{name!r}", "a parametrisation, such as a "
+                "weight norm or a spectral norm, whose weight is not proportional to what it is computed from",
+                "torch.nn.utils.parametrize.remove_parametrizations("
+                f"network.get_submodule({layer!r}), {rest.partition('.')[0]!r})")
 
 
-def _check_layers(network: nn.Module, action: NetworkAction) -> None:
-    """`Refusal` unless every layer of the network can be expanded."""
+def _check_blocks(expansion: _Expansion) -> None:
+    """`Refusal` for tensors that no choice of blocks serves."""
+    heads = {name.rpartition(".")[0] for name, axes in expansion.copies.axes.items()
+             if {axis.summed for axis in axes if axis.pieces} == {True}}
+    for name, axes in expansion.copies.axes.items():
+        features = expansion.copies.reading.parameters[name]
+        many = [axis for axis in axes if axis.pieces]
+        require(len(many) != 1 or many[0].summed is not None, "a tensor whose copies are summed over wherever it is "
+                "used, or nowhere", f"{name!r}, which makes hidden channels and reads them", "an embedding that is the "
+                "last layer too, or a decoder with the encoder's weights; the first keeps copies, and the second takes "
+                "their mean", "two layers with weights of their own, or average(...)")
+        written = {own for axis, along in zip(features.axes, axes) if not along.summed for own in _names(axis)}
+        lost = not many and "output" not in written and name.rpartition(".")[0] not in heads
+        if expansion.moves(name) and (lost or ("input" in written and any(axis.summed for axis in many))):
+            raise Refusal("a first layer that leaves the input's channels, and a last layer that makes the output's",
+                          got=_from_to(expansion, name),
+                          cause="a residual sum with the input or the output, weights that are added to the input, "
+                          "or products of all channels of two layers, so that no copies are kept apart",
+                          fix="a layer of its own before the first residual sum, and one behind the last")
 
-    require(not set(action.channels) <= {"input", "output"}, "a network with hidden channels, of which an expansion "
-            "makes copies", f"a {type(network).__name__} of which all channels are inputs or outputs",
-            "a single layer, or residual sums with the input or the output from end to end",
-            "nn.Sequential(hidden, nn.ReLU(), head), with at least one layer before the last")
-    for name in action.layers:
-        layer = network.get_submodule(name)
-        require(getattr(layer, "groups", 1) == 1, "convolutions with groups=1, which mix the copies",
-                f"layer {name!r} with groups={getattr(layer, 'groups', 1)}", "a grouped or depthwise convolution",
-                f"groups=1 in layer {name!r}")
-    owners: dict[int, str] = {}
-    for name, (source, target) in action.layers.items():
-        layer = network.get_submodule(name)
-        require(not (isinstance(layer, _WEIGHTED) and (source == "output" or target == "input")),
-                "a first layer that leaves the input's channels, and a last layer that makes the output's",
-                f"layer {name!r} from {source} to {target}",
-                "a residual sum with the input or the output, whose channels keep their number",
-                "a layer of its own before the first residual sum, and one behind the last")
-        ends = {source, target} - ({""} if all(reads for reads, _ in action.layers.values()) else set())
-        require(ends <= set(action.channels), "layers that read and write the channels of one class",
-                f"layer {name!r} from {source!r} to {target!r}",
-                "features of several layers side by side, as behind torch.cat, or channels in groups",
-                "average(...), tie(...) or a mixture of the network, which take any network that has an action; or "
-                "sums in place of torch.cat")
-        for tensor in layer.parameters():
-            require(owners.setdefault(id(tensor), name) == name, "weights that belong to one layer each",
-                    f"one tensor in {owners[id(tensor)]!r} and {name!r}", "weights tied by assignment, which an "
-                    "expansion would untie", f"layer {owners[id(tensor)]!r} called twice in forward, in place of two")
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #ea0e042a-0
+def _names(axis: Axis) -> set[str]:
+    """The classes of channels along an axis that are not expanded."""
+    return {atom.name.partition("[")[0] for product in products(axis) for atom in product if isinstance(atom, Known)}
+
+
+def _from_to(expansion: _Expansion, name: str) -> str:
+    layer = name.rpartition(".")[0]
+    source, target = expansion.action.layers.get(layer, ("", ""))
+    return f"layer {layer!r} from {source} to {target}" if source else f"{name!r}, which the group moves"
+
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #b359df7e-0
 class Expanded(NamedTuple):
     """An expanded network, and how the group acts on it."""
 
@@ -372,17 +404,19 @@ def expand(
     """
     check_acting(network, action)
     _check_arrangement(arrangement, action)
-    _check_kinds(network, action)
-    _check_tensors(network, action)
-    _check_layers(network, action)
-    _check_own(network, action)
-    expansion = _Expansion(action, arrangement, _depths(network, action, arrangement))
+    _check_parametrised(action)
     expanded = copy_network(network)
-    for name, layer in list(expanded.named_modules()):
-        if name in action.layers:
-            _expand_layer(expansion, name, layer, prior)
-            mark_arrangement(layer, arrangement)
-    return Expanded(expanded, _action_on_copies(expanded, action, expansion.depths))
+    inner = plain_network(expanded)
+    _check_tensors(inner, action)
+    graph = graph_for(network, action)
+    _check_own(network, action, graph)
+    widths, copies = plan_copies(network, graph, action)
+    expansion = _Expansion(action, arrangement, copies, _depths(copies, arrangement))
+    _check_blocks(expansion)
+    _expand_tensors(expansion, widths, inner, prior)
+    for layer in {owner(inner, name): None for name in copies.axes}:
+        mark_arrangement(layer, arrangement)
+    return Expanded(expanded, _action_on_copies(copies, expansion.depths, action))
 
 
 def expanded_action(expanded: nn.Module, action: NetworkAction) -> NetworkAction:
@@ -394,53 +428,42 @@ def expanded_action(expanded: nn.Module, action: NetworkAction) -> NetworkAction
     how they were expanded and the action depends on it.
     """
     check_acting(expanded, action)
-    absent = sorted(action.layers.keys() - {name for name, _ in expanded.named_modules()})
+    absent = sorted(action.layers.keys() - dict(modules_outside(plain_network(expanded))).keys())
     require(not absent, "an expanded network with the layers of the small one, under their names",
             f"a network without {', '.join(absent)}",
             "the action of another network, or layers put into a new container", "expand(network, action).action")
     built = arrangement_of(expanded)
     arrangement = built or "regular"
     _check_arrangement(arrangement, action)
-    depths = _depths(expanded, action, arrangement)
-    result = _action_on_copies(expanded, action, depths)
-    require(built is not None or not _rolls_differently(expanded, action), "layers that say by which arrangement "
+    sizes = [(name, its.numel) for name, its in action.channels.items()
+             if name.partition("[")[0] not in ("input", "output")]
+    copies = find_copies(read_network(graph_for(expanded, action), action), sizes)
+    result = _action_on_copies(copies, _depths(copies, arrangement), action)
+    require(built is not None or not _rolls_differently(copies, action), "layers that say by which arrangement "
             "they were expanded, since the action depends on it", "layers without a mark of it",
             "a network that was built by hand, or weights of an older file",
             'expand(network, action, "row_rolled"), or whatever it was, and load the weights into its network')
     return result
 
 
-def _action_on_copies(expanded: nn.Module, action: NetworkAction, depths: dict[str, int]) -> NetworkAction:
-    """The action on an expanded network, whose copies of a class the group permutes as its powers `depths` do."""
+def _action_on_copies(copies: Copies, depths: dict[Unknown, int], action: NetworkAction) -> NetworkAction:
+    """The action on an expanded network, whose copies of a piece the group permutes as its powers `depths` do."""
     group = action.group
-
-    def hidden(name: str, channels: int) -> Action:
-        if name not in depths or channels != group.order * action.channels[name].numel:
-            raise Refusal(f"{group.order} copies of each hidden channel of the small network",
-                          got=f"{channels} channels behind layer {name!r}",
-                          cause="a network that was not expanded, that was expanded by another group, or whose "
-                                "forward pass states numbers of channels",
-                          fix="expand(network, action).action; in forward, x.flatten(1), not x.view(-1, number)")
-        regular = regular_channels(group, action.channels[name].numel)
-        return regular if depths[name] == 1 else regular.pulled_back(group, partial(group.power, k=depths[name]))
-
-    result = network_action(expanded, action.input, hidden=hidden, output=action.output)
-    for name in depths:
-        copies = group.order * action.channels[name].numel
-        require(name in result.channels and result.channels[name].agrees_with(hidden(name, copies)),
-                "an expanded network whose copies of hidden channels the group permutes",
-                f"the channels behind layer {name!r}, which stay where they are",
-                "a forward pass that depends on the order of channels, or on how many there are",
-                "average(...), tie(...) or a mixture of the network, which take any network that has an action")
-    return result
+    for unknown in copies.free:
+        moves = Action.trivial(group, (unknown.size,))
+        if unknown in depths:
+            moves = regular_channels(group, copies.grown[unknown])
+            moves = moves if depths[unknown] == 1 else moves.pulled_back(group, partial(group.power, k=depths[unknown]))
+        unknown.value = (Known(moves, unknown.name),)
+    return NetworkAction(group, action.input, *copies.reading.assemble())
 
 
-def _rolls_differently(expanded: nn.Module, action: NetworkAction) -> bool:
+def _rolls_differently(copies: Copies, action: NetworkAction) -> bool:
     """Whether copies of a row_rolled expansion, where there is one, move otherwise than those of the others."""
     if not action.group.is_abelian:
         return False
     try:
-        depths = set(_depths(expanded, action, "row_rolled").values())
+        depths = set(_depths(copies, "row_rolled").values())
     except Refusal:  # its paths have different lengths, so it was not expanded by "row_rolled"
         return False
     return any(action.group.power(g, depth) != g for g in action.group.generators() for depth in depths)

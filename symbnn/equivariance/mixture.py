@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OrbitMixture', 'orbit_average']
 
-# %% ../../nbs/3_equivariance/12_mixture.ipynb #ed69b960-0
+# %% ../../nbs/3_equivariance/12_mixture.ipynb #2ee47d07-0
 import math
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .averages import moved_without_posterior
+from .conditions import moved_without_posterior
 from .predictions import OrbitPredictions, check_predictions
 from ..errors import Refusal, check_count, check_kind
 from ..estimates import Estimate
@@ -21,7 +21,7 @@ from ..posterior.layers import variational_tensors
 from ..posterior.sampling import Weights, sample_weights
 from ..symmetry.networks import NetworkAction
 
-# %% ../../nbs/3_equivariance/12_mixture.ipynb #13b8a8e8-0
+# %% ../../nbs/3_equivariance/12_mixture.ipynb #23dccf97-0
 _DRAWS_AT_ONCE = 64  # of `mutual_information`, to bound memory
 
 
@@ -40,9 +40,9 @@ class OrbitMixture:
                 raise Refusal("parameters without a posterior that stay where they are when the weights move",
                               got=f"{name!r}, which the group moves",
                               cause="a norm over channels that the group permutes, with a scale or a statistic of its "
-                              "own for each",
-                              fix=f"symmetrize_(network, action, only=[{name!r}]) first, or an action whose hidden "
-                              "channels do not move")
+                              "own for each, or a layer without posteriors",
+                              fix=f"symmetrize_(network, action, only=[{name!r}]), which takes its mean over G, "
+                              "or orbit_average(orbit_predictions(network, x, action, draws=64)) for predictions alone")
         self.network, self.action, self.elements = network, action, action.group.elements()
 
     def log_densities(self, weights: Weights) -> Float[Tensor, "G S"]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tied', 'tie']
 
-# %% ../../nbs/3_equivariance/10_tied.ipynb #33f859d3-0
+# %% ../../nbs/3_equivariance/10_tied.ipynb #22433cdf-0
 from functools import partial
 
 import torch
@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..binding import copy_network
-from .conditions import moved_tensors
-from .projected_gradients import check_prior, running_statistics
+from .conditions import moved_tensors, moved_without_posterior
+from .projected_gradients import check_prior
 from ..errors import Refusal
 from ..estimates import rounding_tolerance
 from ..posterior.divergences import affinity_rule, log_affinity, wasserstein2_squared, wasserstein_rule
@@ -25,7 +25,7 @@ from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/3_equivariance/10_tied.ipynb #c37111e8-0
+# %% ../../nbs/3_equivariance/10_tied.ipynb #ecd394b0-0
 class Tied(Family):
     """Weights of one value an orbit, up to signs: the law `base` of the orbit coordinates, expanded.
 
@@ -152,24 +152,37 @@ def _wasserstein_of_tied(q: Tied, p: Tied) -> Tensor:
     return torch.stack(moved).sum()
 
 
+@torch.no_grad()
+def _snap_others(network: nn.Module, action: NetworkAction) -> None:
+    """Remove rounding from what has no posterior; `Refusal`, before any is changed, where the group moves it."""
+    others = {name: tensor for name, tensor in moved_without_posterior(network, action).items()
+              if tensor.is_floating_point()}
+    projected = {name: Orbits(action.parameters[name]).project(tensor) for name, tensor in others.items()}
+    moved = [name for name, value in projected.items()
+             if not bool(((others[name] - value).abs() <= rounding_tolerance(others[name])).all())]
+    if moved:
+        raise Refusal("parameters and statistics without a posterior that the group leaves where they are",
+                      got=f"{', '.join(map(repr, moved[:3]))}, which the group moves",
+                      cause="a norm that was trained or has seen data that are not augmented, over channels that the "
+                      "group permutes, or a layer without posteriors",
+                      fix=f"symmetrize_(network, action, only={moved}), which takes their means over the group; or "
+                      "with_posteriors(network, only=...) with these layers among them")
+    for name, value in projected.items():
+        others[name].copy_(value)
+
+
 def tie(network: nn.Module, action: NetworkAction) -> nn.Module:
     """A copy of a Bayesian network with weights tied over the group's orbits: every sample is an equivariant network.
 
     Posterior and prior become `Tied` laws of the orbits' representatives: weights keep the mean, if they were
     invariant, and the variance that they had one by one. With `hidden="regular"` this is a group-equivariant
-    convolutional network (Cohen and Welling, arXiv 1602.07576). Raises `Refusal` for priors that are not invariant,
-    families without independent weights, and norms whose parameters or statistics the group moves.
+    convolutional network (Cohen and Welling, arXiv 1602.07576). Parameters and running statistics without a posterior
+    stay as they are where the group leaves them in place, up to rounding, which is removed; in training
+    `keep_invariant(tied, action)` keeps them there. Raises `Refusal` where it does not, for priors that are not
+    invariant, and for families without independent weights.
     """
-    moved_tensors(network, action)
-    outside = [name for name, _ in network.named_parameters()]
-    for name in [*outside, *(name for *_, name in running_statistics(network, action))]:
-        if name in action.parameters and Orbits(action.parameters[name]).dimension < action.parameters[name].numel:
-            raise Refusal("parameters and statistics without a posterior that the group leaves where they are",
-                          got=f"{name!r}, which moves by '{action.parameters[name].name}'",
-                          cause="a norm over channels that the group permutes, or a frozen layer",
-                          fix='for a norm, network_action(network, input, hidden="trivial"), or a network without it; '
-                          "for a layer, .requires_grad_(True) before with_posteriors(network)")
     tied = copy_network(network)
+    _snap_others(tied, action)
     for name, tensor in moved_tensors(tied, action).items():
         check_prior(name, tensor.prior, action.parameters[name])
         orbits = Orbits(action.parameters[name])

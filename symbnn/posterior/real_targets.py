@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Noisy', 'check_real', 'observed', 'Gaussian', 'StudentT', 'HeteroscedasticGaussian', 'heteroscedastic_action']
 
-# %% ../../nbs/2_posterior/16b_real_targets.ipynb #c724018d-0
+# %% ../../nbs/2_posterior/16b_real_targets.ipynb #b1e534c5-0
 from math import inf, log, pi
 from numbers import Real
 from typing import cast
@@ -18,6 +18,7 @@ from ..errors import Refusal, check_positive, require, shortened
 from ..estimates import at_least_single
 from .likelihoods import Likelihood, check_fit, summed
 from ..symmetry.actions import Action
+from ..symmetry.fields import FieldAction
 from ..symmetry.groups import Element
 from ..symmetry.signed_permutations import SignedPermutation
 
@@ -174,7 +175,7 @@ class StudentT(Noisy):
         outputs = outputs.to(at_least_single(outputs.dtype))
         return distributions.StudentT(self.df, outputs, self.scale(outputs, outputs.shape[2:]), validate_args=False)
 
-# %% ../../nbs/2_posterior/16b_real_targets.ipynb #7ead9092-0
+# %% ../../nbs/2_posterior/16b_real_targets.ipynb #530e4c3e-0
 class HeteroscedasticGaussian(Likelihood):
     """Real targets (B, m, ...); outputs (S, B, 2 m, ...) are means and logarithms of standard deviations.
 
@@ -237,6 +238,9 @@ def heteroscedastic_action(targets: Action) -> Action:
     >>> heteroscedastic_action(sb.natural_action(Signed(3))).shape
     (6,)
     """
+    if isinstance(targets, FieldAction) and targets.space.on(*targets.size).is_unsigned():
+        return FieldAction(heteroscedastic_action(targets.channels), targets.space, targets.size)
+
     def rule(g: Element) -> SignedPermutation:
         its, size = targets(g), targets.numel
         return SignedPermutation(torch.cat([its.index, its.index + size]),

@@ -115,7 +115,7 @@ class Setup:
         check_positive(self.initial_scale, "The initial scale", "initial_scale=0.05")
         check_positive(self.prior_scale, "The prior's scale", "prior_scale=1.0")
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #482c3f9e-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #3a77bc97-0
 class Task(NamedTuple):
     """A setup with its images, and with what follows from them."""
 
@@ -146,7 +146,7 @@ class Task(NamedTuple):
         """CRC-32 of all images and labels: what is the same for the same data, whatever the file was called."""
         code = 0
         for split in (self.data.train, self.data.validation, self.data.test):
-            for tensor in (split.inputs, split.labels):
+            for tensor in (split.inputs, split.targets):
                 code = zlib.crc32(tensor.contiguous().numpy().data, code)
         return code
 

@@ -21,17 +21,18 @@ from .operations import relabelled, scaled, summed
 from .pieces import Stacked, cat, index_select
 from .views import expand_axes
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #6f18c418-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #95347f7f-0
 SUM_OVER = "sums over it"
 TOGETHER = ("nn.Flatten(1) before a linear layer, all axes together that are exchanged with each other, or a group "
             "that keeps them apart, such as flips()")
 
 
-def contract(site: Site, x: Features, first: str, y: Features, second: str, out: str) -> Features:
+def contract(site: Site, x: Features, first: str, y: Features, second: str, out: str, noted: bool = True) -> Features:
     """The sum over products of two tensors whose axes have these letters, as in einsum; x and y are not broadcast.
 
     An axis of both that is summed over is moved alike in both, and its signs cancel; one that is kept is moved alike up
     to signs, which multiply; one of a single tensor goes through, or is summed over, which no sign survives.
+    Which axes of a weight are summed over is noted in the ledger, if `noted`.
     """
     ledger, copies = site.ledger, {}
     axes: dict[str, Axis] = dict(zip(first, x.axes))
@@ -44,6 +45,9 @@ def contract(site: Site, x: Features, first: str, y: Features, second: str, out:
     axes |= {letter: relabelled(axis, labels) for letter, axis in zip(second, y.axes) if letter in own}
     both = [letter for letter in first if letter in second and letter not in out]
     alone = [letter for letter in axes if letter not in out and letter not in both]
+    weight, names = (y, second) if ledger.is_weight(y) else (x, first)
+    if noted and ledger.is_weight(weight):
+        ledger.use(weight, {axis: axis for letter, axis in zip(names, weight.axes) if letter in both})
     if both or alone:
         ledger.closed(site, [axes[letter] for letter in (*both, *alone)], SUM_OVER, TOGETHER)
     ledger.unsigned(site, [axes[letter] for letter in alone], "a sum over features that change signs")
@@ -189,7 +193,8 @@ def _expanded(site: Site, operands: Sequence[Features], terms: Sequence[str]) ->
 def bilinear(site: Site, x: Features, y: Features, weight: Features, bias: Any = None) -> Features:
     """A bilinear layer."""
     lead = letters(len(x.axes) - 1)
-    half = contract(site, x, lead + "i", weight, "oij", lead + "oj")
+    site.ledger.use(weight, {axis: axis for axis in weight.axes[1:]})
+    half = contract(site, x, lead + "i", weight, "oij", lead + "oj", noted=False)
     return with_bias(site, contract(site, half, lead + "oj", y, lead + "j", lead + "o"), bias)
 
 
@@ -228,6 +233,7 @@ def embedding(site: Site, weight: Any, index: Any, *unused: object, **options: o
         if rows is not None:
             return Features((*((Still(size),) for size in index.shape[:-1]), *rows.axes))
     site.ledger.write(weight.axes[1], layer_of(weight.parameter))
+    site.ledger.use(weight, {})
     note_layer(site, weight, weight.axes[0], weight.axes[1])
     return index_select(site, weight, 0, index)
 
@@ -236,7 +242,7 @@ def _rows_alike(index: Tensor) -> bool:
     flat = index.reshape(-1, index.shape[-1])
     return bool((flat == flat[:1]).all())
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #b35cd0b1-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #950867f3-0
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 ORDER = "a recurrent layer, which depends on the order along time"
 
@@ -285,6 +291,8 @@ def _cell(site: Site, kind: str, read: Axis, weights: Sequence[Features], has_bi
     ledger.tie(site, state, outer.axes[1])
     for tensor in weights[:4 if has_biases else 2]:
         ledger.tie(site, stacked, tensor.axes[0])
+    for tensor in (inner, outer, *weights[4 if has_biases else 2:]):
+        ledger.use(tensor, {tensor.axes[1]: tensor.axes[1]})
     if projected:
         ledger.tie(site, state, weights[-1].axes[0])
         ledger.tie(site, hidden, weights[-1].axes[1])

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WITHOUT_SIGNS', 'Copies', 'Pair', 'Features', 'Breaking', 'Site', 'Ledger', 'joined', 'of_batch', 'in_words']
 
-# %% ../../nbs/1_symmetry/07_features.ipynb #9fc16d94-0
+# %% ../../nbs/1_symmetry/07_features.ipynb #247e5009-0
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 from ..errors import Refusal
@@ -55,7 +55,7 @@ class Site(NamedTuple):
         raise Breaking(f"layers that commute with the group {self.ledger.group.name}",
                        got=f"layer '{self.label}' with {received}{where}", cause=cause, fix=fix)
 
-# %% ../../nbs/1_symmetry/07_features.ipynb #fb640513-0
+# %% ../../nbs/1_symmetry/07_features.ipynb #0b889c6c-0
 class Ledger:
     """What a walk along a network notes: axes that are moved alike, and what to check when all actions are chosen."""
 
@@ -63,6 +63,9 @@ class Ledger:
         self.group = group
         self.unknowns: list[Unknown] = []  # in the order in which they were met
         self.layers: dict[str, tuple[Axis, Axis]] = {}  # layer -> the channels that it reads and writes
+        self.normed: dict[str, tuple[Axis, ...]] = {}  # layer -> the axes along which it normalises, gains or not
+        self.weights: set[frozenset[Atom]] = set()  # the axes with which each parameter comes in
+        self.sums: dict[frozenset[Atom], list[dict[Atom, Axis]]] = {}  # of each, call by call: axes summed over
         self.checks: list[Callable[[], None]] = []
         self._numbers: dict[int, int] = {}
 
@@ -72,6 +75,16 @@ class Ledger:
         self._numbers[id(unknown)] = len(self.unknowns)
         self.unknowns.append(unknown)
         return unknown
+
+    def is_weight(self, x: Features) -> bool:
+        """Whether these are the axes of one parameter, in whatever order."""
+        atoms = [atom for axis in x.axes for atom in axis]
+        return all(isinstance(atom, Unknown) for atom in atoms) and frozenset(atoms) in self.weights
+
+    def use(self, weight: Features, summed: Mapping[Axis, Axis]) -> None:
+        """Note a call that multiplies by a weight: the axes of it that are summed over, and which part of each."""
+        key = frozenset(atom for axis in weight.axes for atom in axis)
+        self.sums.setdefault(key, []).append({atom: part for axis, part in summed.items() for atom in axis})
 
     def write(self, axis: Axis, layer: str) -> None:
         """Name the channels that a layer writes."""

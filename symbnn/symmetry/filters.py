@@ -22,7 +22,7 @@ from .reductions import NO_MAXIMUM
 from .views import as_grid, regrouped
 from .windows import Window, convolution_windows, per_axis, slide
 
-# %% ../../nbs/1_symmetry/13_filters.ipynb #19a30f4f-0
+# %% ../../nbs/1_symmetry/13_filters.ipynb #00927044-0
 def spatial(site: Site, x: Features, ndim: int, ahead: int = 2) -> list[Grid | Still]:
     """The last axes, along which a window slides."""
     if len(x.axes) != ndim + ahead:
@@ -92,6 +92,7 @@ def convolution(site: Site, x: Any, weight: Any, bias: Any = None, stride: Any =
     behind = slide(site, axes, windows)
     written = _channels(site, x.axes[1], weight.axes[0], weight.axes[1], groups)
     _kernel(site, weight, axes)
+    site.ledger.use(weight, {weight.axes[1]: weight.axes[1]})
     note_layer(site, weight, x.axes[1], written)
     return with_bias(site, Features((x.axes[0], written, *((axis,) for axis in behind))), bias, dim=1)
 
@@ -101,6 +102,7 @@ def _of_each_pixel(site: Site, x: Features, weight: Features, bias: Any, groups:
     written = _channels(site, x.axes[1], weight.axes[0], weight.axes[1], groups)
     for axis in weight.axes[2:]:
         site.ledger.still(site, axis, "one pixel", "one pixel")
+    site.ledger.use(weight, {weight.axes[1]: weight.axes[1]})
     note_layer(site, weight, x.axes[1], written)
     return with_bias(site, Features((x.axes[0], written, *x.axes[2:])), bias, dim=1)
 
@@ -139,6 +141,7 @@ def transposed_convolution(site: Site, x: Any, weight: Any, bias: Any = None, st
     read_groups, read_inner = _grouped(site, x.axes[1], groups)
     own_groups, own_inner = _grouped(site, weight.axes[0], groups)
     site.ledger.tie(site, read_inner, own_inner)
+    site.ledger.use(weight, {weight.axes[0]: own_inner})
     site.ledger.write(weight.axes[1], layer_of(weight.parameter))
     written: Axis = weight.axes[1] if groups == 1 else (*scaled(site, read_groups, own_groups, {}), *weight.axes[1])
     note_layer(site, weight, x.axes[1], written)

@@ -164,7 +164,7 @@ def pairwise_distance(site: Site, x: Features, y: Features, *unused: object) -> 
     site.ledger.unsigned(site, (*x.axes, *y.axes), "a small number that is added to the difference")
     return Features(spreads(site._replace(operator="norm"), add(site, x, y), 2, [-1]).axes)
 
-# %% ../../nbs/1_symmetry/11_reductions.ipynb #a1b42e35-0
+# %% ../../nbs/1_symmetry/11_reductions.ipynb #67235a7f-0
 CENTRED = "centring does not commute with a change of some signs"
 
 
@@ -180,6 +180,7 @@ def _affine(site: Site, axes: Sequence[Axis], weight: Any, bias: Any) -> None:
 def batch_norm(site: Site, x: Features, weight: Any, bias: Any, mean: Any, var: Any, *unused: object) -> Features:
     """Batch normalisation: shift and running mean move as the features do, gain and running variance without signs."""
     channels = x.axes[1]
+    site.ledger.normed[site.layer] = (channels,)
     for tensor, signless in ((weight, True), (bias, False), (mean, False), (var, True)):
         if tensor is not None:
             own = as_features(site, tensor).axes[0]
@@ -207,6 +208,7 @@ def layer_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None
                *unused: object) -> Features:
     """Layer normalisation over trailing axes."""
     trailing = x.axes[-len(shape):]
+    site.ledger.normed[site.layer] = trailing
     if tuple(shape) != tuple(map(axis_size, trailing)):
         site.refuse(f"features of shape {x.shape}", f"it is made for trailing axes of shape {tuple(shape)}",
                     f"nn.LayerNorm({list(x.shape[1:])}), over all axes behind the batch")
@@ -224,6 +226,7 @@ def layer_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None
 def rms_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None, *unused: object) -> Features:
     """Division by the root mean square over trailing axes, and a gain."""
     trailing = x.axes[-len(shape):]
+    site.ledger.normed[site.layer] = trailing
     site.ledger.closed(site, trailing, "normalises over trailing axes", TOGETHER)
     _affine(site, trailing, weight, None)
     if isinstance(weight, Features):
@@ -235,6 +238,7 @@ def rms_norm(site: Site, x: Features, shape: Sequence[int], weight: Any = None, 
 def group_norm(site: Site, x: Features, groups: int, weight: Any = None, bias: Any = None, *unused: object) -> Features:
     """Normalisation over groups of channels, which have to be kept as blocks."""
     channels = x.axes[1]
+    site.ledger.normed[site.layer] = (channels,)
     if 1 < groups < axis_size(channels):
         regrouped(site, list(resolved(channels)), [groups, axis_size(channels) // groups])
     site.ledger.unsigned(site, x.axes, CENTRED)

@@ -230,7 +230,7 @@ def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {shortened(lines[0], 300) if lines else ''}"
 
-# %% ../../nbs/1_symmetry/14_tracing.ipynb #a4ef6bd3-0
+# %% ../../nbs/1_symmetry/14_tracing.ipynb #151105e2-0
 def read(graph: Graph, ledger: Ledger, inputs: Sequence[Features | Any]) -> tuple[dict[str, Features], list[Any]]:
     """Walk along a graph; the features of each parameter that was met, and those that the network returns."""
     parameters: dict[str, Features] = {}
@@ -278,6 +278,7 @@ def _placeholder(graph: Graph, ledger: Ledger, node: fx.Node, given: Mapping[str
     features = Features(tuple((ledger.unknown(size, f"{title}:{k}" if k else title, k > 0),)
                               for k, size in enumerate(shape)), name)
     parameters[name] = features
+    ledger.weights.add(frozenset(atom for axis in features.axes for atom in axis))
     return features
 
 

@@ -45,8 +45,9 @@ class Stream(IterableDataset):
 
 @pytest.mark.parametrize("data", [
     Split(X, Y), (X, Y), [X, Y], (X.numpy(), Y.numpy()), (X.numpy().astype(">f4"), Y.numpy().astype(">i8")),
-    (X.tolist(), Y.tolist()), (Frame(X.numpy()), Frame(Y.numpy())), TensorDataset(X, Y), Subset(TensorDataset(X, Y), range(30)),
-    Items([(X[i], int(Y[i])) for i in range(30)]), Items([{"pixels": X[i].numpy(), "label": int(Y[i])} for i in range(30)]),
+    (X.tolist(), Y.tolist()), (Frame(X.numpy()), Frame(Y.numpy())), TensorDataset(X, Y),
+    Subset(TensorDataset(X, Y), range(30)), Items([(X[i], int(Y[i])) for i in range(30)]),
+    Items([{"pixels": X[i].numpy(), "label": int(Y[i])} for i in range(30)]),
     list(zip(X, Y.tolist())),
 ], ids=lambda data: type(data).__name__)
 def test_containers_are_the_same_split(data):
@@ -64,19 +65,22 @@ def test_items_are_put_together_in_parts_and_read_once_more_than_the_first(monke
 
 def test_real_targets_have_an_axis_and_others_stay_as_they_are():
     numbers = Y.double()
-    assert as_split((X, numbers)).targets.shape == (30, 1) and as_split(TensorDataset(X, numbers)).targets.shape == (30, 1)
-    assert as_split((X, numbers[:, None])).targets.shape == (30, 1) and as_split((X, Y > 1)).targets.shape == (30,)
+    for data in ((X, numbers), TensorDataset(X, numbers), (X, numbers[:, None])):
+        assert as_split(data).targets.shape == (30, 1)
+    assert as_split((X, Y > 1)).targets.shape == (30,)
     assert as_split((X.long(), Y)).inputs.dtype == torch.int64
 
 
 @pytest.mark.parametrize(("data", "said"), [
     (DataLoader(TensorDataset(X, Y), 5), "zip"), (load("digits"), r"data\.train"), (X, r"Split\(x, y\)"),
-    (None, "NoneType"), (Stream(), "Stream"), ({"x": X}, "dict"), ("data.npz", "str"), ((X, Y, Y), "tuple"), ([], "list"),
+    (None, "NoneType"), (Stream(), "Stream"), ({"x": X}, "dict"), ("data.npz", "str"), ((X, Y, Y), "tuple"),
+    ([], "list"),
     (TensorDataset(X, X, Y), "TensorDataset"), (([[1.0], [1.0, 2.0]], [0, 1]), "several lengths"),
     ((np.array(["a", "b"]), [0, 1]), "numbers for categories"), ((np.array([None, 1.0]), [0, 1]), "object"),
     ((X, Y[:4]), "one integer label for each"), ((X[:0], Y[:0]), "at least one"),
     ((X.numpy().astype(np.longdouble), Y), "longdouble|float128"),
-    (Items([(torch.zeros(2), 0), (torch.zeros(3), 1), (torch.zeros(2), 0)]), "stack"), (Items([("a", 0)] * 3), "tuple and|str"),
+    (Items([(torch.zeros(2), 0), (torch.zeros(3), 1), (torch.zeros(2), 0)]), "stack"),
+    (Items([("a", 0)] * 3), "tuple and|str"),
     (Items([(X[i], Y[i], 0) for i in range(3)]), "Items"), ((X / 0, Y), "NaN or infinity"),
 ])
 def test_what_is_no_data_is_refused(data, said):

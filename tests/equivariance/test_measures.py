@@ -8,7 +8,7 @@ from torch import nn
 from helpers import seeded
 from symbnn.data.sources import load
 from symbnn.equivariance.measures import crps, output_defect, summarize_outputs, variance_parts
-from symbnn.equivariance.predictions import OrbitOutputs, orbit_outputs
+from symbnn.equivariance.predictions import Equivariance, OrbitOutputs, orbit_outputs
 from symbnn.equivariance.symmetric import bayesianize
 from symbnn.errors import Refusal
 from symbnn.posterior.likelihoods import Bernoulli, Categorical, Poisson
@@ -82,14 +82,15 @@ def test_an_average_over_the_group_has_no_orbit_part_and_no_defect():
 
 
 def test_the_score_of_a_mixture_is_its_definition():
-    mean, scale = torch.randn(3, 2, 1, generator=seeded()).double(), 0.2 + torch.rand(3, 2, 1, generator=seeded(1)).double()
+    mean = torch.randn(3, 2, 1, generator=seeded()).double()
+    scale = 0.2 + torch.rand(3, 2, 1, generator=seeded(1)).double()
     y = torch.randn(2, 1, generator=seeded(2)).double()
     mixture = torch.distributions.Normal(mean, scale)
     grid = torch.linspace(-12, 12, 240_001, dtype=torch.float64)
     for i in range(2):
         below = torch.distributions.Normal(mean[:, i], scale[:, i]).cdf(grid).mean(0)
         expected = torch.trapezoid((below - (grid >= y[i]).double()).square(), grid)
-        assert_close(crps(mixture, y)[i, 0], expected, 1e-5)  # of the grid
+        assert_close(crps(mixture, y)[i, 0], expected, 1e-4)  # of a step on the grid
     sure = torch.distributions.Normal(mean[:1], torch.full_like(mean[:1], 1e-12))
     assert_close(crps(sure, y), (y - mean[0]).abs(), 1e-10)
 
@@ -136,11 +137,12 @@ def test_an_expanded_network_is_equivariant_in_its_mean():
     turn, flow = field(space, data.shape), field(space, (2, 16, 16), natural_action(space.group))
     torch.manual_seed(0)
     pair = bayesianize(nn.Conv2d(1, 2, 5, padding=2, padding_mode="circular"), turn, data.shape, output=flow)
-    train(pair, data.train, epochs=3, learning_rate=0.01, likelihood=Gaussian(0.3), augmentation="random", batch_size=32)
+    train(pair, data.train, epochs=3, learning_rate=0.01, likelihood=Gaussian(0.3), augmentation="random",
+          batch_size=32)
     x = data.test.inputs[:8]
-    plain, averaged = (output_defect(its.outputs(x, draws=8), Gaussian(0.3)) if hasattr(its, "outputs") else
-                       output_defect(orbit_outputs(its.network, x, its.action, draws=8, generator=seeded()), Gaussian(0.3))
-                       for its in (pair, pair.average()))
+    plain, averaged = (
+        output_defect(orbit_outputs(its.network, x, its.action, draws=8, generator=seeded()), Gaussian(0.3))
+        for its in (pair, pair.average()))
     assert abs(averaged.value) <= 4 * averaged.standard_error + 1e-9 and plain.value > averaged.value
     scores = evaluate(pair, data.test, likelihood=Gaussian(0.3), draws=4)
     assert {"rmse", "crps", "orbit", "defect_unbiased"} <= set(scores) and "RMSE" in str(scores)
@@ -151,7 +153,8 @@ def test_an_expanded_network_is_equivariant_in_its_mean():
     (lambda found: summarize_outputs(found, torch.zeros(2, 2, 4, 4), Gaussian(0.3)), "shape"),
     (lambda found: summarize_outputs(found.outputs, torch.zeros(2, *SHAPE), Gaussian(0.3)), "orbit_outputs"),
     (lambda found: summarize_outputs(found, torch.zeros(2, *SHAPE), "gaussian"), "likelihood"),
-    (lambda found: output_defect(OrbitOutputs(found.outputs[:2], found.elements, "common"), Gaussian(0.3)), "three draws"),
+    (lambda found: output_defect(OrbitOutputs(found.outputs[:2], found.elements, "common"), Gaussian(0.3)),
+     "three draws"),
     (lambda found: output_defect(OrbitOutputs(found.outputs[:, :, :1], (0,), "common"), Gaussian(0.3)), "1 elements"),
 ])
 def test_what_cannot_be_measured_is_refused(call, said):
@@ -162,6 +165,5 @@ def test_what_cannot_be_measured_is_refused(call, said):
 
 def test_outputs_of_another_shape_than_the_action_are_refused():
     still = Action.trivial(Cyclic(4), (5,))
-    from symbnn.equivariance.predictions import Equivariance
     with pytest.raises(Refusal, match="real outputs of shape"):
         orbit_outputs(nn.Conv2d(1, 1, 3, padding=1), torch.randn(2, *SHAPE), Equivariance(TURN, still))

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from helpers import normal, seeded
-from helpers_equivariance import SIGNED_ACTIONS, bayesian, data, plain_cnn, put_in_fix
+from helpers_equivariance import SIGNED_ACTIONS, bayesian, data, put_in_fix
+from symbnn.equivariance.averages import symmetrize_
 from symbnn.equivariance.metrics import defect_plugin
+from symbnn.equivariance.mixture import OrbitMixture
 from symbnn.equivariance.predictions import orbit_predictions
 from symbnn.equivariance.projected_gradients import drift, keep_invariant
 from symbnn.equivariance.tied import Tied, tie
@@ -215,14 +217,6 @@ def test_tied_networks_in_the_rest_of_the_library():
 
 
 def test_tie_refuses():
-    network, action = bayesian(norm=True, hidden="regular")
-    with pytest.raises(Refusal, match=r"without a posterior.*1\.weight"):
-        tie(network, action)
-    plain = plain_cnn()
-    plain.insert(1, nn.BatchNorm2d(4, affine=False).double())
-    network = with_posteriors(plain)
-    with pytest.raises(Refusal, match="running_mean"):
-        tie(network, network_action(network, field(rotations(), (1, 4, 4)), hidden="regular"))
     network, action = bayesian(norm=True)
     tie(network, action)
     network, action = bayesian(prior=random_means(0))
@@ -233,6 +227,87 @@ def test_tie_refuses():
         tie(network, action)
     with pytest.raises(Refusal, match="derived from"):
         tie(with_posteriors(nn.Sequential(nn.Linear(4, 4))), action)
+
+
+NORMS = {
+    "batch norm": lambda: nn.BatchNorm2d(8), "batch statistics": lambda: nn.BatchNorm2d(8, affine=False),
+    "batch gains": lambda: nn.BatchNorm2d(8, track_running_stats=False), "groups": lambda: nn.GroupNorm(2, 8),
+    "one group": lambda: nn.GroupNorm(1, 8), "instances": lambda: nn.InstanceNorm2d(8, track_running_stats=True),
+    "layer norm": lambda: nn.LayerNorm([8, 4, 4]),
+}
+
+
+def normed(norm, **options):
+    """A network with a norm over regular channels, some of whose tensors have posteriors."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 8, 3, padding=1), NORMS[norm](), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 3)).double().eval()
+    network = with_posteriors(network, MeanFieldGaussian, 0.1, **options)
+    return network, network_action(network, field(rotations(), (1, 4, 4)), hidden="regular")
+
+
+def gap_of_draws(network, action):
+    """The largest difference between outputs at turned and unturned inputs under one draw of the weights."""
+    x, weights = normal(4, 1, 4, 4, seed=5), sample_weights(network, 3, seeded(6))
+    outputs = apply_weights(network, x, weights)
+    return max((apply_weights(network, action.input.act(g, x), weights) - outputs).abs().max().item()
+               for g in action.group.elements())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_that_stay_are_kept_and_others_refused(norm):
+    network, action = normed(norm)
+    others = {name: tensor for name, tensor in [*network[1].named_parameters(), *network[1].named_buffers()]
+              if tensor.is_floating_point()}
+    tied = tie(network, action)
+    assert gap_of_draws(tied, action) < exact64 < 1e-6 < gap_of_draws(network, action)
+    for key in others:
+        assert torch.equal(getattr(tied[1], key), others[key])
+    for key, tensor in others.items():
+        kept = tensor.detach().clone()
+        tensor.data += 1e-15 * normal(*tensor.shape)
+        assert gap_of_draws(tie(network, action), action) < exact64  # rounding is removed
+        tensor.data += 0.1 * normal(*tensor.shape).abs()
+        before = tensor.detach().clone()
+        with pytest.raises(Refusal, match=rf"'1\.{key}', which the group moves.*only=\['1\.{key}'\]"):
+            tie(network, action)
+        assert torch.equal(tensor, before)
+        symmetrize_(network, action, only=[f"1.{key}"])
+        assert gap_of_draws(tie(network, action), action) < exact64
+        tensor.data.copy_(kept)
+
+
+@pytest.mark.parametrize("choice", [{"only": ["3.*", "5.*"]}, {"skip": ["0.*"]}, {"skip": ["*.bias"]}], ids=str)
+def test_layers_without_posteriors(choice):
+    network, action = normed("batch norm", **choice)
+    names = sorted({"0.weight", "0.bias", "3.bias", "5.bias"} - variational_tensors(network).keys())
+    with pytest.raises(Refusal, match=f"{names[0]}.*which the group moves"):
+        tie(network, action)
+    with pytest.raises(Refusal, match=f"'{names[-1]}'|'{names[0]}'.*which the group moves.*orbit_average"):
+        OrbitMixture(network, action)
+    moved = [name for name in names if name != "5.bias"]
+    symmetrize_(network, action, only=moved)
+    tied = tie(network, action)
+    assert gap_of_draws(tied, action) < exact64
+    assert not set(moved) & variational_tensors(tied).keys()
+    mixture, x = OrbitMixture(network, action), normal(4, 1, 4, 4, seed=5)
+    assert gap_of_draws(network, action) > 1e-6
+    weights = mixture.orbit(sample_weights(network, 3, seeded(6)))
+    turned = apply_weights(network, torch.rot90(x, 1, (-2, -1)), weights).mean(0)
+    assert_close(turned, apply_weights(network, x, weights).mean(0))
+
+
+def test_norms_of_tied_networks_stay_in_training():
+    network, action = normed("batch norm")
+    for kept in (True, False):
+        tied = tie(network, action).train()
+        hooks = keep_invariant(tied, action) if kept else None
+        x = normal(8, 1, 4, 4, seed=7)
+        apply_weights(tied, x, sample_weights(tied, 1, seeded(8)))[0, :, 0].square().sum().backward()
+        torch.optim.SGD(tied.parameters(), 0.01).step()
+        moved = gap_of_draws(tied.eval(), action)
+        assert moved < exact64 if hooks else moved > 1e-6
+        assert tied[1].weight.std() > 0 and tied[1].running_mean.abs().max() > 0
 
 
 def test_marginals_of_independent_families():
