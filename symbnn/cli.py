@@ -112,7 +112,7 @@ def _parsed(typed: list[str], short: bool = False) -> Any:
     sys.stderr.write(err.getvalue())
     raise ended
 
-# %% ../nbs/9_command_line/02_cli.ipynb #4c7f959e-0
+# %% ../nbs/9_command_line/02_cli.ipynb #e2f56c7f-0
 def _help(typed: list[str], whole: bool) -> None:
     """Print the help of a command, or of all."""
     try:
@@ -168,11 +168,13 @@ def _any_encoding() -> None:
 def _notes() -> Iterator[None]:
     """Inside, what is odd about data is a line on standard error, once."""
     with warnings.catch_warnings():
-        others = warnings.showwarning
+        others, said = warnings.showwarning, set()
 
         def show(message, category, *place, **more) -> None:
             if issubclass(category, OddData):
-                progress_line(f"symbnn: note: {message}")
+                if str(message) not in said:  # Python forgets what it has shown when filters change in between
+                    progress_line(f"symbnn: note: {message}")
+                said.add(str(message))
             else:
                 others(message, category, *place, **more)
 

@@ -147,7 +147,7 @@ def vary(data: Dataset, variant: Variant = "plain", size: int | None = None, see
     splits = {name: moved(name, split) for name, split in data.splits().items()}
     return replace(data, name=f"{data.name}, {variant}", classes=classes, **splits)
 
-# %% ../../nbs/6_data/06_transforms.ipynb #4c21bf81-0
+# %% ../../nbs/6_data/06_transforms.ipynb #a59fb272-0
 def standardize(data: Dataset) -> Dataset:
     """The data with the mean over all pixels of the training images taken off, divided by their standard deviation.
 
@@ -157,5 +157,5 @@ def standardize(data: Dataset) -> Dataset:
     require(bool(deviation > 0), f"training images of {data.name} that differ in some pixel",
             f"every pixel {mean.item():.4g}", "a mask or a scale that wiped the images out",
             "the images before that step")
-    splits = {name: Split((split.inputs - mean) / deviation, split.labels) for name, split in data.splits().items()}
+    splits = {name: Split((split.inputs - mean) / deviation, split.targets) for name, split in data.splits().items()}
     return replace(data, **splits)

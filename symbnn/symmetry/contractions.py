@@ -21,7 +21,7 @@ from .operations import relabelled, scaled, summed
 from .pieces import Stacked, cat, index_select
 from .views import expand_axes
 
-# %% ../../nbs/1_symmetry/10_contractions.ipynb #95347f7f-0
+# %% ../../nbs/1_symmetry/10_contractions.ipynb #385dcd87-0
 SUM_OVER = "sums over it"
 TOGETHER = ("nn.Flatten(1) before a linear layer, all axes together that are exchanged with each other, or a group "
             "that keeps them apart, such as flips()")
@@ -45,9 +45,9 @@ def contract(site: Site, x: Features, first: str, y: Features, second: str, out:
     axes |= {letter: relabelled(axis, labels) for letter, axis in zip(second, y.axes) if letter in own}
     both = [letter for letter in first if letter in second and letter not in out]
     alone = [letter for letter in axes if letter not in out and letter not in both]
-    weight, names = (y, second) if ledger.is_weight(y) else (x, first)
-    if noted and ledger.is_weight(weight):
-        ledger.use(weight, {axis: axis for letter, axis in zip(names, weight.axes) if letter in both})
+    for weight, names in ((x, first), (y, second)):
+        if noted and ledger.is_weight(weight):
+            ledger.use(weight, {axis: axis for letter, axis in zip(names, weight.axes) if letter in both})
     if both or alone:
         ledger.closed(site, [axes[letter] for letter in (*both, *alone)], SUM_OVER, TOGETHER)
     ledger.unsigned(site, [axes[letter] for letter in alone], "a sum over features that change signs")

@@ -52,7 +52,7 @@ from .config import TrainingConfig, TrainingSettings, configured, kl_annealing_f
 from .config import learning_rate_factor, make_optimizer
 from .resume import EpochRecord, check_same_run, describe_run, read_progress
 
-# %% ../../nbs/7_training/06_loop.ipynb #4f25d9ed-0
+# %% ../../nbs/7_training/06_loop.ipynb #76e86f96-0
 @dataclass
 class TrainingResult:
     """The network that was passed in, trained, and how far: "complete", "stopped" by `until`, or "interrupted"."""
@@ -61,6 +61,7 @@ class TrainingResult:
     history: list[EpochRecord]  # from the first epoch of the configuration on
     status: Status
     optimizer: torch.optim.Optimizer  # with its moments
+    likelihood: Likelihood  # with what it has learned
 
 
 Callback = Callable[[int, nn.Module, torch.optim.Optimizer], None]
@@ -204,10 +205,11 @@ class _Run:
         """Begin where another run of the same configuration ended. Raises `Refusal` for moments of other parameters."""
         self.history, self.epoch, self.begun = list(after.history), len(after.history), len(after.history)
         self.description["begun"] = self.begun
-        moments = optimizer_tensors(after.network, after.optimizer)
         try:
-            load_optimizer(self.network, self.optimizer, {
-                name.removeprefix("optimizer/"): tensor.clone() for name, tensor in moments.items()})
+            for ours, theirs in ((self.network, after.network), (self.likelihood, after.likelihood)):
+                moments = optimizer_tensors(theirs, after.optimizer, "")
+                load_optimizer(ours, self.optimizer, {
+                    name.removeprefix("/"): tensor.clone() for name, tensor in moments.items()})
         except Refusal as refusal:
             raise Refusal(refusal.expected, got=refusal.got, cause="a network that was changed in between",
                           fix="after.optimizer.state.clear(), which forgets the moments") from refusal
@@ -245,7 +247,7 @@ class _Run:
         self.history, self.stopped = history, progress.get("status") == "stopped"
         remove_others(folder, checkpoint.description["tensors"])
 
-# %% ../../nbs/7_training/06_loop.ipynb #dca3a8d9-0
+# %% ../../nbs/7_training/06_loop.ipynb #3a276f90-0
 def _moved(split: Split, device: torch.device, dtype: torch.dtype) -> Split:
     """The split on the device, real numbers in the type of the weights."""
     return Split(*(values.to(device, dtype if values.is_floating_point() else values.dtype)
@@ -404,7 +406,7 @@ def train(
         if run.status == "complete" and run.best:
             load_tensors(network, run.best)
             load_tensors(run.likelihood, run.best_likelihood)
-    return TrainingResult(network, run.history, status, run.optimizer)
+    return TrainingResult(network, run.history, status, run.optimizer, run.likelihood)
 
 
 _ARGUMENTS = tuple(name for name in inspect.signature(train).parameters if name != "settings")

@@ -178,9 +178,24 @@ def bilinear():
     return Pair()
 
 
+class Factors(nn.Module):
+    """Weights that are multiplied with each other before they meet a feature, as in adapters of low rank."""
+
+    def __init__(self):
+        super().__init__()
+        shapes = ((5, 32), (4, 5), (6, 4), (3, 6))
+        self.a, self.b, self.c, self.d = (nn.Parameter(torch.zeros(*shape)) for shape in shapes)
+
+    def forward(self, x):
+        hidden = torch.tanh(F.linear(x.flatten(1), self.a))
+        return torch.tanh(torch.einsum("br,hr,oh->bo", hidden, self.b, self.c)) @ self.d.T + F.linear(
+            hidden, self.d @ self.c @ self.b)
+
+
 AVERAGES = {"grouped": grouped, "separable": separable, "group norms": group_normed, "concatenation": Dense,
             "layer scale": lambda: Scaled(nn.BatchNorm2d), "position embedding": Vision, "no layers": Bare,
-            "transposed, instance norm": both_ways, "shared": shared, "bilinear": bilinear, "shuffled": Shuffled}
+            "transposed, instance norm": both_ways, "shared": shared, "bilinear": bilinear, "shuffled": Shuffled,
+            "products of weights": Factors}
 TOGETHER = {"ConvNeXt": lambda: Scaled(nn.LayerNorm), "ViT": lambda: Vision(own=True)}
 NETWORKS = AVERAGES | TOGETHER
 SPACES = {"C4": rotations, "D4": rotations_and_flips}

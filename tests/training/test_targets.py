@@ -147,6 +147,20 @@ def test_targets_that_do_not_fit_are_refused_before_work(likelihood, targets, sa
     assert same(network.state_dict(), before) and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["gaussian", "learned noise"])
+def test_two_calls_are_one_call(name):
+    whole, learned = trained(name)
+    make, outputs, inputs, targets = TASKS[name]
+    torch.manual_seed(0)
+    network, likelihood, data = with_posteriors(nn.Linear(inputs.shape[1], outputs)), make(), Split(inputs, targets)
+    options = {"likelihood": likelihood, "validation": data}
+    first = train(network, data, CONFIG, until=lambda epochs, network: epochs == 1, **options)
+    second = train(network, data, CONFIG, after=first, **options)
+    assert same(whole.network.state_dict(), network.state_dict())
+    assert same(learned.state_dict(), likelihood.state_dict())
+    assert [its.elbo for its in whole.history] == [its.elbo for its in second.history]
+
+
 def test_the_best_epoch_has_its_noise():
     seen = []
     make, outputs, inputs, targets = TASKS["learned noise"]
