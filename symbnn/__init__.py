@@ -16,12 +16,11 @@ Objectives: `elbo`; likelihoods `Categorical` (of inputs or pixels), `Bernoulli`
 `HeteroscedasticGaussian`; `violations` says which condition of invariance fails.
 
 Equivariance: `Symmetric` is a network with its symmetry, to be expanded, averaged, tied and measured;
-`orbit_predictions` and `summarize` measure any classifier, `orbit_outputs`, `summarize_outputs` and `variance_parts` any
-regression, field or segmentation; `keep_invariant` projects gradients.
+`orbit_predictions` and `summarize` measure any predictor, `keep_invariant` projects gradients.
 
 Hidden units and layers: `mutual_information`, `relaxed_network`, `laplace`, `learned_equivariance`.
 
-Data and training: `load`, `load_npz`, `Split`, `as_split`, `train`, `TrainingConfig`, `evaluate`, `save_network`, `load_network`.
+Data and training: `load`, `load_npz`, `Split`, `train`, `TrainingConfig`, `evaluate`, `save_network`, `load_network`.
 
 Whatever cannot be done is refused with a `Refusal`. The book behind each name: https://github.com/symbnn/symbnn.
 """
@@ -31,17 +30,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is imported when it is asked for
-    from symbnn.data.containers import as_split as as_split
     from symbnn.data.own_images import load_npz as load_npz
     from symbnn.data.sources import load as load
     from symbnn.data.splits import Split as Split
     from symbnn.equivariance.conditions import violations as violations
-    from symbnn.equivariance.measures import summarize_outputs as summarize_outputs, variance_parts as variance_parts
     from symbnn.equivariance.metrics import summarize as summarize
-    from symbnn.equivariance.predictions import (
-        orbit_outputs as orbit_outputs,
-        orbit_predictions as orbit_predictions,
-    )
+    from symbnn.equivariance.predictions import orbit_predictions as orbit_predictions
     from symbnn.equivariance.projected_gradients import keep_invariant as keep_invariant
     from symbnn.equivariance.symmetric import Symmetric as Symmetric, bayesianize as bayesianize
     from symbnn.errors import Refusal as Refusal
@@ -98,14 +92,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from symbnn.training.loop import train as train
 
 _NAMES = {  # the same by module; a test compares the two
-    "data.containers": "as_split",
     "data.own_images": "load_npz",
     "data.sources": "load",
     "data.splits": "Split",
     "equivariance.conditions": "violations",
-    "equivariance.measures": "summarize_outputs variance_parts",
     "equivariance.metrics": "summarize",
-    "equivariance.predictions": "orbit_outputs orbit_predictions",
+    "equivariance.predictions": "orbit_predictions",
     "equivariance.projected_gradients": "keep_invariant",
     "equivariance.symmetric": "Symmetric bayesianize",
     "errors": "Refusal",

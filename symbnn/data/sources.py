@@ -154,7 +154,7 @@ def _files(name: str, root: str | Path | None, download: bool) -> tuple[Path, ..
             f'load("{name}", FOLDER), load("{name}", download=True), or load("{DATASETS[0]}"), which needs no file')
     return files or _downloaded(name)
 
-# %% ../../nbs/6_data/03_sources.ipynb #d8d99cdb-0
+# %% ../../nbs/6_data/03_sources.ipynb #99445e5c-0
 def _digits(dtype: torch.dtype) -> tuple[Split, Split, tuple[str, ...]]:
     data = optional("sklearn.datasets", "data").load_digits()  # takes a second to import, and is needed only here
     everything = Split(torch.from_numpy(data.images)[:, None].to(dtype) / 16, torch.from_numpy(data.target).long())
@@ -213,7 +213,7 @@ def load(
     require(name in known, f"one of {', '.join(known)} as the name of the data set", repr(name),
             "a misspelt name, or data of your own",
             f'load("{DATASETS[0]}"), or Dataset(name, train, validation, test, classes) for data of your own')
-    require(name in SOURCES or root is None, f"no folder for {name}, which need no file",
+    require(name in SOURCES or root is None, f"no folder for the {name} data, which need no file",
             f"root={str(root)!r}", "a folder of mnist or fashion_mnist",
             f'load("mnist", {str(root)!r}), or load("{name}")')
     found = _embedded(name, dtype) if name not in SOURCES else _of_files(name, _files(name, root, download), dtype)

@@ -270,12 +270,12 @@ def _compact(value: Tensor, small: Tensor, shape: tuple[int, ...]) -> Tensor:
         once = once.narrow(axis, 0, 1) if size == 1 < full else once
     return once if torch.equal(once.expand_as(value), value) else value
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #61feb9c5-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #266c331a-0
 def _expand_tensors(expansion: _Expansion, widths: Widths, network: nn.Module, prior: Prior | None) -> None:
     """Widen all layers and tensors in place."""
     made: dict[int, nn.Module | Tensor] = {}
-    for name in expansion.copies.axes:
-        small = named_tensor(network, name)
+    kept = {name: named_tensor(network, name) for name in expansion.copies.axes}  # alive, so that ids stay their own
+    for name, small in kept.items():
         if isinstance(small, VariationalTensor):
             posterior = _expand_family(expansion, name, small.posterior)
             wide_prior = prior(name, posterior) if prior else _expand_family(expansion, name, small.prior)

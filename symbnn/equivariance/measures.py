@@ -21,7 +21,7 @@ from ..errors import check_kind, require
 from ..estimates import Estimate
 from ..posterior.likelihoods import Categorical, Likelihood
 
-# %% ../../nbs/3_equivariance/03b_measures.ipynb #fcd0fa77-0
+# %% ../../nbs/3_equivariance/03b_measures.ipynb #7fb1013b-0
 class VarianceParts(NamedTuple):
     """What a predictive variance is made of, in the target's units squared, averaged over inputs and coordinates."""
 
@@ -58,8 +58,9 @@ def variance_parts(predictions: OrbitOutputs, likelihood: Likelihood) -> Varianc
     >>> import symbnn as sb
     >>> turn = sb.field(sb.rotations(), (1, 8, 8))
     >>> pair = sb.bayesianize(nn.Conv2d(1, 1, 3, padding=1), turn, (1, 8, 8), output=turn)
-    >>> found = sb.orbit_outputs(pair.network, torch.rand(5, 1, 8, 8), pair.action, draws=4)
-    >>> sb.variance_parts(found, sb.Gaussian(0.5)).aleatoric
+    >>> from symbnn.equivariance.predictions import orbit_outputs
+    >>> found = orbit_outputs(pair.network, torch.rand(5, 1, 8, 8), pair.action, draws=4)
+    >>> variance_parts(found, sb.Gaussian(0.5)).aleatoric
     0.25
     """
     check_outputs(predictions, likelihood)
@@ -129,7 +130,7 @@ def _real_scores(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> di
     found |= {f"coverage_{100 * level:.0f}": (place <= level).double() for level in LEVELS}
     return {name: values[known] for name, values in found.items()}
 
-# %% ../../nbs/3_equivariance/03b_measures.ipynb #25e0a2ad-0
+# %% ../../nbs/3_equivariance/03b_measures.ipynb #1a0c6540-0
 def summarize_outputs(
     predictions: OrbitOutputs, targets: Shaped[Tensor, "N ..."], likelihood: Likelihood
 ) -> dict[str, float]:
@@ -145,8 +146,9 @@ def summarize_outputs(
     >>> import symbnn as sb
     >>> turn, x = sb.field(sb.rotations(), (1, 8, 8)), torch.rand(5, 1, 8, 8)
     >>> pair = sb.bayesianize(nn.Conv2d(1, 1, 3, padding=1), turn, (1, 8, 8), output=turn)
-    >>> found = sb.orbit_outputs(pair.network, x, pair.action, draws=4)
-    >>> sb.summarize_outputs(found, x.square(), sb.Gaussian(0.5))["aleatoric"]
+    >>> from symbnn.equivariance.predictions import orbit_outputs
+    >>> found = orbit_outputs(pair.network, x, pair.action, draws=4)
+    >>> summarize_outputs(found, x.square(), sb.Gaussian(0.5))["aleatoric"]
     0.25
     """
     check_outputs(predictions, likelihood)

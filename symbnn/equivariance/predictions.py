@@ -150,7 +150,7 @@ class Equivariance:
         """The group that acts on both."""
         return self.input.group
 
-# %% ../../nbs/3_equivariance/02_predictions.ipynb #3db6e31b-0
+# %% ../../nbs/3_equivariance/02_predictions.ipynb #073b229f-0
 Single = nn.Module | Callable[[Tensor], Tensor]  # from inputs (B, ...) to logits (B, C)
 Predictor = Single | Sequence[Single]  # a network or a function; several of them are an ensemble
 
@@ -258,7 +258,8 @@ def orbit_outputs(
     >>> import symbnn as sb
     >>> turn = sb.field(sb.rotations(), (1, 8, 8))
     >>> pair = sb.bayesianize(nn.Conv2d(1, 1, 3, padding=1), turn, (1, 8, 8), output=turn)
-    >>> sb.orbit_outputs(pair.network, torch.rand(5, 1, 8, 8), pair.action, draws=3).outputs.shape
+    >>> from symbnn.equivariance.predictions import orbit_outputs
+    >>> orbit_outputs(pair.network, torch.rand(5, 1, 8, 8), pair.action, draws=3).outputs.shape
     torch.Size([3, 5, 4, 1, 8, 8])
     """
     check_kind(action, (NetworkAction, Equivariance), "The action on inputs and outputs",

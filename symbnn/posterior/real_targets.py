@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Noisy', 'check_real', 'observed', 'Gaussian', 'StudentT', 'HeteroscedasticGaussian', 'heteroscedastic_action']
 
-# %% ../../nbs/2_posterior/16b_real_targets.ipynb #b1e534c5-0
+# %% ../../nbs/2_posterior/16b_real_targets.ipynb #e629826d-0
 from math import inf, log, pi
 from numbers import Real
 from typing import cast
@@ -16,13 +16,13 @@ from torch import Tensor, distributions, nn
 
 from ..errors import Refusal, check_positive, require, shortened
 from ..estimates import at_least_single
-from .likelihoods import Likelihood, check_fit, summed
+from .likelihoods import Likelihood, check_fit, per_datum
 from ..symmetry.actions import Action
 from ..symmetry.fields import FieldAction
 from ..symmetry.groups import Element
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/2_posterior/16b_real_targets.ipynb #9e13f925-0
+# %% ../../nbs/2_posterior/16b_real_targets.ipynb #8fe4ae5f-0
 def _check_noise(noise: object) -> None:
     """Raise `Refusal` unless these are one or several standard deviations, positive and finite."""
     if isinstance(noise, Tensor):
@@ -112,7 +112,7 @@ def check_real(targets: Float[Tensor, "N ..."], nan_is_missing: bool) -> None:
 def observed(values: Float[Tensor, "S B ..."], targets: Float[Tensor, "B ..."], nan_is_missing: bool
              ) -> Float[Tensor, "S B"]:
     """The sum over the coordinates of each datum that were observed."""
-    return summed(values.masked_fill(targets.isnan(), 0) if nan_is_missing else values)
+    return per_datum(values.masked_fill(targets.isnan(), 0) if nan_is_missing else values)
 
 
 class Gaussian(Noisy):
@@ -150,7 +150,7 @@ class StudentT(Noisy):
     >>> import torch
     >>> import symbnn as sb
     >>> sb.StudentT(noise=1.0, df=4.0).log_prob(torch.zeros(1, 2, 1), torch.ones(2, 1))  # nats
-    tensor([[-1.5386, -1.5386]])
+    tensor([[-1.5387, -1.5387]])
     """
 
     def __init__(

@@ -198,7 +198,7 @@ def run_in_words(study: Study, run: Run) -> str:
     """A run in words: what the study varies, and the seed."""
     return f"{words(study.columns, map(run.value, study.columns))}, seed {run.seed}"
 
-# %% ../../nbs/8_studies/05_grids.ipynb #cc9984c8-0
+# %% ../../nbs/8_studies/05_grids.ipynb #45773b19-0
 DEMO = TrainingConfig(
     epochs=11, batch_size=256, learning_rate=0.02, scale_rate=0.3, schedule="cosine", evaluate_every=10
 )
@@ -219,7 +219,7 @@ class Comparison:
     methods: tuple[str, ...] = ("baseline", "regular", "block_diagonal")
     seeds: tuple[int, ...] = (0, 1, 2)  # each method runs once for each
     evaluation_draws: int = 64  # samples of the weights in the evaluation
-    split: str = "test"  # images of the evaluation: "test"; or "validation", while settings are chosen
+    split: str = "test"  # evaluated images: "test", or "validation"
     images: int | None = None  # evaluate on the first so many; None: the whole split
 
     def __post_init__(self):

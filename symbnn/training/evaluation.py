@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DRAWS', 'Scores', 'evaluate']
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #23e8ad09-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #ee227e4e-0
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..data.containers import as_split
+from ..data.containers import Data, as_split
 from ..data.splits import Split
 from ..equivariance.measures import summarize_outputs
 from ..equivariance.metrics import summarize
@@ -57,7 +57,7 @@ class Scores(Mapping[str, float]):
             parts.append(f"defect {self['defect_plugin']:.5f}")
         return ", ".join(parts)
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #43e67d25-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #08f1e862-0
 DRAWS = 64  # of the weights of a Bayesian network, where the caller says nothing
 
 
@@ -76,7 +76,7 @@ def _still(predictor: Predictor, data: Split) -> Equivariance:
 
 def evaluate(
     predictor: Symmetric | Predictor,
-    data: object,  # what `as_split` takes
+    data: Data,  # what `as_split` takes
     action: Equivariance | NetworkAction | None = None,  # for a predictor that is no pair; None: no symmetry
     *,
     likelihood: Likelihood = Categorical(),  # of the targets

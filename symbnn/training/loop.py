@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'Until', 'CHECK_EVERY', 'Acting', 'TrainingResult', 'predictive_nll', 'gain_estimator', 'train']
 
-# %% ../../nbs/7_training/06_loop.ipynb #2e43586f-0
+# %% ../../nbs/7_training/06_loop.ipynb #1a03055f-0
 import inspect
 import math
 import sys
@@ -28,7 +28,7 @@ else:
 
 from ..binding import seeded_world
 from ..data.batches import Batches, batches, epoch_generator
-from ..data.containers import as_split
+from ..data.containers import Data, as_split
 from ..data.splits import Split
 from ..equivariance.predictions import Equivariance
 from ..equivariance.symmetric import Symmetric
@@ -247,7 +247,7 @@ class _Run:
         self.history, self.stopped = history, progress.get("status") == "stopped"
         remove_others(folder, checkpoint.description["tensors"])
 
-# %% ../../nbs/7_training/06_loop.ipynb #3a276f90-0
+# %% ../../nbs/7_training/06_loop.ipynb #9cf0ab76-0
 def _moved(split: Split, device: torch.device, dtype: torch.dtype) -> Split:
     """The split on the device, real numbers in the type of the weights."""
     return Split(*(values.to(device, dtype if values.is_floating_point() else values.dtype)
@@ -341,12 +341,12 @@ def _train_epoch(run: _Run, report: Callable[[], object], interrupted: Callable[
 
 
 def train(
-    network: nn.Module | Symmetric, data: object, config: TrainingConfig | None = None, *,
+    network: nn.Module | Symmetric, data: Data, config: TrainingConfig | None = None, *,
     likelihood: Likelihood = Categorical(),  # of the targets; what it learns, such as its noise, is trained as well
     # of the group on one input, or on input and output, which moves targets, too; needed unless augmentation="none",
     # or given by a pair
     action: Acting | None = None,
-    validation: object = None,  # data that are in neither training nor test set
+    validation: Data | None = None,  # data that are in neither training nor test set
     folder: Path | str | None = None,  # for the checkpoint, written after every epoch
     resume: bool = False,  # go on from the checkpoint in `folder`
     architecture: Architecture | None = None,  # of the network, so that `load_network` can build it again

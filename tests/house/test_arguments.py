@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import symbnn as sb
 from symbnn.data.batches import batches
 from symbnn.data.splits import Split
 from symbnn.equivariance.averages import average, symmetrize
@@ -172,8 +173,9 @@ CASES = {
         (lambda: batches(Split(torch.rand(2, 1, 4, 5), y[:2]), 2, "full"), r"field\(flips\(\), \(1, 4, 5\)\)"),
         (lambda: batches(Split(x, y), 2, "full"), r"field\(rotations\(\), \(1, 4, 4\)\)"),
         (lambda: batches(Split(x, y), 2, "full", action=rotations()), r"field\(space, \(1, 4, 4\)\)"),
-        (lambda: Split(torch.randint(9, (4, 5)), y), "one_hot"), (lambda: Split(x, y.float()), r"labels.long\(\)"),
-        (lambda: Split((255 * x).to(torch.uint8), y), "inputs / 255"),
+        (lambda: Split(x, y.float()).labels, r"targets.long\(\)"),
+        (lambda: sb.train(sb.bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(16, 3))), Split(
+            (255 * x).to(torch.uint8), y), batch_size=2, draws=1, augmentation="none"), "inputs / 255"),
     ],
 }
 

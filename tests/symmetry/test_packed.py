@@ -108,9 +108,9 @@ def blocks(g):
 
 def test_a_known_axis_is_cut_where_nothing_crosses():
     action = Action(Cyclic(2), (5,), blocks, "blocks")
-    assert action.restricted(0, 3)(1) == SignedPermutation([1, 0, 2], [1, 1, 1])
-    assert action.restricted(3, 2)(1) == SignedPermutation([1, 0], [-1, -1])
-    assert action.restricted(0, 2) is not None and action.restricted(0, 4) is None and action.restricted(1, 2) is None
+    assert action.cut(0, 3)(1) == SignedPermutation([1, 0, 2], [1, 1, 1])
+    assert action.cut(3, 2)(1) == SignedPermutation([1, 0], [-1, -1])
+    assert action.cut(0, 2) is not None and action.cut(0, 4) is None and action.cut(1, 2) is None
 
     class Cut(nn.Module):
         def __init__(self, at):
@@ -125,4 +125,4 @@ def test_a_known_axis_is_cut_where_nothing_crosses():
     assert exact(network, network_action(network, action)) <= exact64
     with pytest.raises(Refusal, match="is cut"):
         network_action(Cut(4), action)
-    assert natural_action(Permutations(4)).restricted(0, 2) is None
+    assert natural_action(Permutations(4)).cut(0, 2) is None
