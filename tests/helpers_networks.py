@@ -163,3 +163,16 @@ class Model(nn.Module):
         logits = self.head(mixed.mean(1))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return Answer(logits, (h, mixed), loss)
+
+
+class Gated(nn.Module):
+    """A value and a gate from one matrix, and a norm with random gains."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.norm, self.out = nn.Linear(2, 8), nn.LayerNorm(4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        """The output."""
+        value, gate = self.both(x).chunk(2, -1)
+        return self.out(self.norm(value) * torch.sigmoid(gate))

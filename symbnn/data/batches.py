@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Augmentation', 'AUGMENTATIONS', 'TABLE_LIMIT', 'epoch_generator', 'Batches', 'batches']
 
-# %% ../../nbs/6_data/05_batches.ipynb #7d14b88d-0
+# %% ../../nbs/6_data/05_batches.ipynb #0fba52dc-0
 import hashlib
 import math
 from collections.abc import Iterator
@@ -23,9 +23,8 @@ from ..posterior.likelihoods import Categorical, Likelihood
 from ..symmetry.actions import Action
 from ..symmetry.fields import SpatialAction
 from ..symmetry.groups import ENUMERABLE
-from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/6_data/05_batches.ipynb #b99c3b0e-0
+# %% ../../nbs/6_data/05_batches.ipynb #091cff84-0
 Augmentation = Literal["full", "random", "none"]
 AUGMENTATIONS: tuple[Augmentation, ...] = get_args(Augmentation)
 TABLE_LIMIT = 2**25  # entries of the table of maps (300 MB); beyond it they are made batch by batch
@@ -184,8 +183,7 @@ def _moving(split: Split, acting: Action | None, output: Action | None, likeliho
     require(output.group == acting.group, f"an action of {acting.group.name} on outputs, as on inputs",
             f"one of {output.group.name}", "actions that were made for different groups",
             "network_action(network, action).output")
-    still = SignedPermutation.identity(math.prod(output.shape))
-    if all(output(g) == still for g in output.group.generators()):
+    if not output.moving:
         return None
     likelihood.check_moves(output)
     likelihood.check_targets(split.targets, tuple(output.shape))

@@ -86,7 +86,7 @@ def output_defect(predictions: OrbitOutputs, likelihood: Likelihood) -> Estimate
     means = _each(predictions, likelihood.mean)
     return unbiased_square(means - means[:, :, :1])
 
-# %% ../../nbs/3_equivariance/03b_measures.ipynb #45352f99-0
+# %% ../../nbs/3_equivariance/03b_measures.ipynb #15ebcfd6-0
 LEVELS = (0.5, 0.9)  # of the central intervals whose coverage is measured
 
 
@@ -121,8 +121,8 @@ def _real_scores(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> di
     distribution = likelihood.distribution(outputs)
     known = ~targets.isnan()
     targets = targets.nan_to_num(0.0)
-    mean = distribution.mean.mean(0)
-    spread = distribution.variance.mean(0) + distribution.mean.var(0, correction=0)
+    means = likelihood.mean(outputs)
+    mean, spread = means.mean(0), likelihood.variance(outputs).mean(0) + means.var(0, correction=0)
     found = {"squared_error": (mean - targets).square(), "predictive_variance": spread}
     if isinstance(distribution, distributions.Normal):
         found["crps"] = crps(distribution, targets)
@@ -130,7 +130,7 @@ def _real_scores(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> di
     found |= {f"coverage_{100 * level:.0f}": (place <= level).double() for level in LEVELS}
     return {name: values[known] for name, values in found.items()}
 
-# %% ../../nbs/3_equivariance/03b_measures.ipynb #1a0c6540-0
+# %% ../../nbs/3_equivariance/03b_measures.ipynb #2ab3d035-0
 def summarize_outputs(
     predictions: OrbitOutputs, targets: Shaped[Tensor, "N ..."], likelihood: Likelihood
 ) -> dict[str, float]:
@@ -188,7 +188,7 @@ def _label_scores(likelihood: Categorical, outputs: Tensor, labels: Tensor) -> d
     predictive = likelihood.mean(outputs).mean(0)
     classes = predictive.shape[likelihood.class_axis]
     predicted = predictive.argmax(likelihood.class_axis)
-    known = labels != likelihood.ignore_index if likelihood.ignore_index is not None else torch.ones_like(labels).bool()
+    known = likelihood.known(labels)
     predicted, labels = predicted[known], labels[known].long()
     both = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes).double()
     union = both.sum(0) + both.sum(1) - both.diag()

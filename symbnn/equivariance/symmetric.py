@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Symmetry', 'Symmetric', 'bayesianize']
 
-# %% ../../nbs/3_equivariance/14_symmetric.ipynb #7f98b51c-0
+# %% ../../nbs/3_equivariance/14_symmetric.ipynb #cb8f6098-0
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..binding import bind, modules_outside, plain_network
 from .averages import Barycentre, symmetrize
 from .bounds import Divergences, push_forward_divergences
-from .expansion import Arrangement, arrangement_of, expand
+from .arrangements import Arrangement, arrangement_of
+from .expansion import expand
 from .metrics import defect_unbiased
 from .mixture import OrbitMixture
 from .predictions import Mode, OrbitPredictions, orbit_predictions

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NO_LABEL', 'Likelihood', 'check_fit', 'Categorical', 'Bernoulli', 'Poisson', 'per_datum']
 
-# %% ../../nbs/2_posterior/16_likelihoods.ipynb #df64cdaf-0
+# %% ../../nbs/2_posterior/16_likelihoods.ipynb #7bcf29f5-0
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, distributions, nn
 
 from ..errors import Refusal, check_count, check_tensor, require
@@ -116,7 +116,7 @@ def check_fit(likelihood: Likelihood, outputs: Float[Tensor, "S B ..."], targets
             fix="targets[:, None] for a network with one output",
         )
 
-# %% ../../nbs/2_posterior/16_likelihoods.ipynb #29ea09bd-0
+# %% ../../nbs/2_posterior/16_likelihoods.ipynb #2cc5b910-0
 NO_LABEL = -(2**63)  # torch skips this label without a word; by default -100, a common code for "not labelled"
 
 
@@ -192,7 +192,7 @@ class Categorical(Likelihood):
         _check_logits(shape, targets)
         if tuple(targets.shape[1:]) != self.target_shape(shape) or not _whole(targets):
             raise self._refused(targets, shape, "one-hot or real targets")
-        known = targets[targets != self.ignore_index] if self.ignore_index is not None else targets
+        known = targets[self.known(targets)]
         require(known.numel() > 0, "a label that is not ignored", f"ignore_index={self.ignore_index} everywhere",
                 "another code for what has no label", "ignore_index=None")
         if int(known.min()) < 0 or int(known.max()) >= self._classes(shape):
@@ -201,9 +201,7 @@ class Categorical(Likelihood):
 
     def encoded(self, targets: Int[Tensor, "N ..."], shape: tuple[int, ...]) -> Float[Tensor, "N ..."]:
         """The unit vector of each label; zero where it is ignored."""
-        known = torch.ones_like(targets, dtype=torch.bool)
-        if self.ignore_index is not None:
-            known = targets != self.ignore_index
+        known = self.known(targets)
         one_hot = nn.functional.one_hot(targets.long().where(known, 0), self._classes(shape)).float()
         return (one_hot * known.unsqueeze(-1)).movedim(-1, self.class_axis)
 
@@ -216,6 +214,10 @@ class Categorical(Likelihood):
                 "class_axis=-1 for outputs (N, ..., classes), or Action.product of one on classes and one on pixels")
         labels = encoded.argmax(self.class_axis).to(like.dtype)
         return labels if self.ignore_index is None else labels.where(count > 0, self.ignore_index)
+
+    def known(self, targets: Int[Tensor, "N ..."]) -> Bool[Tensor, "N ..."]:
+        """Which labels are not ignored."""
+        return targets != (NO_LABEL if self.ignore_index is None else self.ignore_index)
 
     @property
     def _axis(self) -> int:

@@ -7,7 +7,7 @@ __all__ = ['Build', 'METHODS', 'NOTED', 'Method', 'Baseline', 'Wide', 'Predictio
            'LearnedPrecisions', 'make_method', 'method_of', 'read_method', 'Trained', 'training_accuracy',
            'start_folder', 'check_noted', 'run_method']
 
-# %% ../../nbs/8_studies/01_methods.ipynb #e55400ea-0
+# %% ../../nbs/8_studies/01_methods.ipynb #bc6c1039-0
 import math
 from contextlib import AbstractContextManager, nullcontext
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from torch import nn
 from ..data.batches import epoch_generator
 from ..data.splits import Split
 from ..equivariance.averages import Barycentre
-from ..equivariance.expansion import Arrangement
+from ..equivariance.arrangements import Arrangement
 from ..equivariance.mixture import orbit_average
 from ..equivariance.predictions import OrbitPredictions
 from ..equivariance.projected_gradients import keep_invariant

@@ -17,7 +17,7 @@ from .features import Breaking
 from .fields import FieldAction, GridAction, spelled
 from .groups import Element, Group, Subgroup
 
-# %% ../../nbs/1_symmetry/15b_subgroups.ipynb #3c8cdd8a-0
+# %% ../../nbs/1_symmetry/15b_subgroups.ipynb #975c22ca-0
 def _cyclic(group: Group) -> list[tuple[Element, frozenset]]:
     """A generator and the elements of each cyclic subgroup other than the trivial one and the group, largest first."""
     spans: dict[frozenset, Element] = {}
@@ -56,15 +56,31 @@ def largest_subgroup(group: Group, holds: Callable[[tuple[Element, ...]], bool],
             if holds((g,)):
                 kept.append(g)
                 among |= span
-    pairs = {frozenset(Subgroup(group, pair).elements()): pair for pair in itertools.combinations(sorted(
-        among, key=group.index), 2)}
-    tried = [_generators(group, kept), *sorted(pairs.values(), key=lambda pair: -Subgroup(group, pair).order)]
-    for generators in tried:
+    for generators in (_generators(group, kept), *_within(group, sorted(among, key=group.index))):
         if len(generators) < 2:  # known to hold
             return generators
-        if Subgroup(group, generators).order < group.order and next(left) and holds(generators):
-            return generators
-    return tuple(kept[:1])
+        if Subgroup(group, generators).order < group.order:
+            if not next(left):
+                return None
+            if holds(generators):
+                return generators
+    return None
+
+
+def _within(group: Group, elements: Sequence[Element]) -> list[tuple[Element, ...]]:
+    """Generators of every subgroup that some of these elements generate, the largest subgroup first."""
+    found: dict[frozenset, tuple[Element, ...]] = {
+        frozenset(Subgroup(group, (g,)).elements()): (g,) for g in reversed(elements)}
+    waiting = list(found.items())
+    while waiting:
+        span, generators = waiting.pop()
+        for g in elements:
+            if g not in span:
+                joined = frozenset(Subgroup(group, (*generators, g)).elements())
+                if joined not in found:
+                    found[joined] = (*generators, g)
+                    waiting.append((joined, found[joined]))
+    return [found[span] for span in sorted(found, key=lambda span: (-len(span), len(found[span])))]
 
 # %% ../../nbs/1_symmetry/15b_subgroups.ipynb #8e5b20d8-0
 TRIED = 48  # the largest order of a group whose subgroups are tried: that of the cube

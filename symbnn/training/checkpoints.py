@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'VERSION', 'DESCRIPTION', 'Status', 'Count', 'TensorFile', 
            'load_tensors', 'family_name', 'describe_network', 'network_tensors', 'optimizer_tensors', 'load_optimizer',
            'save_network', 'load_network']
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #04cc5838-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #1b1563cb-0
 import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, torch as safetensors
 from torch import Tensor, nn
 from typing_extensions import NotRequired, TypedDict
 
-from ..equivariance.expansion import ARRANGEMENT, Arrangement, arrangement_of, mark_arrangement
+from ..equivariance.arrangements import ARRANGEMENT, Arrangement, arrangement_of, mark_arrangement
 from ..errors import Refusal, check_choice, check_kind, require
 from ..files import sole_writer, write_file
 from ..posterior.families import FAMILIES

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OLDER', 'fingerprint', 'describe_run', 'check_same_run', 'EpochRecord', 'read_progress']
 
-# %% ../../nbs/7_training/05_resume.ipynb #0427fa0a-0
+# %% ../../nbs/7_training/05_resume.ipynb #795a9540-0
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,13 +18,12 @@ from ..errors import Refusal
 from ..posterior.likelihoods import Categorical, Likelihood
 from ..symmetry.actions import Action
 from ..symmetry.networks import NetworkAction
-from ..symmetry.signed_permutations import SignedPermutation
 from .architectures import Architecture
 from ..records import json_values
 from .checkpoints import Checkpoint, Fingerprint, Progress, check_continued, describe_network
 from .config import TrainingConfig, renamed
 
-# %% ../../nbs/7_training/05_resume.ipynb #befd4e52-0
+# %% ../../nbs/7_training/05_resume.ipynb #056dea62-0
 def fingerprint(split: Split) -> Fingerprint:
     """Enough to notice that a run is continued with other data."""
     inputs, targets = (value.detach().cpu().contiguous().numpy().data for value in (split.inputs, split.targets))
@@ -46,9 +45,7 @@ def describe_run(
 
 def _moving(output: Action | None) -> str:
     """How targets move, nothing where they stay."""
-    still = output is None or all(output(g) == SignedPermutation.identity(output.numel)
-                                  for g in output.group.generators())
-    return "" if still else f", targets by {output!r}"
+    return "" if output is None or not output.moving else f", targets by {output!r}"
 
 # %% ../../nbs/7_training/05_resume.ipynb #8e59ce68-0
 OLDER = "Categorical()"  # what a checkpoint that says nothing of a likelihood was trained with

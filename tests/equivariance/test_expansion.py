@@ -14,7 +14,8 @@ from torch import nn
 
 from helpers import seeded
 from late import ORDERS, reordered
-from symbnn.equivariance.expansion import ARRANGEMENT, arrangement_of, block_turn, expand, expanded_action
+from symbnn.equivariance.arrangements import ARRANGEMENT, arrangement_of, block_turn
+from symbnn.equivariance.expansion import expand, expanded_action
 from symbnn.equivariance.projected_gradients import drift
 from symbnn.errors import Refusal
 from symbnn.posterior.block_gaussian import BlockGaussian

@@ -10,9 +10,10 @@ from torch import nn
 
 from helpers import seeded
 from late import ORDERS, reordered
+from symbnn.equivariance.arrangements import arrangement_of
 from symbnn.equivariance.averages import symmetrize
 from symbnn.equivariance.bounds import push_forward_divergences
-from symbnn.equivariance.expansion import arrangement_of, expand
+from symbnn.equivariance.expansion import expand
 from symbnn.equivariance.metrics import defect_unbiased
 from symbnn.equivariance.mixture import OrbitMixture
 from symbnn.equivariance.predictions import orbit_predictions

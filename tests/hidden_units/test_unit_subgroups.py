@@ -8,6 +8,7 @@ from torch import nn
 
 from helpers import seeded
 from helpers_hidden_units import moved_density, spread_means
+from helpers_networks import Gated
 from symbnn.errors import Refusal
 from symbnn.hidden_units.mutual_information import InformationEstimator, mutual_information
 from symbnn.hidden_units.subgroups import hidden_classes, unit_subgroup
@@ -37,19 +38,6 @@ class Stream(nn.Module):
         for up, down in zip(self.up, self.down):
             h = h + down(torch.tanh(up(h)))
         return self.head(h)
-
-
-class Gated(nn.Module):
-    """A value and a gate from one matrix, and a norm with random gains."""
-
-    def __init__(self):
-        super().__init__()
-        self.both, self.norm, self.out = nn.Linear(2, 8), nn.LayerNorm(4), nn.Linear(4, 1)
-
-    def forward(self, x):
-        """The output."""
-        value, gate = self.both(x).chunk(2, -1)
-        return self.out(self.norm(value) * torch.sigmoid(gate))
 
 
 class Attention(nn.Module):

@@ -161,6 +161,17 @@ def test_what_is_generated_need_not_hold():
     assert Subgroup(Dihedral(4), found).order == 4
 
 
+@pytest.mark.parametrize(("group", "largest"), [(Product(*[Cyclic(2)] * 4), 8), (Product(*[Cyclic(2)] * 4), 4),
+                                                (Product(Cyclic(4), Cyclic(2), Cyclic(2)), 8)], ids=str)
+def test_the_largest_may_need_more_than_two_generators(group, largest):
+    """Each element holds, all together do not: what is found is as large as is allowed, and nothing larger is said."""
+    def few(generators):
+        return Subgroup(group, generators).order <= largest
+
+    assert Subgroup(group, largest_subgroup(group, few, 1000)).order == largest
+    assert largest_subgroup(group, few, group.order) is None or largest == 8  # asked too much: nothing is said
+
+
 def test_trying_ends():
     asked = []
     assert largest_subgroup(Dihedral(4), lambda generators: not asked.append(generators) and not generators, 3) is None

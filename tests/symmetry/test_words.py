@@ -3,25 +3,13 @@ import pytest
 import torch
 from torch import nn
 
+from helpers_networks import Gated
 from symbnn.symmetry.actions import natural_action, sign_change
 from symbnn.symmetry.fields import field, flips, rotations, shifts
 from symbnn.symmetry.groups import Permutations
 from symbnn.symmetry.hyperoctahedral import Signed
 from symbnn.symmetry.networks import network_action, unit_permutations
 from symbnn.symmetry.words import action_in_words
-
-
-class Gated(nn.Module):
-    """A value and a gate from one matrix."""
-
-    def __init__(self):
-        super().__init__()
-        self.both, self.norm, self.out = nn.Linear(2, 8), nn.LayerNorm(4), nn.Linear(4, 1)
-
-    def forward(self, x):
-        """The output."""
-        value, gate = self.both(x).chunk(2, -1)
-        return self.out(self.norm(value) * torch.sigmoid(gate))
 
 
 def images(*layers):

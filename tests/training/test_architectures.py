@@ -13,7 +13,8 @@ from torch import nn
 
 from helpers import seeded
 from helpers_data import typed
-from symbnn.equivariance.expansion import ARRANGEMENT, expand
+from symbnn.equivariance.arrangements import ARRANGEMENT
+from symbnn.equivariance.expansion import expand
 from symbnn.errors import Refusal
 from symbnn.layerwise.relaxed_networks import relaxed_network
 from symbnn.posterior.layers import with_posteriors

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from symbnn import files
-from symbnn.equivariance.expansion import arrangement_of, expand, expanded_action
+from symbnn.equivariance.arrangements import arrangement_of
+from symbnn.equivariance.expansion import expand, expanded_action
 from symbnn.errors import Refusal
 from symbnn.posterior.families import FAMILIES
 from symbnn.posterior.layers import with_posteriors

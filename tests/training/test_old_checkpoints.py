@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from symbnn.data.splits import Split
-from symbnn.equivariance.expansion import Arrangement, arrangement_of
+from symbnn.equivariance.arrangements import Arrangement, arrangement_of
 from symbnn.posterior.families import FAMILIES
 from symbnn.posterior.layers import kl_sum, posterior_mean_network, variational_tensors
 from symbnn.posterior.sampling import apply_weights
