@@ -20,7 +20,8 @@ Equivariance: `Symmetric` is a network with its symmetry, to be expanded, averag
 
 Hidden units and layers: `mutual_information`, `relaxed_network`, `laplace`, `learned_equivariance`.
 
-Data and training: `load`, `load_npz`, `Split`, `train`, `TrainingConfig`, `evaluate`, `save_network`, `load_network`.
+Data and training: `load`, `load_npz`, `Split`, `Stream` (batches from a loader or a source larger than memory), `train`,
+`EarlyStopping`, `TrainingConfig`, `evaluate`, `save_network`, `load_network`.
 
 Whatever cannot be done is refused with a `Refusal`. The book behind each name: https://github.com/symbnn/symbnn.
 """
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from symbnn.data.own_images import load_npz as load_npz
     from symbnn.data.sources import load as load
     from symbnn.data.splits import Split as Split
+    from symbnn.data.streams import Stream as Stream
     from symbnn.equivariance.conditions import violations as violations
     from symbnn.equivariance.metrics import summarize as summarize
     from symbnn.equivariance.predictions import orbit_predictions as orbit_predictions
@@ -86,6 +88,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
         unit_permutations as unit_permutations,
     )
     from symbnn.symmetry.teaching import rule as rule
+    from symbnn.training.callbacks import EarlyStopping as EarlyStopping
     from symbnn.training.checkpoints import load_network as load_network, save_network as save_network
     from symbnn.training.config import TrainingConfig as TrainingConfig
     from symbnn.training.evaluation import evaluate as evaluate
@@ -95,6 +98,7 @@ _NAMES = {  # the same by module; a test compares the two
     "data.own_images": "load_npz",
     "data.sources": "load",
     "data.splits": "Split",
+    "data.streams": "Stream",
     "equivariance.conditions": "violations",
     "equivariance.metrics": "summarize",
     "equivariance.predictions": "orbit_predictions",
@@ -123,6 +127,7 @@ _NAMES = {  # the same by module; a test compares the two
     "symmetry.fields": "field flips point_symmetries rotations rotations_and_flips translations",
     "symmetry.networks": "network_action unit_permutations",
     "symmetry.teaching": "rule",
+    "training.callbacks": "EarlyStopping",
     "training.checkpoints": "load_network save_network",
     "training.config": "TrainingConfig",
     "training.evaluation": "evaluate",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Output', 'Switch', 'COMMANDS', 'progress_line', 'Train', 'Evaluate', 'ComparedTraining', 'Compare', 'Reproduce']
 
-# %% ../nbs/9_command_line/01_commands.ipynb #481e1644-0
+# %% ../nbs/9_command_line/01_commands.ipynb #bf6a82d3-0
 import json
 import sys
 from dataclasses import dataclass, fields, replace
@@ -42,7 +42,7 @@ from .studies.tasks import Setup, Task, check_images, evaluate_task, fit, path_r
 from .studies.titles import listing
 from .training.checkpoints import DESCRIPTION, Checkpoint, has_checkpoint, load_network, read_checkpoint
 from .training.checks import choose_device
-from .training.config import Objective, TrainingConfig
+from .training.config import ObjectiveName, TrainingConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -229,7 +229,7 @@ def _metrics_csv(metrics: dict[str, float]) -> str:
     cells = [("metric", "value", "standard_error", "unit"), *rows]
     return "".join(",".join("" if cell is None else str(cell) for cell in row) + "\n" for row in cells)
 
-# %% ../nbs/9_command_line/01_commands.ipynb #ff7cbb4c-0
+# %% ../nbs/9_command_line/01_commands.ipynb #91447d05-0
 @dataclass(frozen=True)
 class ComparedTraining(TrainingConfig):
     """How the methods of a comparison are trained."""
@@ -242,7 +242,7 @@ class ComparedTraining(TrainingConfig):
     evaluate_every: Suppress[int] = DEMO.evaluate_every
     evaluation_draws: Suppress[int] = DEMO.evaluation_draws
     seed: Suppress[int] = DEMO.seed
-    objective: Suppress[Objective] = DEMO.objective
+    objective: Suppress[ObjectiveName] = DEMO.objective
     information_method: Suppress[InformationMethod] = DEMO.information_method
     information_draws: Suppress[int] = DEMO.information_draws
     negatives: Suppress[int] = DEMO.negatives

@@ -54,7 +54,7 @@ def history(result):
 
 def press_ctrl_c(at):
     """A callback that presses Ctrl-C after an epoch."""
-    return lambda epoch, net, optimizer: signal.raise_signal(signal.SIGINT) if epoch == at else None
+    return lambda end: signal.raise_signal(signal.SIGINT) if end.record.epoch == at else None
 
 
 def normed(track=True):

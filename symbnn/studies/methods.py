@@ -282,7 +282,7 @@ def read_method(text: str, **options) -> Method:
             "a misspelt word", f"{name}+projected")
     return make_method(name, **({"projected": True} if plus else {}), **options)
 
-# %% ../../nbs/8_studies/01_methods.ipynb #1b418767-0
+# %% ../../nbs/8_studies/01_methods.ipynb #390f4cbf-0
 class Trained(NamedTuple):
     """A run of a method."""
 
@@ -336,7 +336,7 @@ def run_method(
     def part(network: nn.Module, width: int, place: Path | None, **how):
         return train(network, data, config, action=action, validation=validation, folder=place,
                      resume=place is not None and has_checkpoint(place), notes=notes, progress=progress,
-                     architecture=architecture and architecture.expanded(width), callback=updates, **how)
+                     architecture=architecture and architecture.expanded(width), callbacks=updates or (), **how)
 
     def due(epochs: int, network: nn.Module) -> bool:
         if method.trigger >= 1:

@@ -7,7 +7,7 @@ __all__ = ['SYMMETRIES', 'PRIORS', 'WORK', 'plain', 'Setup', 'Task', 'prepare', 
            'using_threads', 'noted', 'read_notes', 'check_images', 'fit', 'evaluate_task', 'chosen_images',
            'path_reports']
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #41b20b6b-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #3b18cbf4-0
 import json
 import sys
 import zlib
@@ -48,7 +48,8 @@ from .methods import Baseline, LearnedPrecisions, Method, check_noted, method_of
 from ..data.transforms import VARIANTS, Variant, standardize, vary
 from ..training.checks import check_task, choose_device
 from ..training.config import TrainingConfig
-from ..training.loop import TrainingResult, gain_estimator, train
+from ..training.loop import TrainingResult, train
+from ..training.objectives import gain_estimator
 from ..training.resume import fingerprint
 
 # %% ../../nbs/8_studies/02_tasks.ipynb #439f57a6-0
@@ -194,7 +195,7 @@ def epoch_cost(task: Task, order: int, config: TrainingConfig) -> int:
     each = multiply_adds(task.network(0, order), task.data.shape)
     return 3 * passes(config) * copies * len(task.data.train) * each
 
-# %% ../../nbs/8_studies/02_tasks.ipynb #e26b0f59-0
+# %% ../../nbs/8_studies/02_tasks.ipynb #a5a9e9cb-0
 WORK = 10**8  # multiply-adds in a step's forward pass that are worth a thread
 
 
@@ -266,7 +267,7 @@ def fit(
         result = train(
             network, task.data.train, config, action=task.action, validation=task.data.validation, folder=folder,
             resume=resume, architecture=task.architecture, progress=progress, notes=noted(task, method) | (notes or {}),
-            callback=method.updates(task.data.train, config),
+            callbacks=method.updates(task.data.train, config) or (),
         )
     if result.status != "complete":
         raise KeyboardInterrupt

@@ -32,7 +32,7 @@ from ..records import json_values, parse_value, read_record, write_record
 from ..symmetry.networks import check_network
 from .architectures import Architecture, build
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #598488b1-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #66c624b7-0
 FORMAT, VERSION = "symbnn checkpoint", 1
 DESCRIPTION = "checkpoint.json"
 Status = Literal["complete", "stopped", "interrupted"]
@@ -90,6 +90,7 @@ class Description(TypedDict):
     data: NotRequired[Fingerprint]
     action: NotRequired[str | None]
     symmetry: NotRequired[str | None]
+    own_objective: NotRequired[str | None]
     begun: NotRequired[Count]
     progress: NotRequired[Progress]
     history: NotRequired[list[Epoch]]

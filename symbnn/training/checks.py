@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose_device', 'training_modes', 'check_task', 'check_arguments', 'check_run_folder']
 
-# %% ../../nbs/7_training/04_checks.ipynb #bc1844a1-0
+# %% ../../nbs/7_training/04_checks.ipynb #3ea11784-0
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,8 @@ from types import NoneType
 import torch
 from torch import Tensor, nn
 
-from ..data.splits import Split, warn_of_odd
+from ..data.containers import Pairs
+from ..data.splits import Split
 from ..errors import Refusal, check_kind, require
 from ..files import check_folder
 from ..posterior.layers import variational_tensors
@@ -72,15 +73,15 @@ def training_modes(network: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
 
-# %% ../../nbs/7_training/04_checks.ipynb #fbb6449e-0
+# %% ../../nbs/7_training/04_checks.ipynb #512f4bbc-0
 def check_task(
-    network: nn.Module, data: Split, validation: Split | None, config: TrainingConfig, rows: int = 2,
+    network: nn.Module, data: Split | Pairs, validation: Split | Pairs | None, config: TrainingConfig, rows: int = 2,
     likelihood: Likelihood = Categorical(),
-) -> None:
+) -> tuple[int, ...]:
     """Raise `Refusal` for inputs that the network does not take, targets that its outputs do not fit, unfit estimators.
 
-    Warns, by `OddData`, of data of which little can be learned, such as images that are all equal. Passes `rows` inputs
-    through the network with the configured estimator, in the modes of training; nothing of the network changes.
+    Returns the shape of the network's output for one input. Passes `rows` inputs through the network with the
+    configured estimator, in the modes of training; nothing of the network changes.
     """
     shape = tuple(_tried(network, data, config, rows).shape[2:])
     for split in (data, validation):
@@ -89,14 +90,15 @@ def check_task(
                     f"inputs of shape {split.shape}", "another data set, or other preprocessing",
                     "the validation split of the training data")
             likelihood.check_targets(split.targets, shape)
-    warn_of_odd(data)
+    return shape
 
 
-def _tried(network: nn.Module, data: Split, config: TrainingConfig, rows: int) -> Tensor:
+def _tried(network: nn.Module, data: Split | Pairs, config: TrainingConfig, rows: int) -> Tensor:
     """The outputs (draws, rows, ...) of one step, in the modes of training."""
     try:
         with training_modes(network):
-            return one_tensor(try_step(network, data.inputs[:rows], min(config.draws, rows), config.estimator))
+            some = data.take(torch.arange(min(rows, len(data)), device=data.targets.device)).inputs
+            return one_tensor(try_step(network, some, min(config.draws, rows), config.estimator))
     except Refusal:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -106,20 +108,27 @@ def _tried(network: nn.Module, data: Split, config: TrainingConfig, rows: int) -
             got=f"{type(error).__name__}: {error}".split("\n")[0],
             cause="a norm that takes statistics from the batch" if few else "a network built for another shape or type",
             fix="batch_size=2 or more" if few else f"a network with input_shape={data.shape}, or reshaped inputs"
-            if data.inputs.is_floating_point() else "Split(inputs / 255, targets) for pixels, Split(inputs.float(), "
-            "targets) for measurements, or nn.Embedding as the first layer for token ids",
+            if isinstance(data, Pairs) or data.inputs.is_floating_point() else "Split(inputs / 255, targets) for "
+            "pixels, Split(inputs.float(), targets) for measurements, or nn.Embedding as the first layer for token ids",
         ) from error
 
-# %% ../../nbs/7_training/04_checks.ipynb #9f620759-0
+# %% ../../nbs/7_training/04_checks.ipynb #a97a947b-0
 def check_arguments(
-    network: nn.Module, config: TrainingConfig, likelihood: Likelihood, validation: Split | None,
+    network: nn.Module, config: TrainingConfig, likelihood: Likelihood, validation: Split | Pairs | None,
     folder: Path | None, resume: bool, architecture: Architecture | None, symmetry: NetworkAction | None,
+    own_objective: object = None,
 ) -> None:
     """Raise `Refusal` for arguments of other kinds, and for those that lack another one."""
     check_network(network)
     check_kind(likelihood, Likelihood, "The likelihood", "likelihood=Categorical(), or likelihood=Gaussian(0.1)")
     check_kind(symmetry, (NetworkAction, NoneType), "the symmetry", "unit_permutations(network, data.shape)")
     check_kind(architecture, (Architecture, NoneType), "the architecture", "architecture=None, or an Architecture")
+    require(own_objective is None or callable(own_objective), "an objective that is a function of the step",
+            f"a {type(own_objective).__name__}", "its value, or a name", 'objective=lambda step: ..., or '
+            'objective="symmetrised"')
+    require(own_objective is None or config.objective == "elbo", "one objective",
+            f"TrainingConfig(objective={config.objective!r}) and a function", "a configuration from another run",
+            'TrainingConfig(objective="elbo")')
     variational_tensors(network)  # refuses a plain network
     trained = any(parameter.requires_grad for parameter in network.parameters())
     require(trained, "a network with a parameter to train",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OLDER', 'fingerprint', 'describe_run', 'check_same_run', 'EpochRecord', 'read_progress']
 
-# %% ../../nbs/7_training/05_resume.ipynb #795a9540-0
+# %% ../../nbs/7_training/05_resume.ipynb #1eaa71d4-0
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..data.splits import Split
+from ..data.streams import Stream
 from ..errors import Refusal
 from ..posterior.likelihoods import Categorical, Likelihood
 from ..symmetry.actions import Action
@@ -23,23 +24,28 @@ from ..records import json_values
 from .checkpoints import Checkpoint, Fingerprint, Progress, check_continued, describe_network
 from .config import TrainingConfig, renamed
 
-# %% ../../nbs/7_training/05_resume.ipynb #056dea62-0
-def fingerprint(split: Split) -> Fingerprint:
-    """Enough to notice that a run is continued with other data."""
-    inputs, targets = (value.detach().cpu().contiguous().numpy().data for value in (split.inputs, split.targets))
-    return {"rows": len(split), "shape": list(split.shape), "crc32": zlib.crc32(targets, zlib.crc32(inputs))}
+# %% ../../nbs/7_training/05_resume.ipynb #39b6705d-0
+def fingerprint(data: Split | Stream, seed: int = 0) -> Fingerprint:
+    """Enough to notice that a run is continued with other data; of a stream the first batch that this seed gives."""
+    first = data if isinstance(data, Split) else data.first(seed)
+    rows = len(data) if isinstance(data, Split) else data.num_data
+    inputs = [first.inputs] if isinstance(first, Split) else first.inputs.rows()
+    found = 0
+    for value in (*inputs, first.targets) if isinstance(data, Split) or data.repeatable else ():
+        found = zlib.crc32(value.detach().cpu().contiguous().numpy().data, found)
+    return {"rows": rows, "shape": list(first.shape), "crc32": found}
 
 
 def describe_run(
-    network: nn.Module, config: TrainingConfig, data: Split, *, likelihood: Likelihood = Categorical(),
+    network: nn.Module, config: TrainingConfig, data: Split | Stream, *, likelihood: Likelihood = Categorical(),
     architecture: Architecture | None = None, action: Action | None = None, output: Action | None = None,
-    symmetry: NetworkAction | None = None, notes: Mapping[str, Any] | None = None,
+    symmetry: NetworkAction | None = None, objective: str | None = None, notes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint says about a run, as JSON gives it back. Raises `Refusal` for notes that are no JSON values."""
     return json_values({
-        **describe_network(network, architecture), "config": asdict(config), "data": fingerprint(data),
+        **describe_network(network, architecture), "config": asdict(config), "data": fingerprint(data, config.seed),
         "likelihood": likelihood.described(), "action": action and f"{action!r}{_moving(output)}",
-        "symmetry": symmetry and repr(symmetry), "notes": notes or {},
+        "symmetry": symmetry and repr(symmetry), "own_objective": objective, "notes": notes or {},
     })
 
 
@@ -47,7 +53,7 @@ def _moving(output: Action | None) -> str:
     """How targets move, nothing where they stay."""
     return "" if output is None or not output.moving else f", targets by {output!r}"
 
-# %% ../../nbs/7_training/05_resume.ipynb #8e59ce68-0
+# %% ../../nbs/7_training/05_resume.ipynb #0b684caf-0
 OLDER = "Categorical()"  # what a checkpoint that says nothing of a likelihood was trained with
 
 
@@ -66,7 +72,7 @@ def check_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
     if ours["schedule"] == "constant" and type(length) is int and length <= ours["epochs"]:
         theirs["epochs"] = ours["epochs"]
     theirs["device"] = ours["device"]
-    parts = ("data", "architecture", "family", "action", "symmetry", "begun")
+    parts = ("data", "architecture", "family", "action", "symmetry", "own_objective", "begun")
     parts_of = [{"likelihood": its.get("likelihood", OLDER)} | {name: its.get(name) for name in parts}
                 for its in (stored, wanted)]
     check_continued(theirs | parts_of[0], ours | parts_of[1])

@@ -124,7 +124,7 @@ def test_updates_keep_their_schedule_and_ceiling():
         return {name: value + 1.5 for name, value in log_precisions(network).items()}
 
     updates = PrecisionUpdates(rule, first=2, every=3, ceiling=4.0)
-    train(network, DATA, MAP, callback=updates)
+    train(network, DATA, MAP, callbacks=updates)
     assert [each["epoch"] for each in updates.history] == [2, 5, 8]
     assert_close(torch.tensor(calls), torch.tensor([0.0, 1.5, 3.0]), 1e-6)  # stored as a float32 log-scale
     assert set(updates.history[-1]) == {"epoch", *variational_tensors(network)}
@@ -135,9 +135,9 @@ def test_updates_keep_their_schedule_and_ceiling():
 def test_a_run_that_is_continued_equals_one_that_was_not(tmp_path):
     rule = partial(evidence_precisions, inputs=DATA.inputs, targets=DATA.labels)
     two, four = replace(MAP, epochs=2), replace(MAP, epochs=4)
-    straight = train(small(), DATA, four, callback=PrecisionUpdates(rule, 2, 1)).network
-    train(small(), DATA, two, callback=PrecisionUpdates(rule, 2, 1), folder=tmp_path)
-    resumed = train(small(seed=5), DATA, four, callback=PrecisionUpdates(rule, 2, 1), folder=tmp_path,
+    straight = train(small(), DATA, four, callbacks=PrecisionUpdates(rule, 2, 1)).network
+    train(small(), DATA, two, callbacks=PrecisionUpdates(rule, 2, 1), folder=tmp_path)
+    resumed = train(small(seed=5), DATA, four, callbacks=PrecisionUpdates(rule, 2, 1), folder=tmp_path,
                     resume=True).network
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in straight.state_dict().items())
     assert log_precisions(straight)["layer1.fc.dense.weight"] != 0
@@ -163,7 +163,7 @@ def learn(where: bool):
                                          curvature="sampled"), 10, 3)
     config = TrainingConfig(epochs=80, batch_size=100, estimator="whole", draws=1, learning_rate=0.02,
                             schedule="cosine", augmentation="none", evaluation_draws=1)
-    train(network, data, config, callback=updates)
+    train(network, data, config, callbacks=updates)
     report = learned_equivariance(network, laplace(network, data.inputs, data.labels))
     return {row.path: row for row in report}, updates.history
 

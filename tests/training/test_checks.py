@@ -16,7 +16,7 @@ from symbnn.symmetry.actions import Action
 from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.groups import Cyclic
 from symbnn.symmetry.signed_permutations import SignedPermutation
-from symbnn.training import loop
+from symbnn.training import state
 from symbnn.training.architectures import Architecture, build
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import train
@@ -43,7 +43,7 @@ def test_a_run_leaves_modes_as_they_were_when_it_fails():
         raise KeyError("a callback's own error")
 
     with pytest.raises(KeyError):
-        run(net=net, architecture=None, callback=fail)
+        run(net=net, architecture=None, callbacks=fail)
     assert not any(module.training for module in net.modules())
 
 
@@ -58,7 +58,7 @@ def test_batches_that_a_norm_cannot_take_are_refused_before_the_first_step():
 
 
 @pytest.mark.parametrize(("data", "said"), [
-    (lambda: DataLoader(TensorDataset(DATA.inputs, DATA.labels), 8), "loader"),
+    (lambda: iter([(DATA.inputs, DATA.labels)]), r"Stream\(source"),
     (lambda: (DATA.inputs.numpy(), DATA.labels.numpy(), DATA.labels), "Split"),
     (lambda: DATA.inputs, r"Split\(x, y\)"),
     (lambda: load("digits"), r"data\.train"), (lambda: {"x": DATA.inputs}, "Split"), (lambda: None, "NoneType"),
@@ -149,7 +149,7 @@ def test_refused_before_work(change, message, monkeypatch):
     def no_work(self, images, labels):
         raise AssertionError("a step was done")
 
-    monkeypatch.setattr(loop._Run, "advance", no_work)
+    monkeypatch.setattr(state.RunState, "advance", no_work)
     with pytest.raises(Refusal, match=message) as caught:
         run(**change())
     assert "\n" not in str(caught.value)

@@ -28,11 +28,12 @@ from helpers_training import (
 from symbnn import files
 from symbnn.data.batches import batches, epoch_generator
 from symbnn.errors import Refusal
+from symbnn.posterior.elbo import elbo
 from symbnn.posterior.layers import kl_per_datum, posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.sampling import forward
-from symbnn.training import loop
+from symbnn.training import objectives
 from symbnn.training.architectures import build
-from symbnn.training.checkpoints import load_network, load_tensors, read_checkpoint
+from symbnn.training.checkpoints import load_network, load_tensors, optimizer_tensors, read_checkpoint
 from symbnn.training.config import make_optimizer
 from symbnn.training.loop import train
 from tolerances import assert_close, exact32
@@ -59,31 +60,31 @@ def test_repeatable_whatever_else_is_drawn():
 
 def test_ctrl_c_without_a_folder_and_the_handler_afterwards():
     before = signal.getsignal(signal.SIGINT)
-    assert run(callback=press_ctrl_c(0)).status == "interrupted"
+    assert run(callbacks=press_ctrl_c(0)).status == "interrupted"
     assert signal.getsignal(signal.SIGINT) is before
 
-    def twice(epoch, net, optimizer):
+    def twice(end):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        run(callback=twice)
+        run(callbacks=twice)
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_best_epoch_is_selected(tmp_path):
     seen = {}
 
-    def remember(epoch, net, optimizer):
-        seen[epoch] = {name: value.clone() for name, value in net.state_dict().items()}
+    def remember(end):
+        seen[end.record.epoch] = {name: value.clone() for name, value in end.network.state_dict().items()}
 
     config = replace(CONFIG, select="best", learning_rate=0.3, epochs=8)
-    result = run(config, folder=tmp_path / "a", callback=remember)
+    result = run(config, folder=tmp_path / "a", callbacks=remember)
     best = min(result.history, key=lambda record: record.validation_nll).epoch
     assert best < 6  # or this test shows nothing
     assert same(tensors(result), seen[best])
     assert same(load_network(tmp_path / "a").state_dict(), seen[best])
-    run(config, folder=tmp_path / "b", callback=press_ctrl_c(6))  # the best epoch lies before the interruption
+    run(config, folder=tmp_path / "b", callbacks=press_ctrl_c(6))  # the best epoch lies before the interruption
     assert same(tensors(run(config, net=network(4), folder=tmp_path / "b", resume=True)), seen[best])
 
 
@@ -110,15 +111,15 @@ def test_the_divergence_is_annealed(tmp_path, monkeypatch):
     """Its weight rises linearly over the steps of the first epochs, across an interruption; the record has it whole."""
     t, W, beta = sp.symbols("t W beta", positive=True)
     formula = beta * sp.Min(1, (t + 1) / W)
-    weights, whole = [], loop.elbo
+    weights, whole = [], objectives.elbo
 
     def noted(*arguments, kl_weight, **options):
         weights.append(kl_weight)
         return whole(*arguments, kl_weight=kl_weight, **options)
 
-    monkeypatch.setattr(loop, "elbo", noted)
+    monkeypatch.setattr(objectives, "elbo", noted)
     config = replace(CONFIG, kl_weight=0.5, kl_annealing=2)
-    run(config, folder=tmp_path, callback=press_ctrl_c(0))
+    run(config, folder=tmp_path, callbacks=press_ctrl_c(0))
     result = run(config, folder=tmp_path, resume=True)
     steps = -(-4 * len(DATA) // 16)
     expected = [float(formula.subs({beta: 0.5, W: 2 * steps, t: step})) for step in range(4 * steps)]
@@ -174,13 +175,13 @@ def test_clipping_bounds_the_step():
 
 
 def test_an_infinite_elbo_is_refused_and_the_checkpoint_kept(tmp_path):
-    def spoil(epoch, net, optimizer):
-        if epoch == 1:
-            for group in optimizer.param_groups:
+    def spoil(end):
+        if end.epochs == 2:
+            for group in end.optimizer.param_groups:
                 group["factor"] = math.inf
 
     with pytest.raises(Refusal, match="stay finite"):
-        run(folder=tmp_path, callback=spoil)
+        run(folder=tmp_path, callbacks=spoil)
     kept = read_checkpoint(tmp_path)
     assert kept.description["progress"]["epoch"] == 2
     assert all(value.isfinite().all() for value in kept.tensors.values())
@@ -189,12 +190,12 @@ def test_an_infinite_elbo_is_refused_and_the_checkpoint_kept(tmp_path):
 
 
 def test_a_parameter_that_breaks_in_the_last_step_is_not_saved(tmp_path):
-    def spoil(epoch, net, optimizer):
-        if epoch == 1:
-            next(net.parameters()).data[0] = math.nan
+    def spoil(end):
+        if end.epochs == 2:
+            next(end.network.parameters()).data[0] = math.nan
 
     with pytest.raises(Refusal, match="stay finite"):
-        run(folder=tmp_path, callback=spoil)
+        run(folder=tmp_path, callbacks=spoil)
     assert read_checkpoint(tmp_path).description["progress"]["epoch"] == 1
 
 
@@ -217,20 +218,20 @@ def test_a_disk_that_fills_up_later(tmp_path, monkeypatch):
 
 
 def test_callbacks_change_the_run_and_are_saved(tmp_path):
-    def halve(epoch, net, optimizer):
+    def halve(end):
         with torch.no_grad():
-            for tensor in variational_tensors(net).values():
+            for tensor in variational_tensors(end.network).values():
                 tensor.posterior.loc.mul_(0.5)
-        optimizer.state.clear()
+        end.optimizer.state.clear()
 
-    straight = run(callback=halve)
+    straight = run(callbacks=halve)
 
-    def halve_and_stop(epoch, net, optimizer):
-        halve(epoch, net, optimizer)
-        press_ctrl_c(1)(epoch, net, optimizer)
+    def halve_and_stop(end):
+        halve(end)
+        press_ctrl_c(1)(end)
 
-    run(folder=tmp_path, callback=halve_and_stop)
-    assert same(tensors(run(net=network(2), folder=tmp_path, resume=True, callback=halve)), tensors(straight))
+    run(folder=tmp_path, callbacks=halve_and_stop)
+    assert same(tensors(run(net=network(2), folder=tmp_path, resume=True, callbacks=halve)), tensors(straight))
 
 
 # One run in two calls
@@ -265,7 +266,7 @@ def test_a_network_takes_over_at_the_epoch_where_the_first_call_ended():
             group["lr"] = config.learning_rate * (1 + math.cos(math.pi * (3 + step / len(data)) / 4)) / 2
         outputs = forward(by_hand, images, config.draws, config.estimator, epoch_generator(3, 3, f"noise/{step}"))
         optimizer.zero_grad()
-        (-loop.elbo(by_hand, outputs, labels, 4 * len(DATA)).elbo).backward()
+        (-elbo(by_hand, outputs, labels, 4 * len(DATA)).elbo).backward()
         optimizer.step()
     for name, value in by_hand.state_dict().items():
         assert_close(last.network.state_dict()[name], value, exact32)
@@ -273,10 +274,10 @@ def test_a_network_takes_over_at_the_epoch_where_the_first_call_ended():
 
 def test_moments_are_copied_and_never_given_to_other_parameters():
     first = run(until=after_epochs(1))
-    held = loop.optimizer_tensors(first.network, first.optimizer)
+    held = optimizer_tensors(first.network, first.optimizer)
     moments = {name: value.clone() for name, value in held.items()}
     kept = run(net=network(5), after=first)
-    assert same(loop.optimizer_tensors(first.network, first.optimizer), moments)
+    assert same(optimizer_tensors(first.network, first.optimizer), moments)
     first.optimizer.state.clear()
     assert not same(tensors(run(net=network(5), after=first)), tensors(kept))
     first, wide = run(until=after_epochs(1)), with_posteriors(build(ARCHITECTURE.expanded(2), seeded()))
@@ -287,7 +288,7 @@ def test_moments_are_copied_and_never_given_to_other_parameters():
 @pytest.mark.parametrize("killed", ["in the first", "between", "in the second"])
 def test_each_of_two_calls_is_resumed_to_the_bit(killed, tmp_path):
     def both(one, two, stop_first=None, stop_second=None, **options):
-        first = run(folder=one, until=after_epochs(2), callback=stop_first, **options)
+        first = run(folder=one, until=after_epochs(2), callbacks=stop_first, **options)
         if first.status == "interrupted" or (killed == "between" and options.get("resume") is False):
             return first
         changed = network(7)
@@ -295,7 +296,7 @@ def test_each_of_two_calls_is_resumed_to_the_bit(killed, tmp_path):
                                for name, value in first.network.state_dict().items()})
         first.optimizer.state.clear()
         there = options.get("resume", False) and (two / "checkpoint.json").exists()
-        return run(net=changed, folder=two, after=first, callback=stop_second, resume=there)
+        return run(net=changed, folder=two, after=first, callbacks=stop_second, resume=there)
 
     straight = both(tmp_path / "a", tmp_path / "b")
     stops = {"in the first": {"stop_first": press_ctrl_c(0)}, "in the second": {"stop_second": press_ctrl_c(2)}}
@@ -325,14 +326,14 @@ def test_what_until_has_ended_stays_ended(tmp_path):
 
 
 def test_ctrl_c_in_the_epoch_where_until_ends_the_run_is_an_interruption(tmp_path):
-    first = run(folder=tmp_path, until=after_epochs(2), callback=press_ctrl_c(1))
+    first = run(folder=tmp_path, until=after_epochs(2), callbacks=press_ctrl_c(1))
     assert first.status == "interrupted" and len(first.history) == 2
     again = run(folder=tmp_path, resume=True, until=after_epochs(2))
     assert again.status == "stopped" and same(tensors(again), tensors(first))
 
 
 def test_a_run_goes_on_after_one_that_was_stopped():
-    for before in (run(), run(callback=press_ctrl_c(1))):
+    for before in (run(), run(callbacks=press_ctrl_c(1))):
         with pytest.raises(Refusal, match="stopped by `until`"):
             run(net=before.network, after=before)
 
@@ -342,7 +343,7 @@ def test_the_second_folder_is_of_its_own_first_epoch(tmp_path):
         first = run(until=after_epochs(count))
         return run(net=first.network, after=first, folder=tmp_path, **options)
 
-    second(2, callback=press_ctrl_c(2))
+    second(2, callbacks=press_ctrl_c(2))
     with pytest.raises(Refusal, match="begun 2 in the checkpoint, 1 now"):
         second(1, resume=True)
     with pytest.raises(Refusal, match="begun 2 in the checkpoint, None now"):
@@ -358,10 +359,10 @@ def test_the_best_epoch_is_one_of_the_second_call():
     first = run(config, until=after_epochs(3))
     first.optimizer.state.clear()
 
-    def remember(epoch, net, optimizer):
-        seen[epoch] = {name: value.clone() for name, value in net.state_dict().items()}
+    def remember(end):
+        seen[end.record.epoch] = {name: value.clone() for name, value in end.network.state_dict().items()}
 
-    result = run(config, net=poor, after=first, callback=remember)
+    result = run(config, net=poor, after=first, callbacks=remember)
     values = [record.validation_nll for record in result.history]
     best = 3 + values[3:].index(min(values[3:]))
     assert min(values[:3]) < values[best] and best < 5  # or this test shows nothing
@@ -394,7 +395,7 @@ def test_random_layers_follow_the_seed_and_leave_the_world_alone(tmp_path):
     assert same(tensors(run(net=again, architecture=None)), tensors(first))
     assert torch.equal(torch.get_rng_state(), world)
     assert not same(tensors(run(replace(CONFIG, seed=4), net=with_dropout(), architecture=None)), tensors(first))
-    run(net=with_dropout(), folder=tmp_path, architecture=None, callback=press_ctrl_c(1))
+    run(net=with_dropout(), folder=tmp_path, architecture=None, callbacks=press_ctrl_c(1))
     torch.manual_seed(5)  # what the world does meanwhile
     resumed = run(net=with_dropout(), folder=tmp_path, resume=True, architecture=None)
     assert same(tensors(resumed), tensors(first))
@@ -422,7 +423,7 @@ def test_batch_normalisation_is_trained_and_saved(tmp_path):
 
     straight = run(net=normalised(), architecture=None)
     assert straight.network[1].num_batches_tracked == 4 * math.ceil(92 / 16) * 4  # training steps alone, and each draw
-    run(net=normalised(), folder=tmp_path, architecture=None, callback=press_ctrl_c(1))
+    run(net=normalised(), folder=tmp_path, architecture=None, callbacks=press_ctrl_c(1))
     resumed = run(net=normalised(), folder=tmp_path, resume=True, architecture=None)
     assert same(tensors(resumed), tensors(straight))
 
@@ -461,7 +462,7 @@ def test_a_run_that_is_terminated_saves_like_one_after_ctrl_c(tmp_path, number):
     heard, before = [], signal.getsignal(number)
     signal.signal(number, lambda number, frame: heard.append(read_checkpoint(tmp_path).description["progress"]))
     try:
-        result = run(folder=tmp_path, callback=lambda epoch, *_: signal.raise_signal(number) if epoch == 1 else None)
+        result = run(folder=tmp_path, callbacks=lambda end: signal.raise_signal(number) if end.epochs == 2 else None)
     finally:
         signal.signal(number, before)
     assert result.status == "interrupted" and len(result.history) == 2
@@ -484,12 +485,12 @@ def breakable():
 
 @pytest.mark.parametrize("select", ["last", "best"])
 def test_an_epoch_whose_validation_fails_is_kept(tmp_path, select):
-    def switch(epoch, net, optimizer):
-        net[2].on = epoch == 2
+    def switch(end):
+        end.network[2].on = end.epochs == 2
 
     config, options = replace(CONFIG, select=select), {"architecture": None, "folder": tmp_path}
     with pytest.raises(Refusal, match=r"after epoch 3, .*checkpoint of this epoch"):
-        run(config, net=breakable(), callback=switch, **options)
+        run(config, net=breakable(), callbacks=switch, **options)
     found = read_checkpoint(tmp_path)
     assert [record["validation_nll"] is None for record in found.description["history"]] == [False, False, True]
     assert all(tensor.isfinite().all() for tensor in found.tensors.values())

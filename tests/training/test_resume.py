@@ -31,7 +31,7 @@ from symbnn.training.checkpoints import load_network, load_tensors, read_checkpo
 def test_resumed_between_epochs_equals_straight(tmp_path, optimizer, schedule):
     config = replace(CONFIG, optimizer=optimizer, schedule=schedule, select="best")
     straight = run(config, folder=tmp_path / "straight")
-    first = run(config, folder=tmp_path / "stopped", callback=press_ctrl_c(1))
+    first = run(config, folder=tmp_path / "stopped", callbacks=press_ctrl_c(1))
     assert (first.status, len(first.history)) == ("interrupted", 2)
     second = run(config, net=network(7), folder=tmp_path / "stopped", resume=True)
     assert second.status == "complete"
@@ -89,7 +89,7 @@ def test_a_complete_run_is_not_trained_again_and_can_be_lengthened(tmp_path):
 def test_without_annealing_an_old_checkpoint_goes_on(tmp_path):
     """A setting that is newer than a checkpoint had its default when the run was started."""
     straight = run(folder=tmp_path / "straight")
-    run(folder=tmp_path / "stopped", callback=press_ctrl_c(0))
+    run(folder=tmp_path / "stopped", callbacks=press_ctrl_c(0))
     edited_checkpoint(tmp_path / "stopped", lambda description, tensors: description["config"].pop("kl_annealing"))
     with pytest.raises(Refusal, match="kl_annealing 0 in the checkpoint, 2 now"):
         run(replace(CONFIG, kl_annealing=2), folder=tmp_path / "stopped", resume=True)
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_version_0_1_goes_on(tmp_path):
         settings["precision"], settings["kl_warm_up"] = settings.pop("dtype"), settings.pop("kl_annealing")
 
     straight = run(config, folder=tmp_path / "straight")
-    run(config, folder=tmp_path / "stopped", callback=press_ctrl_c(0))
+    run(config, folder=tmp_path / "stopped", callbacks=press_ctrl_c(0))
     edited_checkpoint(tmp_path / "stopped", as_it_was)
     assert load_network(tmp_path / "stopped") is not None
     with pytest.raises(Refusal, match="dtype 'float64' in the checkpoint, 'float32' now"):
@@ -190,7 +190,7 @@ def test_ties_are_saved_once_and_resumed(tmp_path):
         return with_posteriors(OneLayerTwice())
 
     straight = run(net=net(), architecture=None)
-    run(net=net(), folder=tmp_path, architecture=None, callback=press_ctrl_c(1))
+    run(net=net(), folder=tmp_path, architecture=None, callbacks=press_ctrl_c(1))
     stored = read_checkpoint(tmp_path)
     assert not any("second" in name or "twin.weight" in name for name in stored.tensors)
     resumed = run(net=net(), folder=tmp_path, resume=True, architecture=None)

@@ -17,7 +17,7 @@ from symbnn.posterior.real_targets import Gaussian, HeteroscedasticGaussian, Stu
 from symbnn.symmetry.actions import natural_action
 from symbnn.symmetry.fields import field, rotations
 from symbnn.symmetry.hyperoctahedral import Signed
-from symbnn.training import loop
+from symbnn.training import state
 from symbnn.training.config import TrainingConfig
 from symbnn.training.loop import train
 
@@ -47,7 +47,7 @@ def trained(name, config=CONFIG, **options):
 @pytest.mark.parametrize("name", TASKS)
 def test_runs_that_are_resumed_are_the_same_to_the_bit(name, tmp_path):
     whole, learned = trained(name)
-    halted, _ = trained(name, folder=tmp_path, callback=press_ctrl_c(0))
+    halted, _ = trained(name, folder=tmp_path, callbacks=press_ctrl_c(0))
     assert halted.status == "interrupted"
     resumed, again = trained(name, folder=tmp_path, resume=True)
     assert same(whole.network.state_dict(), resumed.network.state_dict())
@@ -97,13 +97,13 @@ def test_the_bound_of_a_conjugate_model_reaches_its_evidence():
 @pytest.mark.parametrize("augmentation", ["full", "random"])
 def test_targets_move_with_their_inputs(augmentation, monkeypatch):
     """A field that commutes with turns is, of every augmented input, that field; only its action on outputs is told."""
-    seen, whole = [], loop._Run.objective
+    seen, whole = [], state.RunState.parts
 
     def noted(run, inputs, targets, noise):
         seen.append(torch.equal(targets, inputs.square()))
         return whole(run, inputs, targets, noise)
 
-    monkeypatch.setattr(loop._Run, "objective", noted)
+    monkeypatch.setattr(state.RunState, "parts", noted)
     turn = field(rotations(), (1, 4, 4))
     pair = bayesianize(nn.Conv2d(1, 1, 3, padding=1), turn, (1, 4, 4), output=turn)
     data = Split(IMAGES, IMAGES.square())
@@ -166,6 +166,6 @@ def test_the_best_epoch_has_its_noise():
     make, outputs, inputs, targets = TASKS["learned noise"]
     likelihood, network, data = make(), with_posteriors(nn.Linear(3, outputs)), Split(inputs, targets)
     result = train(network, data, CONFIG, likelihood=likelihood, validation=data, select="best", noise_rate=20.0,
-                   callback=lambda *_: seen.append(likelihood.noise.item()))
+                   callbacks=lambda *_: seen.append(likelihood.noise.item()))
     best = min(range(3), key=lambda i: result.history[i].validation_nll)
     assert likelihood.noise.item() == seen[best]
