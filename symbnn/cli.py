@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/9_command_line/02_cli.ipynb #34264c8a-0
+# %% ../nbs/9_command_line/02_cli.ipynb #bd51d8c6-0
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads, which else wait by spinning
@@ -24,7 +24,12 @@ from typing import Annotated, Any, get_type_hints
 
 import torch
 
-from .commands import COMMANDS, progress_line
+from .commands import COMMANDS, commands_for, progress_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 import tyro
 import yaml
@@ -36,7 +41,7 @@ from .errors import Refusal, require
 from .files import check_regular
 from .signals import TERMINATING, Ended, end, handled, status_after
 
-# %% ../nbs/9_command_line/02_cli.ipynb #0bf8d9b3-0
+# %% ../nbs/9_command_line/02_cli.ipynb #710f229a-0
 class _Once(yaml.SafeLoader):
     """YAML in which each name stands once; else the last would win without a word."""
 
@@ -49,13 +54,17 @@ class _Once(yaml.SafeLoader):
 
 
 def _settings(path: Path) -> list[str]:
-    """The settings of a YAML file as they would be typed. Raises `Refusal` for anything but names with values."""
-    example = "a YAML file with a line such as   epochs: 20   or   channels: [32, 64]"
+    """The settings of a YAML or TOML file as they would be typed. `Refusal` for anything but names with values."""
+    toml = path.suffix.lower() == ".toml"
+    kind, example = ("TOML", "epochs = 20   or   channels = [32, 64]") if toml else (
+        "YAML", "epochs: 20   or   channels: [32, 64]")
+    example = f"a {kind} file with a line such as   {example}"
     try:
         check_regular(path)
-        read = yaml.load(path.read_text(encoding="utf-8"), _Once)  # a SafeLoader, which makes no objects
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise Refusal("a YAML file after --config", got=f"{path}: {' '.join(str(error).split())}",
+        text = path.read_text(encoding="utf-8")
+        read = tomllib.loads(text) if toml else yaml.load(text, _Once)  # a SafeLoader, which makes no objects
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        raise Refusal(f"a {kind} file after --config", got=f"{path}: {' '.join(str(error).split())}",
                       cause="another folder" if isinstance(error, OSError) else "a slip of the pen",
                       fix=example) from error
     values = read if isinstance(read, dict) else {"": read}
@@ -70,7 +79,7 @@ def _settings(path: Path) -> list[str]:
             f"--{option}", *map(str, parts)]
     return typed
 
-# %% ../nbs/9_command_line/02_cli.ipynb #1f56c37d-0
+# %% ../nbs/9_command_line/02_cli.ipynb #c4dcee67-0
 def _groups(command: type) -> dict[str, list[str]]:
     """The names of the options that a command takes in groups: those of a setup, those of training."""
     groups: dict[str, Any] = {its.name: type(its.default) for its in fields(command) if is_dataclass(its.default)}
@@ -91,7 +100,7 @@ def _short(command: type) -> type:
 def _parsed(typed: list[str], short: bool = False) -> Any:
     """The command that was typed. Raises `Refusal` for settings that the library refuses, SystemExit with a message on
     standard error for options that there are not, and after the help."""
-    kinds = {name: _short(command) if short else command for name, command in COMMANDS.items()}
+    kinds = {name: _short(command) if short else command for name, command in commands_for(typed).items()}
     union: Any = None
     for name, kind in kinds.items():
         part = Annotated[kind, tyro.conf.subcommand(name, description=(kind.__doc__ or "").split("\n\n")[0])]
@@ -112,21 +121,24 @@ def _parsed(typed: list[str], short: bool = False) -> Any:
     sys.stderr.write(err.getvalue())
     raise ended
 
-# %% ../nbs/9_command_line/02_cli.ipynb #e2f56c7f-0
+# %% ../nbs/9_command_line/02_cli.ipynb #78481017-0
 def _help(typed: list[str], whole: bool) -> None:
     """Print the help of a command, or of all."""
+    commands = commands_for(typed)
+    on_table = commands is not COMMANDS
     try:
-        _parsed([*typed[:1], "--help"], short=not whole)
+        _parsed([*typed[:2 if on_table else 1], "--help"], short=not whole)
     except SystemExit as ended:
         if ended.code:
             raise
-    command = COMMANDS.get(typed[0]) if typed else None
+    command = commands.get(typed[0]) if typed else None
     if command is None:
         print("\nStart with: symbnn compare (8x8 digits, in a few minutes). symbnn train --help explains a command.")
         return
     groups = {} if whole else _groups(command)
     if groups:
-        print(f"\nSettings, which symbnn {typed[0]} --help-all explains and --config FILE.yaml reads:")
+        print(f"\nSettings, which symbnn {' '.join(typed[:2 if on_table else 1])} --help-all explains and --config "
+              "FILE.yaml or FILE.toml reads:")
     for name, options in groups.items():
         print(textwrap.fill(f"{name}: {' '.join(options)}", 80, initial_indent="  ", subsequent_indent="    ",
                             break_on_hyphens=False))

@@ -214,6 +214,60 @@ CHOSEN = {
 }
 
 
+@pytest.mark.parametrize(("suffix", "task"), [
+    (".csv", "regression"), (".npz", "regression"), (".parquet", "regression"), (".csv", "classification"),
+    (".csv", "counts"),
+])
+def test_a_table_from_training_to_evaluation(shell, tmp_path, suffix, task):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    y = {"regression": x[:, 0] + 0.5, "classification": np.where(x[:, 0] > 0, "up", "down"),
+         "counts": np.round(np.exp(x[:, 0])).astype(int)}[task]
+    frame, file = pandas.DataFrame({"a": x[:, 0], "b": x[:, 1], "height": y}), tmp_path / f"mine{suffix}"
+    if suffix == ".npz":
+        np.savez(file, X=x, y=y)
+    elif suffix == ".parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        frame.to_parquet(file)
+    else:
+        frame.to_csv(file, index=False)
+    (tmp_path / "mine.toml").write_text("hidden = [8]\nbatch_size = 8\n")
+    typed = ["train", file.name, "--config", "mine.toml", "--task", task, "--epochs", "2"]
+    done = shell(*typed, "-o", "run")
+    assert done.exit_code == 0 and f"{task} of" in done.stdout and "44 train, 4 validation, 12 test" in done.stdout
+    assert "Next: symbnn evaluate run" in done.stdout
+    again = shell(*typed, "-o", "run")
+    refused(again, "a checkpoint in run")
+    longer = shell(*typed[:-1], "4", "-o", "run", "--resume")
+    assert longer.exit_code == 0 and "after 4 epochs" in longer.stdout
+    measured = shell("evaluate", "run", "--json", "found.json", "--csv", "found.csv", "--draws", "8")
+    assert measured.exit_code == 0 and "orbit" not in measured.stdout
+    metrics = json.loads((tmp_path / "found.json").read_text())["metrics"]
+    assert {"regression": "rmse", "classification": "accuracy", "counts": "rmse"}[task] in metrics
+    assert "nll_nats" in (tmp_path / "found.csv").read_text()
+    file.rename(tmp_path / f"other{suffix}")
+    refused(shell("evaluate", "run"), f"mine{suffix}")
+
+
+@pytest.mark.parametrize(("typed", "reason"), [
+    (["train", "none.csv", "-o", "run"], "none.csv"), (["train", "mine.csv", "-o", "run", "--target", "x"], "target"),
+    (["train", "mine.csv", "-o", "run", "--augmentation", "full"], "--augmentation none"),
+    (["train", "mine.csv", "-o", "run", "--batch-size", "1000"], "--batch-size"),
+    (["train", "mine.csv", "-o", "run", "--task", "classification"], "--task regression"),
+])
+def test_tables_that_cannot_be_trained_on_are_refused(shell, tmp_path, typed, reason):
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    (tmp_path / "mine.csv").write_text("a,b\n" + "\n".join(f"{i},{i + 0.5}" for i in range(50)))
+    refused(shell(*typed), reason)
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_of_training_on_a_table(shell):
+    found = shell("train", "mine.csv", "--help")
+    assert found.exit_code == 0 and "on a table" in found.stdout and "--target" in found.stdout
+    assert "--group" not in found.stdout and "mine.csv" in shell("train", "--help").stdout
+
+
 def stored(folder: Path) -> dict:
     """All settings that a checkpoint holds, by name."""
     description = read_checkpoint(folder).description

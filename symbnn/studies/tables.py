@@ -22,7 +22,7 @@ from .tasks import plain
 if TYPE_CHECKING:
     from rich.table import Table
 
-# %% ../../nbs/8_studies/07_tables.ipynb #579d24b0-0
+# %% ../../nbs/8_studies/07_tables.ipynb #49f499d9-0
 class Metric(NamedTuple):
     """A column of results."""
 
@@ -62,6 +62,11 @@ METRICS: dict[str, Metric] = _SCORES | {
     "expected_log_likelihood": Metric("expected log-likelihood", "nats a datum", "", "log-likelihood"),
     "kl": Metric("divergence from the prior", "nats a datum", "", "KL"),
     "validation_nll": Metric("validation negative log-likelihood", "nats", "lower", "validation NLL"),
+    "rmse": Metric("root of the mean squared error", "units of the target", "lower", "RMSE"),
+    "crps": Metric("continuous ranked probability score", "units of the target", "lower", "CRPS"),
+    "predictive_sd": Metric("standard deviation of the prediction", "units of the target"),
+    "coverage_50": Metric("coverage of 50 % intervals", "share"),
+    "coverage_90": Metric("coverage of 90 % intervals", "share"),
     "elbo_of_q": Metric("ELBO of q", "nats a datum", "higher"),
     "elbo_of_mixture": Metric("ELBO of the average over permutations", "nats a datum", "higher", "ELBO of mixture"),
     "information_nats": Metric("mutual information", "nats", "", "I"),
