@@ -16,7 +16,8 @@ for module in pkgutil.walk_packages(symbnn.__path__, "symbnn."):
     try:
         importlib.import_module(module.name)
     except symbnn.Refusal as refusal:
-        if module.name not in ("symbnn.cli", "symbnn.commands", "symbnn.table_commands") or "symbnn[cli]" not in refusal.fix:
+        typed = module.name in ("symbnn.cli", "symbnn.commands", "symbnn.table_commands")
+        if not typed or "symbnn[cli]" not in refusal.fix:
             print(f"{module.name}: {refusal}")
     except ImportError as error:
         print(f"{module.name}: {error}")
