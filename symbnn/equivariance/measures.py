@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'VarianceParts', 'variance_parts', 'predictive_moments', 'uncertainties', 'output_defect', 'crps',
-           'summarize_outputs']
+           'summarize_outputs', 'interval_places', 'label_confidences']
 
-# %% ../../nbs/3_equivariance/03b_measures.ipynb #f6958b23-0
+# %% ../../nbs/3_equivariance/03b_measures.ipynb #5fe975c0-0
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,10 +19,11 @@ from torch import Tensor, distributions
 from .calibration import interval_error
 from .entropies import check_outputs, entropies, entropy_parts, label_probabilities
 from .metrics import confidence_scores, confidences, unbiased_square
-from .predictions import OrbitOutputs, OrbitPredictions
+from .predictions import OrbitOutputs, OrbitPredictions, check_labels
 from ..errors import require
 from ..estimates import Estimate
 from ..posterior.likelihoods import Bernoulli, Categorical, Likelihood
+from ..posterior.real_targets import RealTargets
 
 # %% ../../nbs/3_equivariance/03b_measures.ipynb #d0810f48-0
 class VarianceParts(NamedTuple):
@@ -182,7 +183,7 @@ def _real_scores(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> di
     found |= {f"coverage_{100 * level:.0f}": (place <= level).double() for level in LEVELS}
     return {name: values[known] for name, values in found.items()}
 
-# %% ../../nbs/3_equivariance/03b_measures.ipynb #c4f10c93-0
+# %% ../../nbs/3_equivariance/03b_measures.ipynb #9e043f95-0
 def summarize_outputs(
     predictions: OrbitOutputs, targets: Shaped[Tensor, "N ..."], likelihood: Likelihood
 ) -> dict[str, float]:
@@ -205,19 +206,58 @@ def summarize_outputs(
     >>> summarize_outputs(found, x.square(), sb.Gaussian(0.5))["aleatoric"]
     0.25
     """
-    check_outputs(predictions, likelihood)
-    outputs, targets = predictions.outputs[:, :, 0].cpu().double(), targets.cpu()
-    likelihood.check_targets(targets, tuple(outputs.shape[2:]))
-    require(len(targets) == outputs.shape[1], f"{outputs.shape[1]} targets, one for each input", f"{len(targets)}",
-            "the targets of another split", "split.targets of the split whose inputs were predicted")
+    outputs, targets = _both(predictions, targets, likelihood)
     with torch.no_grad():
-        found = _scores(likelihood, outputs, targets.double() if targets.is_floating_point() else targets)
+        found = _scores(likelihood, outputs, targets)
     several = predictions.outputs.shape[2] > 1
     if several and len(outputs) >= 3:
         found["defect_unbiased"], found["defect_unbiased_se_draws"] = output_defect(predictions, likelihood)
     if several and "rmse" in found:
         found |= variance_parts(predictions, likelihood)._asdict()
     return found
+
+
+def _both(predictions: OrbitOutputs, targets: Tensor, likelihood: Likelihood) -> tuple[Tensor, Tensor]:
+    """Outputs (S, N, ...) of the inputs as they are, and their targets, once they are seen to fit."""
+    check_outputs(predictions, likelihood)
+    outputs = predictions.outputs[:, :, 0].cpu().double()
+    likelihood.check_targets(targets, tuple(outputs.shape[2:]))
+    require(len(targets) == outputs.shape[1], f"{outputs.shape[1]} targets, one for each input", f"{len(targets)}",
+            "the targets of another split", "split.targets of the split whose inputs were predicted")
+    return outputs, targets.cpu().double() if targets.is_floating_point() else targets.cpu()
+
+
+def interval_places(
+    predictions: OrbitOutputs, targets: Shaped[Tensor, "N ..."], likelihood: Likelihood
+) -> Float[Tensor, "M"]:
+    """|2 F(y) - 1| of every target that was observed, F the distribution function of the predictive mixture of inputs
+    as they are: at most the level of each central interval that covers it. `Refusal` where targets are not real."""
+    outputs, targets = _both(predictions, targets, likelihood)
+    require(isinstance(likelihood, RealTargets), "a likelihood of real targets, which central intervals can cover",
+            likelihood.described(), "labels or counts", "likelihood=Gaussian(0.1) for real targets")
+    with torch.no_grad():
+        return _real_scores(likelihood, outputs, targets)["place"]
+
+
+def label_confidences(
+    predictions: OrbitPredictions | OrbitOutputs, targets: Shaped[Tensor, "N ..."],
+    likelihood: Likelihood = Categorical(),
+) -> tuple[Float[Tensor, "M"], Float[Tensor, "M"]]:
+    """Confidence in the predicted class of every label that is known, of inputs as they are, and 1 where it is right or
+    0. Raises `Refusal` where targets are no labels, and where they do not fit."""
+    if isinstance(predictions, OrbitPredictions):
+        labels = check_labels(predictions.probabilities, targets).cpu()
+        return confidences(label_probabilities(predictions).mean(0)[:, :1], labels)
+    outputs, targets = _both(predictions, targets, likelihood)
+    probabilities, labels = _known(likelihood, outputs, targets)
+    return confidences(probabilities.mean(0), labels)
+
+
+def _known(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (draws, labels, 1, classes) of the labels that are known, and the labels."""
+    probabilities = label_probabilities(OrbitOutputs(outputs[:, :, None], (0,), "common"), likelihood)[:, :, 0]
+    known = likelihood.known(targets) if isinstance(likelihood, Categorical) else torch.ones_like(targets).bool()
+    return probabilities[:, known][:, :, None], targets[known].long()
 
 
 def _scores(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> dict[str, float]:
@@ -227,9 +267,9 @@ def _scores(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> dict[st
         return found | _label_scores(likelihood, outputs, targets)
     distribution = likelihood.distribution(outputs)
     if isinstance(distribution, distributions.Bernoulli):
-        mean = likelihood.mean(outputs).mean(0)
-        yes, known = (mean > 0.5) == targets.bool(), torch.ones_like(targets, dtype=torch.bool)
-        return found | {"accuracy": yes.double().mean().item()} | _of_labels(likelihood, outputs, targets, known)
+        yes = likelihood.mean(outputs).mean(0) > 0.5
+        right = (yes == targets.bool()).double().mean().item()
+        return found | {"accuracy": right} | _of_labels(likelihood, outputs, targets)
     if isinstance(distribution, (distributions.Normal, distributions.StudentT)):
         scores = _real_scores(likelihood, outputs, targets)
         places = scores.pop("place")
@@ -247,7 +287,7 @@ def _label_scores(likelihood: Categorical, outputs: Tensor, labels: Tensor) -> d
     classes = predictive.shape[likelihood.class_axis]
     predicted = predictive.argmax(likelihood.class_axis)
     known = likelihood.known(labels)
-    sure = _of_labels(likelihood, outputs, labels, known)
+    sure = _of_labels(likelihood, outputs, labels)
     predicted, labels = predicted[known], labels[known].long()
     both = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes).double()
     union = both.sum(0) + both.sum(1) - both.diag()
@@ -256,11 +296,10 @@ def _label_scores(likelihood: Categorical, outputs: Tensor, labels: Tensor) -> d
             "mean_iou": (both.diag()[present] / union[present]).mean().item()} | sure
 
 
-def _of_labels(likelihood: Likelihood, outputs: Tensor, labels: Tensor, known: Tensor) -> dict[str, float]:
+def _of_labels(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> dict[str, float]:
     """Calibration, risk-coverage and entropies of the labels that are known."""
-    still = OrbitOutputs(outputs[:, :, None], (0,), "common")
-    probabilities = label_probabilities(still, likelihood)[:, :, 0][:, known][:, :, None]  # draws, labels, 1, classes
+    probabilities, labels = _known(likelihood, outputs, targets)
     parts = entropies(probabilities)
-    found = confidence_scores(*confidences(probabilities.mean(0), labels[known].long()))
+    found = confidence_scores(*confidences(probabilities.mean(0), labels))
     found["entropy_nats"] = parts.total.mean().item()
     return found | ({"mutual_information_nats": parts.epistemic.mean().item()} if len(outputs) > 1 else {})
