@@ -34,6 +34,8 @@ def test_orientation_and_ends():
     low, high = torch.tensor([1.0, 2.0, -math.inf]), torch.tensor([3.0, math.inf])
     assert detection(low, high) == (1.0, 1.0, 0.0)
     assert detection(high, low).auroc == 0 and detection(high, low).fpr95 == 1
+    nineteen = torch.tensor([1.0] * 19 + [-1.0])  # exactly 95 % are enough
+    assert detection(torch.tensor([1.5, 0.0, 0.0, 0.0]), nineteen).fpr95 == 0.25
     same = detection(torch.ones(6), torch.ones(2))
     assert same == (0.5, 0.25, 1.0)  # a useless score
 
