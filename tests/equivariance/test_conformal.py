@@ -8,15 +8,18 @@ import torch
 from torch import nn
 
 from helpers import normal, seeded
+from symbnn.data.sources import load
 from symbnn.equivariance.conformal import conformal_intervals, conformal_rank, conformal_sets
 from symbnn.equivariance.measures import predictive_moments
 from symbnn.equivariance.mixture import orbit_average
-from symbnn.equivariance.predictions import OrbitOutputs, OrbitPredictions, orbit_outputs
+from symbnn.equivariance.predictions import OrbitOutputs, OrbitPredictions, orbit_outputs, orbit_predictions
 from symbnn.equivariance.symmetric import bayesianize
 from symbnn.errors import Refusal
+from symbnn.posterior.layers import posterior_mean_network
 from symbnn.posterior.real_targets import Gaussian
 from symbnn.symmetry.actions import natural_action
 from symbnn.symmetry.fields import field, point_symmetries, rotations
+from symbnn.training.loop import train
 from tolerances import assert_close, within_standard_errors
 
 CALIBRATION, NEW, REPEATS = 29, 20, 1500
@@ -140,6 +143,22 @@ def test_equivariant_predictors_cover_the_same_inputs_in_each_orientation(score)
     assert (inside["averaged"] == inside["averaged"][:, :1]).all()
     upright, turned = inside["alone"][:, 0].double().mean(), inside["alone"][:, 1:].double().mean(0)
     assert (turned < upright - 4 * math.sqrt(0.09 * 2 / 200)).all()
+
+
+def test_an_expanded_network_covers_the_same_digits_in_each_orientation():
+    """At its posterior means, where it is equivariant to rounding; the small network does not."""
+    digits = load("digits", train_size=200, dtype=torch.float64)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)).double()
+    small = bayesianize(plain, rotations(), digits.shape)
+    train(small, digits.train, epochs=3, learning_rate=0.01, augmentation="none", dtype="float64")
+    images, labels, inside = digits.test.inputs[:300], digits.test.labels[:300], {}
+    for name, pair in (("small", small), ("expanded", small.expand())):
+        found = orbit_predictions(posterior_mean_network(pair.network), images, pair.action)
+        rule = conformal_sets(found.probabilities[0, :150, 0], labels[:150], 0.9)
+        inside[name] = rule.covered(found, labels)[150:]  # of others than the datum that is the threshold
+    assert (inside["expanded"] == inside["expanded"][:, :1]).all()
+    assert inside["small"][:, 1].double().mean() < 0.75 < inside["small"][:, 0].double().mean()
 
 
 def test_boxes_move_with_vectors():

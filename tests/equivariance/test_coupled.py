@@ -11,6 +11,7 @@ from symbnn.equivariance.coupled import coupled_bound, upper_limit
 from symbnn.equivariance.predictions import orbit_outputs, orbit_predictions
 from symbnn.equivariance.symmetric import bayesianize
 from symbnn.errors import Refusal
+from symbnn.posterior.divergences import hellinger
 from symbnn.posterior.families import FAMILIES
 from symbnn.posterior.layers import with_posteriors
 from symbnn.posterior.likelihoods import Bernoulli, Categorical, Poisson
@@ -59,6 +60,7 @@ def test_of_a_linear_predictor_everything_is_known(means, scales, x):
     error = torch.trapezoid((densities[0] - densities[1]).abs(), grid).item() / 2
     assert error <= found.total_variation.value + 4 * found.total_variation.standard_error
     assert found.total_variation.value <= found.guaranteed and error <= found.guaranteed
+    assert error <= hellinger(pair.divergences().log_affinity)[1] + 1e-9  # data processing, with any likelihood
     shifts = delta + spread * torch.randn(10**6, generator=seeded(1)).double()
     exact = torch.erf(shifts.abs() / (2 * math.sqrt(2) * noise))
     within_standard_errors(found.total_variation.value, exact.mean(), found.total_variation.standard_error + 1e-3)
