@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DRAWS', 'Scores', 'evaluate']
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #b6e9ba48-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #138c9376-0
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.containers import Data, as_split
 from ..data.splits import Split
@@ -60,7 +60,7 @@ class Scores(Mapping[str, float]):
             parts.append(f"defect {self['defect_plugin']:.5f}")
         return ", ".join(parts)
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #12aadbe3-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #f1d2ba4a-0
 DRAWS = 64  # of the weights of a Bayesian network, where the caller says nothing
 
 
@@ -88,7 +88,7 @@ def evaluate(
     seed: int = 0,  # of the draws
     batch_size: int = 256,
     progress: bool = False,
-    out_of_distribution: Data | None = None,  # other data, whose targets are not used
+    out_of_distribution: Data | Tensor | None = None,  # other inputs; targets beside them are not used
 ) -> Scores:
     """The metrics that people of a task expect, of a predictor on a split of the data: for one class label an input
     those of `summarize`, for other targets those of `summarize_outputs`.
@@ -120,11 +120,11 @@ def evaluate(
     one_label = isinstance(likelihood, Categorical) and len(action.output.shape) == 1
     others = None if out_of_distribution is None else _foreign(out_of_distribution, data)
 
-    def predicted(its: Split) -> OrbitPredictions | OrbitOutputs:
+    def predicted(inputs: Tensor) -> OrbitPredictions | OrbitOutputs:
         over = orbit_predictions if one_label else orbit_outputs
-        return over(predictor, its.inputs, action, draws, mode, batch_size, generator, progress=progress)
+        return over(predictor, inputs, action, draws, mode, batch_size, generator, progress=progress)
 
-    found = predicted(data)
+    found = predicted(data.inputs)
     scores = summarize(found, data.labels) if isinstance(found, OrbitPredictions) else summarize_outputs(
         found, data.targets, likelihood)
     if others is not None:
@@ -132,15 +132,14 @@ def evaluate(
     return Scores(scores)
 
 
-def _foreign(others: Data, data: Split) -> Split:
-    """The data out of distribution; `Refusal` for those that are no inputs of the predictor."""
-    others = as_split(others, "the data out of distribution")
-    shape, got = tuple(data.inputs.shape[1:]), tuple(others.inputs.shape[1:])
-    require(shape == got and len(others.inputs) > 0, f"inputs out of distribution of shape (N, "
-            f"{', '.join(map(str, shape))}), as those of the data", f"(N, {', '.join(map(str, got))})",
-            "pictures of another size", "out_of_distribution=(inputs, targets), with inputs brought to that shape by "
-            "torch.nn.functional.interpolate")
-    return others
+def _foreign(others: Data | Tensor, data: Split) -> Tensor:
+    """The inputs out of distribution; `Refusal` for those that are none of the predictor's."""
+    inputs = others if isinstance(others, Tensor) else as_split(others, "the data out of distribution").inputs
+    shape, got = tuple(data.inputs.shape[1:]), tuple(inputs.shape)
+    require(shape == got[1:] and len(inputs) > 0, f"inputs out of distribution of shape (N, "
+            f"{', '.join(map(str, shape))}), as those of the data", f"{got}", "pictures of another size, or none",
+            "torch.nn.functional.interpolate(inputs, size) for pictures of another size")
+    return inputs
 
 
 def _detections(

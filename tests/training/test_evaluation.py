@@ -43,6 +43,8 @@ def test_foreign_data_add_detectors_and_change_nothing(name):
     alone = evaluate(pair, data, likelihood=likelihood, draws=6)
     both = evaluate(pair, data, likelihood=likelihood, draws=6, out_of_distribution=others)
     assert {key: both[key] for key in alone} == dict(alone)
+    bare = evaluate(pair, data, likelihood=likelihood, draws=6, out_of_distribution=FAR)
+    assert dict(bare) == dict(both)
     assert set(both) - set(alone) == {f"ood_{metric}_{reason}" for metric in ("auroc", "aupr", "fpr95")
                                       for reason in ("total", "epistemic", "orbit")}
     generator, over = seeded(), orbit_predictions if name == "labels" else orbit_outputs
@@ -72,8 +74,8 @@ def test_equal_uncertainties_tell_nothing():
 
 
 @pytest.mark.parametrize(("others", "said"), [
-    (Split(torch.zeros(3, 1, 5, 5), torch.zeros(3).long()), "interpolate"), (FAR, "out of distribution"),
-    ((FAR[:0], torch.zeros(0).long()), "."),
+    (Split(torch.zeros(3, 1, 5, 5), torch.zeros(3).long()), "interpolate"), (3, "out of distribution"),
+    (FAR[0, 0], "interpolate"), (FAR[:0], "or none"), (FAR * math.nan, "finite"), (FAR.double(), "float32"),
 ])
 def test_what_is_no_foreign_data_is_refused(others, said):
     pair, likelihood, targets = task("labels")
