@@ -180,7 +180,8 @@ def test_settings_of_a_file_are_read_as_what_is_typed(shell, tmp_path, text, rea
 # Train, evaluate, compare
 
 
-SCORES = {f"{part}{name}" for part in ("", "orbit_") for name in ("accuracy", "nll_nats", "brier", "ece")} | {
+SCORES = {f"{part}{name}" for part in ("", "orbit_") for name in (
+    "accuracy", "nll_nats", "brier", "ece", "adaptive_ece", "aurc", "entropy_nats", "mutual_information_nats")} | {
     "defect_plugin", "defect_unbiased", "orbit_jensen_shannon_nats", "symmetric_kl_nats", "orbit_agreement"}
 
 

@@ -30,8 +30,9 @@ from ..symmetry.networks import unit_permutations
 from .methods import Method
 from .tasks import Task, chosen_images, evaluate_task, path_reports
 
-# %% ../../nbs/8_studies/03_evaluations.ipynb #1d8af072-0
-_SCORES = tuple(f"{orbit}{name}" for orbit in ("", "orbit_") for name in ("accuracy", "nll_nats", "brier", "ece"))
+# %% ../../nbs/8_studies/03_evaluations.ipynb #41f378e2-0
+_SCORES = tuple(f"{orbit}{name}" for orbit in ("", "orbit_") for name in (
+    "accuracy", "nll_nats", "brier", "ece", "adaptive_ece", "aurc", "entropy_nats", "mutual_information_nats"))
 _DEFECTS = ("defect_plugin", "defect_unbiased")
 _EQUIVARIANCE = (*_DEFECTS, "defect_unbiased_se_draws", "orbit_jensen_shannon_nats", "symmetric_kl_nats",
                  "orbit_agreement")

@@ -22,7 +22,7 @@ from .tasks import plain
 if TYPE_CHECKING:
     from rich.table import Table
 
-# %% ../../nbs/8_studies/07_tables.ipynb #49f499d9-0
+# %% ../../nbs/8_studies/07_tables.ipynb #0a54f4a3-0
 class Metric(NamedTuple):
     """A column of results."""
 
@@ -48,6 +48,10 @@ _SCORES = {
     "nll_nats": Metric("negative log-likelihood", "nats", "lower", "NLL"),
     "brier": Metric("Brier score", "0 to 2", "lower", "Brier"),
     "ece": Metric("calibration error", "share", "lower", "cal. error"),
+    "adaptive_ece": Metric("calibration error in equal bins", "share", "lower", "adaptive cal. error"),
+    "aurc": Metric("area under risk and coverage", "share", "lower", "AURC"),
+    "entropy_nats": Metric("entropy of the prediction", "nats", "", "entropy"),
+    "mutual_information_nats": Metric("mutual information of label and weights", "nats", "", "label information"),
 }
 METRICS: dict[str, Metric] = _SCORES | {
     f"orbit_{name}": Metric(f"{its.label} over the orbit", its.unit, its.better, f"orbit {its.short or its.label}")

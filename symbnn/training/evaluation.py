@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['DRAWS', 'Scores', 'evaluate']
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #ee227e4e-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #138c9376-0
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.containers import Data, as_split
 from ..data.splits import Split
-from ..equivariance.measures import summarize_outputs
+from ..equivariance.detection import detection
+from ..equivariance.measures import summarize_outputs, uncertainties
 from ..equivariance.metrics import summarize
-from ..equivariance.predictions import Equivariance, Mode, Predictor, orbit_outputs, orbit_predictions
+from ..equivariance.predictions import Equivariance, Mode, OrbitOutputs, OrbitPredictions, Predictor
+from ..equivariance.predictions import orbit_outputs, orbit_predictions
 from ..equivariance.symmetric import Symmetric
-from ..errors import check_kind, check_seed
+from ..errors import check_kind, check_seed, require
 from ..posterior.layers import is_variational
 from ..posterior.likelihoods import Categorical, Likelihood
 from ..posterior.sampling import predict
@@ -27,10 +29,11 @@ from ..symmetry.actions import Action
 from ..symmetry.groups import Cyclic
 from ..symmetry.networks import NetworkAction
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #296ddc74-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #61630453-0
 _MAIN = {  # what is printed of the metrics that are there: words before and behind
     "accuracy": ("accuracy", ""), "mean_iou": ("mean IoU", ""), "rmse": ("RMSE", ""), "nll_nats": ("NLL", " nats"),
     "crps": ("CRPS", ""), "ece": ("calibration error", ""), "coverage_90": ("coverage of 90 % intervals", ""),
+    "ood_auroc_total": ("AUROC of foreign inputs", ""),
 }
 
 
@@ -57,7 +60,7 @@ class Scores(Mapping[str, float]):
             parts.append(f"defect {self['defect_plugin']:.5f}")
         return ", ".join(parts)
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #08f1e862-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #f1d2ba4a-0
 DRAWS = 64  # of the weights of a Bayesian network, where the caller says nothing
 
 
@@ -85,13 +88,16 @@ def evaluate(
     seed: int = 0,  # of the draws
     batch_size: int = 256,
     progress: bool = False,
+    out_of_distribution: Data | Tensor | None = None,  # other inputs; targets beside them are not used
 ) -> Scores:
     """The metrics that people of a task expect, of a predictor on a split of the data: for one class label an input
     those of `summarize`, for other targets those of `summarize_outputs`.
 
     `predictor` is a `Symmetric`, whose action is used, or what `orbit_predictions` takes: a Bayesian network, a plain
-    one, a function from a batch to outputs, or a list of those. Networks are evaluated, and left as they are. Raises
-    `Refusal` as `orbit_predictions`, `summarize` and `summarize_outputs` do.
+    one, a function from a batch to outputs, or a list of those. Networks are evaluated, and left as they are. With data
+    `out_of_distribution` there are also `ood_auroc_*`, `ood_aupr_*` and `ood_fpr95_*` of how well each of the
+    `uncertainties` finds them: `total`, `epistemic` where there are several draws, `orbit` where there is a symmetry.
+    Raises `Refusal` as `orbit_predictions`, `summarize` and `summarize_outputs` do.
 
     >>> import symbnn as sb
     >>> digits = sb.load("digits")
@@ -111,8 +117,35 @@ def evaluate(
     device = next((parameter.device for parameter in predictor.parameters()), None) if isinstance(
         predictor, nn.Module) else None
     generator = torch.Generator(device or "cpu").manual_seed(seed)
-    if isinstance(likelihood, Categorical) and len(action.output.shape) == 1:
-        found = orbit_predictions(predictor, data.inputs, action, draws, mode, batch_size, generator, progress=progress)
-        return Scores(summarize(found, data.labels))
-    outputs = orbit_outputs(predictor, data.inputs, action, draws, mode, batch_size, generator, progress=progress)
-    return Scores(summarize_outputs(outputs, data.targets, likelihood))
+    one_label = isinstance(likelihood, Categorical) and len(action.output.shape) == 1
+    others = None if out_of_distribution is None else _foreign(out_of_distribution, data)
+
+    def predicted(inputs: Tensor) -> OrbitPredictions | OrbitOutputs:
+        over = orbit_predictions if one_label else orbit_outputs
+        return over(predictor, inputs, action, draws, mode, batch_size, generator, progress=progress)
+
+    found = predicted(data.inputs)
+    scores = summarize(found, data.labels) if isinstance(found, OrbitPredictions) else summarize_outputs(
+        found, data.targets, likelihood)
+    if others is not None:
+        scores |= _detections(found, predicted(others), likelihood)
+    return Scores(scores)
+
+
+def _foreign(others: Data | Tensor, data: Split) -> Tensor:
+    """The inputs out of distribution; `Refusal` for those that are none of the predictor's."""
+    inputs = others if isinstance(others, Tensor) else as_split(others, "the data out of distribution").inputs
+    shape, got = tuple(data.inputs.shape[1:]), tuple(inputs.shape)
+    require(shape == got[1:] and len(inputs) > 0, f"inputs out of distribution of shape (N, "
+            f"{', '.join(map(str, shape))}), as those of the data", f"{got}", "pictures of another size, or none",
+            "torch.nn.functional.interpolate(inputs, size) for pictures of another size")
+    return inputs
+
+
+def _detections(
+    familiar: OrbitPredictions | OrbitOutputs, foreign: OrbitPredictions | OrbitOutputs, likelihood: Likelihood
+) -> dict[str, float]:
+    """How well each uncertainty finds the foreign inputs."""
+    inside, outside = uncertainties(familiar, likelihood), uncertainties(foreign, likelihood)
+    return {f"ood_{name}_{reason}": value for reason in inside
+            for name, value in detection(inside[reason], outside[reason])._asdict().items()}

@@ -7,8 +7,10 @@ from torch import nn
 
 from helpers import seeded
 from symbnn.data.sources import load
+from symbnn.equivariance.calibration import interval_error
 from symbnn.equivariance.measures import crps, output_defect, summarize_outputs, variance_parts
-from symbnn.equivariance.predictions import Equivariance, OrbitOutputs, orbit_outputs
+from symbnn.equivariance.metrics import summarize
+from symbnn.equivariance.predictions import Equivariance, OrbitOutputs, OrbitPredictions, orbit_outputs
 from symbnn.equivariance.symmetric import bayesianize
 from symbnn.errors import Refusal
 from symbnn.posterior.layers import posterior_mean_network
@@ -192,3 +194,33 @@ def test_outputs_of_another_shape_than_the_action_are_refused():
     still = Action.trivial(Cyclic(4), (5,))
     with pytest.raises(Refusal, match="real outputs of shape"):
         orbit_outputs(nn.Conv2d(1, 1, 3, padding=1), torch.randn(2, *SHAPE), Equivariance(TURN, still))
+
+
+def test_labels_of_pixels_have_the_scores_of_labels():
+    """Calibration, risk-coverage and entropies of the known pixels, as if each were an input."""
+    outputs = torch.randn(3, 4, 1, 3, 5, 5, generator=seeded()).double()
+    labels = torch.randint(0, 3, (4, 5, 5), generator=seeded(3))
+    labels[:, 0] = -1
+    known = labels >= 0
+    scores = summarize_outputs(OrbitOutputs(outputs, (0,), "common"), labels, Categorical(-1))
+    P = outputs[:, :, 0].softmax(2).movedim(2, -1)[:, known][:, :, None]
+    as_inputs = summarize(OrbitPredictions(P, (0,), "common"), labels[known])
+    for name in ("accuracy", "ece", "adaptive_ece", "aurc", "entropy_nats", "mutual_information_nats"):
+        assert math.isclose(scores[name], as_inputs[name], rel_tol=1e-12), name
+
+
+def test_yes_or_no_has_the_scores_of_two_classes():
+    outputs, labels = torch.randn(3, 9, 1, 1, generator=seeded()).double(), torch.arange(9)[:, None] % 2
+    scores = summarize_outputs(OrbitOutputs(outputs, (0,), "common"), labels.double(), Bernoulli())
+    p = outputs.sigmoid()
+    as_inputs = summarize(OrbitPredictions(torch.cat([1 - p, p], -1), (0,), "common"), labels[:, 0])
+    for name in ("accuracy", "nll_nats", "ece", "adaptive_ece", "aurc", "entropy_nats", "mutual_information_nats"):
+        assert math.isclose(scores[name], as_inputs[name], rel_tol=1e-12), name
+
+
+def test_the_interval_error_is_that_of_the_places():
+    outputs, y = torch.zeros(1, 400, 1, 1), torch.randn(400, 1, generator=seeded()).double()
+    right, narrow = (summarize_outputs(OrbitOutputs(outputs, (0,), "common"), y, Gaussian(scale))["interval_error"]
+                     for scale in (1.0, 0.01))
+    places = (2 * torch.distributions.Normal(0.0, 1.0).cdf(y) - 1).abs().flatten()
+    assert math.isclose(right, interval_error(places), rel_tol=1e-9) and right < 4 / math.sqrt(400) and narrow > 0.45

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from helpers_equivariance import EQUIVARIANCE, SCORES, TWO_LOGITS, random_predictions, which_way_up
 from symbnn.equivariance.metrics import (
     accuracy,
+    adaptive_calibration_error,
     brier,
     defect_plugin,
     defect_unbiased,
@@ -335,3 +336,19 @@ def test_one_class_is_no_classification(metric):
     predicted = (lambda: OrbitPredictions(sure, (0, 1, 2, 3), "common")) if metric is summarize else (lambda: sure)
     with pytest.raises(Refusal, match=f"single class.*{TWO_LOGITS}"):
         metric(predicted(), *[zeros] * (metric in SCORES))
+
+
+def test_the_summary_says_how_sure_the_network_is():
+    P, labels = random_predictions(4, 6, 4, 3, 1)
+    found = summarize(OrbitPredictions(P, (0, 1, 2, 3), "common"), labels, bins=7)
+    for prefix, chosen, over in (("", P[:, :, :1], "identity"), ("orbit_", P, "orbit")):
+        mean, turns = chosen.mean(0), chosen.shape[2]
+        assert_close(found[f"{prefix}entropy_nats"], -(mean * mean.log()).sum(-1).mean(), exact64)
+        each = -(chosen * chosen.log()).sum(-1).mean()
+        assert_close(found[f"{prefix}mutual_information_nats"], found[f"{prefix}entropy_nats"] - each, exact64)
+        assert found[f"{prefix}adaptive_ece"] == adaptive_calibration_error(P, labels, over, bins=7)
+        confidence, predicted = mean.max(-1)
+        wrong = (predicted != labels[:, None]).double().flatten()[confidence.flatten().argsort(descending=True)]
+        area = (wrong.cumsum(0) / torch.arange(1, 6 * turns + 1)).mean()
+        assert_close(found[f"{prefix}aurc"], area, exact64)
+    assert not any("information" in name for name in summarize(OrbitPredictions(P[:1], (0, 1, 2, 3), "common"), labels))

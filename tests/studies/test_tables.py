@@ -43,7 +43,10 @@ def test_every_metric_has_a_name_and_scores_a_direction():
     assert all(its.label and its.better in ("higher", "lower", "") for its in METRICS.values())
     found, _ = evaluate_task(prepare(BASE.setup).network(0), prepare(BASE.setup), images=20, draws=4, method=Baseline())
     scores = {name for name in found if "_se" not in name}
-    assert scores <= METRICS.keys() and all(METRICS[name].better and METRICS[name].unit for name in scores)
+    assert scores <= METRICS.keys() and all(METRICS[name].unit for name in scores)
+    undirected = {name for name in scores if not METRICS[name].better}  # how uncertain one should be is not said
+    assert undirected == {f"{over}{name}" for over in ("", "orbit_")
+                          for name in ("entropy_nats", "mutual_information_nats")}
     assert METRICS["ece"].heading == "cal. error ↓\nshare" and METRICS["kl"].heading == "KL\nnats a datum"
     assert METRICS["accuracy"].axis == "accuracy, share" and metric("my_own") == Metric("my own", "")
 
