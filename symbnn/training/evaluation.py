@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DRAWS', 'Scores', 'evaluate']
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #138c9376-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #35efcbe9-0
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..data.containers import Data, as_split
+from ..data.containers import Data, Pairs, as_pairs, as_split
 from ..data.splits import Split
 from ..equivariance.detection import detection
 from ..equivariance.measures import summarize_outputs, uncertainties
@@ -60,7 +60,7 @@ class Scores(Mapping[str, float]):
             parts.append(f"defect {self['defect_plugin']:.5f}")
         return ", ".join(parts)
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #f1d2ba4a-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #1b2c0bcd-0
 DRAWS = 64  # of the weights of a Bayesian network, where the caller says nothing
 
 
@@ -79,7 +79,7 @@ def _still(predictor: Predictor, data: Split) -> Equivariance:
 
 def evaluate(
     predictor: Symmetric | Predictor,
-    data: Data,  # what `as_split` takes
+    data: Data,  # what `train` takes as validation: inputs of several tensors, too, for a Bayesian network
     action: Equivariance | NetworkAction | None = None,  # for a predictor that is no pair; None: no symmetry
     *,
     likelihood: Likelihood = Categorical(),  # of the targets
@@ -105,7 +105,7 @@ def evaluate(
     >>> 0 <= scores["accuracy"] <= 1
     True
     """
-    data = as_split(data, "the data to evaluate on")
+    pairs = as_pairs(data, "the data to evaluate on")
     check_kind(likelihood, Likelihood, "The likelihood", "likelihood=Categorical(), or likelihood=Gaussian(0.1)")
     check_seed(seed)
     if isinstance(predictor, Symmetric):
@@ -113,6 +113,9 @@ def evaluate(
         predictor, action = predictor.network, predictor.action
     if draws is None and isinstance(predictor, nn.Module) and is_variational(predictor):
         draws = DRAWS
+    if isinstance(pairs, Pairs):
+        return _of_several(predictor, pairs, action, likelihood, draws, seed, out_of_distribution)
+    data = pairs
     action = _still(predictor, data) if action is None else action
     device = next((parameter.device for parameter in predictor.parameters()), None) if isinstance(
         predictor, nn.Module) else None
@@ -130,6 +133,28 @@ def evaluate(
     if others is not None:
         scores |= _detections(found, predicted(others), likelihood)
     return Scores(scores)
+
+
+def _of_several(
+    predictor: Predictor, pairs: Pairs, action: object, likelihood: Likelihood, draws: int | None, seed: int,
+    others: object,
+) -> Scores:
+    """The metrics of a Bayesian network with several inputs, which have no symmetry here."""
+    require(isinstance(predictor, nn.Module) and is_variational(predictor),
+            "a Bayesian network for inputs of several tensors", f"a {type(predictor).__name__}",
+            "a plain network, or a function of one tensor", "evaluate(bayesianize(network), data)")
+    require(action is None and others is None, "no action and no other data beside inputs of several tensors",
+            "an action" if action is not None else "out_of_distribution", "arguments for inputs of one tensor",
+            "evaluate(network, data, likelihood=...)")
+    assert isinstance(predictor, nn.Module)
+    device = next(predictor.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        outputs = one_tensor(predict(predictor, pairs.inputs, draws=draws or DRAWS, generator=generator))[:, :, None]
+    if isinstance(likelihood, Categorical) and outputs.ndim == 4:
+        found = OrbitPredictions(outputs.softmax(-1), (0,), "common")
+        return Scores(summarize(found, Split(pairs.targets[:, None], pairs.targets).labels))
+    return Scores(summarize_outputs(OrbitOutputs(outputs, (0,), "common"), pairs.targets, likelihood))
 
 
 def _foreign(others: Data | Tensor, data: Split) -> Tensor:

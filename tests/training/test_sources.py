@@ -15,10 +15,11 @@ from symbnn.data.streams import Stream
 from symbnn.errors import Refusal
 from symbnn.posterior.calls import Inputs
 from symbnn.posterior.layers import with_posteriors
-from symbnn.posterior.likelihoods import Bernoulli
+from symbnn.posterior.likelihoods import Bernoulli, Categorical
 from symbnn.posterior.real_targets import Gaussian
 from symbnn.training import state
 from symbnn.training.checkpoints import read_checkpoint
+from symbnn.training.evaluation import evaluate
 from symbnn.training.loop import train
 
 ROWS = TensorDataset(DATA.inputs, DATA.labels)
@@ -165,6 +166,32 @@ def test_networks_with_several_inputs_are_trained(kind, tmp_path):
         assert again.status == "complete"
         with pytest.raises(Refusal, match='augmentation="none"'):
             train(net, data, replace(config, augmentation="full"), action=ACTION)
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Gaussian(0.3)])
+def test_networks_with_several_inputs_are_evaluated(likelihood):
+    """As the same network with both inputs in one tensor."""
+    class OneTensor(Both):
+        def forward(self, x):
+            return super().forward(x[:, :16], x[:, 16:])
+
+    net = with_posteriors(Both(), scale=0.1)
+    joined = with_posteriors(OneTensor(), scale=0.1)
+    joined.load_state_dict(net.state_dict())
+    image, row = DATA.inputs, DATA.inputs[:, 0, 0]
+    targets = DATA.labels if isinstance(likelihood, Categorical) else torch.rand(23, 2, generator=seeded())
+    found = evaluate(net, ({"image": image, "row": row}, targets), likelihood=likelihood, draws=8)
+    expected = evaluate(joined, (torch.cat([image.flatten(1), row], 1), targets), likelihood=likelihood, draws=8)
+    assert found.keys() == expected.keys() and {"accuracy", "rmse"} & found.keys()
+    assert all(found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6) for name in expected)
+    for wrong in ({"predictor": Both()}, {"action": ACTION}, {"out_of_distribution": image}):
+        with pytest.raises(Refusal, match="several tensors"):
+            evaluate(**{"predictor": net, "data": ((image, row), targets), "likelihood": likelihood} | wrong)
+
+
+def test_a_loader_is_evaluated_as_what_it_gives():
+    net = network()
+    assert dict(evaluate(net, DataLoader(ROWS, 8))) == dict(evaluate(net, DATA))
 
 
 def test_a_validation_loader_is_read_once():
