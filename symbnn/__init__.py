@@ -9,14 +9,15 @@ hidden units can be exchanged; `rule` teaches it a layer of your own.
 
 Posteriors: `bayesianize` makes a torch network Bayesian, with a symmetry or without; families `MeanFieldGaussian`,
 `Laplace`, `LogNormal`, `BlockGaussian`, `FullGaussian`, `PointMass`; priors `isotropic`, `per_tensor`, `random_means`;
-`moped` starts at a pretrained network; `predict` (with several `Inputs`), `describe`, `variational_tensors`,
+`moped` starts at a pretrained network; `Ensemble` is a list of networks, or of samples of a chain; `predict` (with several `Inputs`), `describe`, `variational_tensors`,
 `posterior_mean_network`.
 
 Objectives: `elbo`; likelihoods `Categorical` (of inputs or pixels), `Bernoulli`, `Poisson`, `Gaussian`, `StudentT`,
 `HeteroscedasticGaussian`; `violations` says which condition of invariance fails.
 
 Equivariance: `Symmetric` is a network with its symmetry, to be expanded, averaged, tied and measured;
-`orbit_predictions` and `summarize` measure any predictor, `keep_invariant` projects gradients.
+`orbit_predictions` and `summarize` measure any predictor, `keep_invariant` projects gradients; `conformal_sets` and
+`conformal_intervals` cover in every orientation; `plot_orbit`, `plot_reliability`, `plot_risk_coverage`.
 
 Hidden units and layers: `mutual_information`, `relaxed_network`, `laplace`, `learned_equivariance`.
 
@@ -36,7 +37,16 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from symbnn.data.splits import Split as Split
     from symbnn.data.streams import Stream as Stream
     from symbnn.equivariance.conditions import violations as violations
+    from symbnn.equivariance.conformal import (
+        conformal_intervals as conformal_intervals,
+        conformal_sets as conformal_sets,
+    )
     from symbnn.equivariance.metrics import summarize as summarize
+    from symbnn.equivariance.plots import (
+        plot_orbit as plot_orbit,
+        plot_reliability as plot_reliability,
+        plot_risk_coverage as plot_risk_coverage,
+    )
     from symbnn.equivariance.predictions import orbit_predictions as orbit_predictions
     from symbnn.equivariance.projected_gradients import keep_invariant as keep_invariant
     from symbnn.equivariance.symmetric import Symmetric as Symmetric, bayesianize as bayesianize
@@ -49,6 +59,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; at run time a name is i
     from symbnn.posterior.calls import Inputs as Inputs
     from symbnn.posterior.describing import describe as describe
     from symbnn.posterior.elbo import elbo as elbo
+    from symbnn.posterior.ensembles import Ensemble as Ensemble
     from symbnn.posterior.full_gaussian import FullGaussian as FullGaussian
     from symbnn.posterior.independent import Laplace as Laplace, MeanFieldGaussian as MeanFieldGaussian
     from symbnn.posterior.layers import (
@@ -100,7 +111,9 @@ _NAMES = {  # the same by module; a test compares the two
     "data.splits": "Split",
     "data.streams": "Stream",
     "equivariance.conditions": "violations",
+    "equivariance.conformal": "conformal_intervals conformal_sets",
     "equivariance.metrics": "summarize",
+    "equivariance.plots": "plot_orbit plot_reliability plot_risk_coverage",
     "equivariance.predictions": "orbit_predictions",
     "equivariance.projected_gradients": "keep_invariant",
     "equivariance.symmetric": "Symmetric bayesianize",
@@ -112,6 +125,7 @@ _NAMES = {  # the same by module; a test compares the two
     "posterior.block_gaussian": "BlockGaussian",
     "posterior.calls": "Inputs",
     "posterior.describing": "describe",
+    "posterior.ensembles": "Ensemble",
     "posterior.elbo": "elbo",
     "posterior.full_gaussian": "FullGaussian",
     "posterior.independent": "Laplace MeanFieldGaussian",

@@ -35,7 +35,7 @@ def conformal_rank(data: int, coverage: float) -> int:
 def _threshold(scores: Float[Tensor, "N"], coverage: float) -> float:
     return scores.sort().values[conformal_rank(len(scores), coverage) - 1].item()
 
-# %% ../../nbs/3_equivariance/03c_conformal.ipynb #a4e9feb5-0
+# %% ../../nbs/3_equivariance/03c_conformal.ipynb #efb8d366-0
 Score = Literal["threshold", "adaptive"]
 
 
@@ -101,8 +101,9 @@ def conformal_sets(
     Lei and Wasserman 2019; Romano, Sesia and Candes, arXiv 2006.02544.
 
     >>> import torch
+    >>> import symbnn as sb
     >>> p = torch.rand(99, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    >>> rule = conformal_sets(p, torch.arange(99) % 3, coverage=0.9)
+    >>> rule = sb.conformal_sets(p, torch.arange(99) % 3, coverage=0.9)
     >>> rule.expected_coverage, rule.sets(p[:5]).shape
     (0.9, torch.Size([5, 3]))
     """
@@ -115,7 +116,7 @@ def conformal_sets(
     fits = _label_scores(p, score).gather(-1, labels[:, None])[:, 0]
     return ConformalSets(score, _threshold(fits, coverage), coverage, len(labels))
 
-# %% ../../nbs/3_equivariance/03c_conformal.ipynb #5b93d429-0
+# %% ../../nbs/3_equivariance/03c_conformal.ipynb #d0f232d2-0
 class Intervals(NamedTuple):
     """The ends of an interval for each coordinate, in the target's units."""
 
@@ -165,8 +166,9 @@ def conformal_intervals(
     not finite, a spread that is not positive, and shapes that differ. Source: Lei et al. 2018.
 
     >>> import torch
+    >>> import symbnn as sb
     >>> y = torch.linspace(-1, 1, 99)
-    >>> conformal_intervals(torch.zeros(99), y, coverage=0.9).intervals(torch.tensor([2.0])).high
+    >>> sb.conformal_intervals(torch.zeros(99), y, coverage=0.9).intervals(torch.tensor([2.0])).high
     tensor([2.9184], dtype=torch.float64)
     """
     scaled = spread is not None

@@ -46,7 +46,7 @@ def _are_labels(predictions: Predicted, likelihood: Likelihood) -> bool:
     check_kind(likelihood, Likelihood, "The likelihood", "likelihood=Categorical(), or likelihood=Gaussian(0.1)")
     return isinstance(predictions, OrbitPredictions) or isinstance(likelihood, (Categorical, Bernoulli))
 
-# %% ../../nbs/3_equivariance/03d_plots.ipynb #9be811dc-0
+# %% ../../nbs/3_equivariance/03d_plots.ipynb #e9a1cf24-0
 def plot_reliability(
     predictions: Predicted,
     targets: Shaped[Tensor, "N ..."],
@@ -59,6 +59,14 @@ def plot_reliability(
     """Accuracy against confidence of labels, or coverage against level of real targets, for inputs as they are.
 
     Returns the axes. Needs matplotlib (the extra "plots"). Raises `Refusal` where targets and predictions do not fit.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> digits, network = sb.load("digits"), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> pair = sb.bayesianize(network, sb.rotations(), digits.shape)
+    >>> found = pair.predictions(digits.test.inputs[:20], draws=4)
+    >>> sb.plot_reliability(found, digits.test.labels[:20]).get_xlabel()
+    'confidence in the predicted class'
     """
     if _are_labels(predictions, likelihood):
         found = reliability(*label_confidences(predictions, targets, likelihood), bins, equal)
@@ -83,7 +91,7 @@ def _on_diagonal(axes: "Axes | None") -> "Axes":
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
     return axes
 
-# %% ../../nbs/3_equivariance/03d_plots.ipynb #efe16dcf-0
+# %% ../../nbs/3_equivariance/03d_plots.ipynb #309a2a21-0
 def plot_risk_coverage(
     predictions: Predicted,
     targets: Shaped[Tensor, "N ..."],
@@ -96,6 +104,14 @@ def plot_risk_coverage(
 
     Labels are ordered by confidence, real targets by the predictive variance of an input. Returns the axes. Needs
     matplotlib (the extra "plots"). Raises `Refusal` where targets and predictions do not fit.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> digits, network = sb.load("digits"), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> pair = sb.bayesianize(network, sb.rotations(), digits.shape)
+    >>> found = pair.predictions(digits.test.inputs[:20], draws=4)
+    >>> sb.plot_risk_coverage(found, digits.test.labels[:20]).get_ylabel()
+    'risk, share of errors'
     """
     if _are_labels(predictions, likelihood):
         confidence, hits = label_confidences(predictions, targets, likelihood)
@@ -122,7 +138,7 @@ def _squared(predictions: OrbitOutputs, targets: Tensor, likelihood: Likelihood)
     some = ~losses.isnan()
     return risk_coverage(losses[some], uncertainties(predictions, likelihood)["total"][some])
 
-# %% ../../nbs/3_equivariance/03d_plots.ipynb #fee034b1-0
+# %% ../../nbs/3_equivariance/03d_plots.ipynb #79d7549d-0
 def plot_orbit(
     predictions: Predicted,
     inputs: Sequence[int] = (0, 1, 2),  # which of the inputs
@@ -138,6 +154,13 @@ def plot_orbit(
 
     Returns the axes. Needs matplotlib (the extra "plots"). Raises `Refusal` for inputs and coordinates that do not
     exist, and for a number of names that is not that of the classes.
+
+    >>> import torch
+    >>> import symbnn as sb
+    >>> digits, network = sb.load("digits"), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> pair = sb.bayesianize(network, sb.rotations(), digits.shape)
+    >>> found = pair.predictions(digits.test.inputs[:20], draws=4)
+    >>> axes = sb.plot_orbit(found, inputs=(0, 1), classes=digits.classes)
     """
     labels = _are_labels(predictions, likelihood)
     values = label_probabilities(predictions, likelihood).mean(0) if labels else torch.stack(

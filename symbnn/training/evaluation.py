@@ -60,19 +60,20 @@ class Scores(Mapping[str, float]):
             parts.append(f"defect {self['defect_plugin']:.5f}")
         return ", ".join(parts)
 
-# %% ../../nbs/7_training/07_evaluation.ipynb #1b2c0bcd-0
+# %% ../../nbs/7_training/07_evaluation.ipynb #be65e82a-0
 DRAWS = 64  # of the weights of a Bayesian network, where the caller says nothing
 
 
 def _still(predictor: Predictor, data: Split) -> Equivariance:
     """The trivial group on inputs and outputs; one input is predicted to see how many classes there are."""
     one = data.inputs[:1]
-    if isinstance(predictor, nn.Module):
+    if isinstance(predictor, nn.Module) and not isinstance(predictor, nn.ModuleList):
         with torch.no_grad():
             outputs = one_tensor(predict(predictor, one, draws=1))[0] if is_variational(predictor) else predictor(one)
     else:
-        first = predictor[0] if isinstance(predictor, Sequence) else predictor
-        outputs = first(one)
+        several = isinstance(predictor, (Sequence, nn.ModuleList))
+        with torch.no_grad():
+            outputs = (predictor[0] if several else predictor)(one)
     group = Cyclic(1)
     return Equivariance(Action.trivial(group, tuple(one.shape[1:])), Action.trivial(group, tuple(outputs.shape[1:])))
 
