@@ -27,7 +27,7 @@ from ..symmetry.groups import Element
 from ..symmetry.networks import NetworkAction, check_acting
 from ..symmetry.signed_permutations import SignedPermutation
 
-# %% ../../nbs/2_posterior/19_joint_gaussian.ipynb #96617b74-0
+# %% ../../nbs/2_posterior/19_joint_gaussian.ipynb #d452d688-0
 def side_by_side(actions: Sequence[Action]) -> Action:
     """The action on vectors that are written one after the other, each moved by its own action of one group."""
 
@@ -105,7 +105,9 @@ class JointGaussian:
         """The law of the weights that the element g has moved: those of the named tensors, and the other means."""
         moved = self._at({name: tensor.posterior.push_forward(action.parameters[name](g))
                           for name, tensor in variational_tensors(self.network).items() if name not in self.names})
-        return JointGaussian(moved.network, self.names, self.law.push_forward(self.action(action)(g)))
+        law = self.law.push_forward(self.action(action)(g))
+        assert isinstance(law, FullGaussian)  # a member of the same class
+        return JointGaussian(moved.network, self.names, law)
 
     def _at(self, others: Mapping[str, Family]) -> "JointGaussian":
         """The same law in a copy of the network with these posteriors."""
