@@ -152,7 +152,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
             "needs no curvature")
     return needed
 
-# %% ../../nbs/5_layerwise/04_kronecker.ipynb #165c31ae-0
+# %% ../../nbs/5_layerwise/04_kronecker.ipynb #59afc74f-0
 @dataclass(frozen=True)
 class KroneckerCurvature:
     """Eigenvalues of Kronecker factors, float64: for each tensor the pairs (of A, of B) of its independent blocks."""
@@ -418,7 +418,7 @@ def kronecker_factors(
     network: nn.Module, inputs: Shaped[Tensor, "N ..."], likelihood: Likelihood = Categorical(), *,
     sampled: bool = False, sharing: Sharing | None = None, batch_size: int = 128, seed: int = 0,
     memory_limit: int = 2**32,
-) -> dict[str, tuple[tuple[Float[Tensor, "n n"], Float[Tensor, "m m"]], ...]]:
+) -> dict[str, tuple[tuple[Tensor, Tensor], ...]]:
     """The factors themselves: for each tensor the pairs (A of inputs, B of outputs) of its independent blocks, float64.
 
     The curvature of a block, its rows read one after the other, is B kron A; A is 1 for a bias. Arguments and refusals

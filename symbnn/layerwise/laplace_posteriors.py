@@ -194,14 +194,15 @@ def _kronecker(problem: _Problem, sharing: Sharing | None) -> dict[str, Family]:
                                        trainable=old.trainable)
     return laws
 
-# %% ../../nbs/5_layerwise/07_laplace_posteriors.ipynb #440f2682-0
+# %% ../../nbs/5_layerwise/07_laplace_posteriors.ipynb #d5d81129-0
 FAR = 0.5  # posterior deviations for each weight, root mean square
 
 
 def through_root(law: Family, slopes: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
     """R^T s for each of n vectors s (n, *shape), where R R^T is the covariance of a law whose weights depend linearly
     on its noise: the vector-Jacobian products of `transport`."""
-    pull = torch.func.vjp(lambda noise: law.transport(noise[None])[0], torch.zeros_like(law.mean))[1]
+    zero = torch.zeros_like(law.noise(1, torch.Generator(law.mean.device))[0])
+    pull = torch.func.vjp(lambda noise: law.transport(noise[None])[0], zero)[1]
     return torch.func.vmap(pull)(slopes.to(law.mean))[0]
 
 
