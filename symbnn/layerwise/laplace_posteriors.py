@@ -31,7 +31,7 @@ from ..posterior.layers import posterior_mean_network, variational_tensors, with
 from ..posterior.likelihoods import Categorical, Likelihood
 from ..posterior.point_mass import PointMass
 
-# %% ../../nbs/5_layerwise/07_laplace_posteriors.ipynb #c2c27608-0
+# %% ../../nbs/5_layerwise/07_laplace_posteriors.ipynb #a9fa271e-0
 LaplaceStructure = Literal["diagonal", "kronecker", "blocks"]
 Chosen = str | Sequence[str]  # "all", "last", or names of layers and tensors
 
@@ -66,7 +66,7 @@ def _chosen(network: nn.Module, plain: nn.Module, layers: Chosen, x: Tensor) -> 
     owners = {name.rpartition(".")[0] for name in names}
     require(bool(asked) and not unknown, '"all", "last", or names of layers or tensors with posteriors',
             f"layers={layers!r}", "a layer of another network, or one without a posterior",
-            f"layers={difflib.get_close_matches(str(unknown[0]), owners | set(names), 1, 0) if unknown else names[-1:]}")
+            f"layers={difflib.get_close_matches(str(unknown[0]), {*owners, *names}, 1, 0) if unknown else names[-1:]}")
     kept = {name for its in found.values() for name in its}
     return [name for name in names if name in kept]
 
@@ -76,8 +76,9 @@ def _check_targets(targets: Tensor, outputs: Float[Tensor, "B C"], count: int, l
     check_data("targets", targets)
     require(len(targets) == count, "one target for each input", f"{len(targets)} targets for {count} inputs",
             "another split's targets", "inputs[:n] and targets[:n] of one split")
-    known = targets.isfinite() if targets.is_floating_point() else (
-        likelihood.known(targets) if isinstance(likelihood, Categorical) else torch.ones_like(targets, dtype=torch.bool))
+    known = targets.isfinite()
+    if isinstance(likelihood, Categorical) and not targets.is_floating_point():
+        known = likelihood.known(targets)
     require(bool(known.all()), "a target that is known for every input", f"{int((~known).sum())} of {known.numel()} "
             "that are NaN, or marked as missing", "missing values, which have no part in the curvature",
             "keep = targets.reshape(len(targets), -1).isfinite().all(1), and inputs[keep], targets[keep]")

@@ -22,9 +22,9 @@ from ..posterior.layers import variational_tensors, with_posteriors
 from ..posterior.point_mass import PointMass
 from ..symmetry.networks import check_network
 
-# %% ../../nbs/5_layerwise/09_laplace_torch.ipynb #3173250b-0
-_FIX = ("laplace.Laplace(network, likelihood, subset_of_weights='all' or 'last_layer', hessian_structure='diag', 'kron' "
-        "or 'full'), and .fit(loader)")
+# %% ../../nbs/5_layerwise/09_laplace_torch.ipynb #fd69e714-0
+_FIX = ("laplace.Laplace(network, likelihood, subset_of_weights='all' or 'last_layer', hessian_structure='diag', "
+        "'kron' or 'full'), and .fit(loader)")
 
 
 def _names(la: Any, network: nn.Module) -> list[str]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GaussianOutputs', 'linearised', 'expected_sigmoid', 'probit']
 
-# %% ../../nbs/5_layerwise/08_linearised.ipynb #5360087c-0
+# %% ../../nbs/5_layerwise/08_linearised.ipynb #bdaca5a0-0
 import math
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from ..equivariance.tied import Tied
-from ..errors import Refusal, check_count, check_kind, require
+from ..errors import check_count, check_kind, require
 from .curvature import check_data, network_at_means, root_jacobian
 from .laplace_posteriors import through_root
 from ..posterior.family import Family

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IVON']
 
-# %% ../../nbs/2_posterior/20_ivon.ipynb #e1f0785f-0
+# %% ../../nbs/2_posterior/20_ivon.ipynb #a14b49b6-0
 import math
 from collections.abc import Mapping
 from types import NoneType
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from ..errors import SIZE_LIMIT, check_count, check_kind, check_positive, require
 from .calls import Batch
 from .independent import MeanFieldGaussian
-from .layers import VariationalTensor, variational_tensors
+from .joint_gaussian import tensor_actions
+from .layers import variational_tensors
 from .likelihoods import Categorical, Likelihood
 from .sampling import Weights, apply_weights
-from ..symmetry.networks import NetworkAction, check_acting
+from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 
-# %% ../../nbs/2_posterior/20_ivon.ipynb #72504912-0
+# %% ../../nbs/2_posterior/20_ivon.ipynb #3baf036b-0
 class IVON:
     """Variational online Newton steps for all posteriors of a network, which are `MeanFieldGaussian`s and are written.
 
@@ -58,32 +59,29 @@ class IVON:
         require(isinstance(clip, (int, float)) and clip > 0, "a positive bound of single steps, or infinity",
                 f"clip={clip!r}", "a bound of 0, which stops all steps", "clip=1e-3, or clip=math.inf for none")
         self.network, self.num_data, self.learning_rate = network, num_data, learning_rate
-        self.beta1, self.beta2, self.clip, self.action = float(beta1), float(beta2), float(clip), action
-        tensors = variational_tensors(network)
+        self.beta1, self.beta2, self.clip = float(beta1), float(beta2), float(clip)
+        laws = _laws(network)
         check_kind(action, (NetworkAction, NoneType), "The action", "action=network_action(network, input)")
-        if action is not None:
-            check_acting(network, action)
-        for name, tensor in tensors.items():
-            _check_mean_field(name, tensor)
-        self.momentum = {name: torch.zeros_like(_loc(tensor)) for name, tensor in tensors.items()}
-        self.hessian = {name: self._hessian_of(name, tensor) for name, tensor in tensors.items()}
+        self._moves = None if action is None else tensor_actions(network, action, list(laws))
+        self.momentum = {name: torch.zeros_like(law.loc) for name, (law, _) in laws.items()}
+        self.hessian = {name: self._hessian_of(name, *pair) for name, pair in laws.items()}
         self.count = 0
         self._drawn: Weights = {}  # leaves that wait for their gradients
         self._noise: Weights = {}
 
-    def _delta(self, tensor: VariationalTensor) -> Tensor:
+    def _delta(self, prior: MeanFieldGaussian) -> Tensor:
         """delta = d / N, which broadcasts to the tensor."""
-        return (-2 * tensor.prior.log_scale).exp() / self.num_data
+        return (-2 * prior.log_scale).exp() / self.num_data
 
     @torch.no_grad()
-    def _hessian_of(self, name: str, tensor: VariationalTensor) -> Tensor:
-        """h of the tensor's scales."""
-        found = (-2 * tensor.posterior.log_scale).exp() / self.num_data - self._delta(tensor)
+    def _hessian_of(self, name: str, law: MeanFieldGaussian, prior: MeanFieldGaussian) -> Tensor:
+        """h of the posterior's scales."""
+        found = (-2 * law.log_scale).exp() / self.num_data - self._delta(prior)
         require(bool((found > 0).all()), f"scales of {name!r} below those of the prior, for a positive curvature",
-                f"a largest scale of {float(tensor.posterior.scale.max()):.3g}, and {float(tensor.prior.scale.min()):.3g}"
+                f"a largest scale of {float(law.scale.max()):.3g}, and {float(prior.scale.min()):.3g}"
                 " of the prior", "weights that start as uncertain as the prior",
                 "with_posteriors(network, scale=0.05), or a wider prior=isotropic(1.0)")
-        return found.expand(tensor.shape).clone()
+        return found.expand(law.shape).clone()
 
     @torch.no_grad()
     def sample(self, draws: int = 1, generator: torch.Generator | None = None, *, noise: Weights | None = None
@@ -91,16 +89,15 @@ class IVON:
         """Weights {name: (draws, *shape)} that record gradients, for the next `step`; `noise` of one's own is standard
         normal. The loss must be the mean over draws."""
         check_count(draws, "The number of samples", "draws=1")
-        tensors = variational_tensors(self.network)
+        laws = {name: law for name, (law, _) in _laws(self.network).items()}
         if noise is None:
-            noise = {name: tensor.posterior.noise(draws, generator) for name, tensor in tensors.items()}
-        shapes = {name: (draws, *tensor.shape) for name, tensor in tensors.items()}
+            noise = {name: law.noise(draws, generator) for name, law in laws.items()}
+        shapes = {name: (draws, *law.shape) for name, law in laws.items()}
         got = {name: tuple(value.shape) for name, value in noise.items()}
         require(got == shapes, f"noise of the shapes {shapes}", f"the shapes {got}", "noise of another network, or for "
                 "another number of draws", "noise=None, or torch.randn(draws, *shape) for each tensor")
         self._noise = noise
-        self._drawn = {name: tensor.posterior.transport(noise[name]).requires_grad_()
-                       for name, tensor in tensors.items()}
+        self._drawn = {name: law.transport(noise[name]).requires_grad_() for name, law in laws.items()}
         return self._drawn
 
     @torch.no_grad()
@@ -113,37 +110,37 @@ class IVON:
         missing = [name for name, slope in slopes.items() if slope is None]
         require(len(missing) < len(slopes), "gradients of the sampled weights", "none", "a loss of other weights, or "
                 "no loss.backward()", "loss.backward(), with the loss of apply_weights(network, x, weights)")
-        found = {name: torch.zeros_like(self._drawn[name]) if slope is None else slope for name, slope in slopes.items()}
+        found = {name: torch.zeros_like(self._drawn[name]) if slope is None else slope
+                 for name, slope in slopes.items()}
         bad = [name for name, slope in found.items() if not bool(slope.isfinite().all())]
         require(not bad, "finite gradients", f"NaN or infinite ones of {bad[:1]}", "a learning rate too high, or data "
                 "that are not finite", f"learning_rate={self.learning_rate / 10:.3g}, or clip=1e-3")
         self.count += 1
-        for name, tensor in variational_tensors(self.network).items():
-            self._step_of(name, tensor, found[name])
+        for name, (law, prior) in _laws(self.network).items():
+            self._step_of(name, law, prior, found[name])
         self._drawn, self._noise = {}, {}
 
-    def _step_of(self, name: str, tensor: VariationalTensor, slopes: Float[Tensor, "S ..."]) -> None:
-        loc, delta = _loc(tensor), self._delta(tensor)
-        slope, curvature = slopes.sum(0), (slopes * self._noise[name]).sum(0) / tensor.posterior.scale
-        if self.action is not None:
-            moves = self.action.parameters[name]
-            slope, curvature = Orbits(moves).project(slope), Orbits(moves.absolute()).project(curvature)
-        old = self.hessian[name]
-        rho, gap = 1 - self.beta2, curvature - old
+    def _step_of(self, name: str, law: MeanFieldGaussian, prior: MeanFieldGaussian, slopes: Float[Tensor, "S ..."]
+                 ) -> None:
+        delta, old, rho = self._delta(prior), self.hessian[name], 1 - self.beta2
+        slope, curvature = slopes.sum(0), (slopes * self._noise[name]).sum(0) / law.scale
+        if self._moves is not None:
+            signed = self._moves[name]
+            slope, curvature = Orbits(signed).project(slope), Orbits(signed.absolute()).project(curvature)
+        gap = curvature - old
         new = old + rho * gap + rho**2 / 2 * gap.square() / (old + delta)
-        self.momentum[name] = self.beta1 * self.momentum[name] + (1 - self.beta1) * slope
-        self.hessian[name] = new
-        along = self.momentum[name] / (1 - self.beta1**self.count) + delta * (loc - tensor.prior.mean)
-        loc -= self.learning_rate * (along / (new + delta)).clamp(-self.clip, self.clip)
-        self._write_scale(name, tensor)
+        self.momentum[name], self.hessian[name] = self.beta1 * self.momentum[name] + (1 - self.beta1) * slope, new
+        along = self.momentum[name] / (1 - self.beta1**self.count) + delta * (law.loc - prior.mean)
+        law.loc -= self.learning_rate * (along / (new + delta)).clamp(-self.clip, self.clip)
+        self._write_scale(name, law, prior)
 
-    def _write_scale(self, name: str, tensor: VariationalTensor) -> None:
-        precision = self.num_data * (self.hessian[name] + self._delta(tensor))
-        tensor.posterior.log_scale.copy_(-precision.log() / 2)
+    def _write_scale(self, name: str, law: MeanFieldGaussian, prior: MeanFieldGaussian) -> None:
+        precision = self.num_data * (self.hessian[name] + self._delta(prior))
+        law.log_scale.copy_(-precision.log() / 2)
 
     def update(self, x: Batch, targets: Tensor, likelihood: Likelihood | None = None, *, draws: int = 1,
                generator: torch.Generator | None = None) -> float:
-        """One step on a batch, by default of class labels; returns its mean negative log-likelihood in nats per datum."""
+        """One step on a batch, by default of class labels; its mean negative log-likelihood in nats per datum."""
         likelihood = Categorical() if likelihood is None else likelihood
         check_kind(likelihood, Likelihood, "The likelihood", "likelihood=Categorical()")
         weights = self.sample(draws, generator)
@@ -171,27 +168,28 @@ class IVON:
                 f"the state of a run with {self.num_data} data and the tensors {list(self.momentum)}",
                 f"{state['num_data']} data and {list(state['momentum'])}", "another network, or other data",
                 "IVON(network, num_data, ...) as it was made for that run")
-        tensors = variational_tensors(self.network)
-        for name, tensor in tensors.items():
-            self.momentum[name] = state["momentum"][name].to(_loc(tensor)).clone()
-            self.hessian[name] = state["hessian"][name].to(_loc(tensor)).clone()
-            self._write_scale(name, tensor)
+        for name, (law, prior) in _laws(self.network).items():
+            self.momentum[name] = state["momentum"][name].to(law.loc).clone()
+            self.hessian[name] = state["hessian"][name].to(law.loc).clone()
+            self._write_scale(name, law, prior)
         self.count = int(state["count"])
 
 
-def _loc(tensor: VariationalTensor) -> Tensor:
-    return tensor.posterior.loc
-
-
-def _check_mean_field(name: str, tensor: VariationalTensor) -> None:
-    """Refuse what has no mean and variance of its own for each weight, and what is frozen."""
-    posterior, prior = tensor.posterior, tensor.prior
-    kinds = type(posterior).__name__, type(prior).__name__
-    require(isinstance(posterior, MeanFieldGaussian) and isinstance(prior, MeanFieldGaussian),
-            f"a MeanFieldGaussian as posterior and as prior of {name!r}", f"{kinds[0]} and {kinds[1]}",
-            "another family, whose natural gradient is another", "with_posteriors(network, family=MeanFieldGaussian)")
-    require(tuple(posterior.loc.shape) == tuple(posterior.log_scale.shape) == tuple(posterior.shape),
-            "a mean and a scale for each weight", f"{tuple(posterior.log_scale.shape)} scales for {name!r}",
-            "parameters that weights share", "MeanFieldGaussian(q.mean, q.scale.log())")
-    require(posterior.trainable, "posteriors that are trained", f"a frozen one of {name!r}", "a copy by freeze()",
-            "with_posteriors(network), whose posteriors are trainable")
+def _laws(network: nn.Module) -> dict[str, tuple[MeanFieldGaussian, MeanFieldGaussian]]:
+    """Posterior and prior of every tensor. Refuses what has no mean and variance of its own for each weight, or is
+    frozen."""
+    found = {}
+    for name, tensor in variational_tensors(network).items():
+        law, prior = tensor.posterior, tensor.prior
+        require(isinstance(law, MeanFieldGaussian) and isinstance(prior, MeanFieldGaussian),
+                f"a MeanFieldGaussian as posterior and as prior of {name!r}", f"{type(law).__name__} and "
+                f"{type(prior).__name__}", "another family, whose natural gradient is another",
+                "with_posteriors(network, family=MeanFieldGaussian)")
+        assert isinstance(law, MeanFieldGaussian) and isinstance(prior, MeanFieldGaussian)
+        require(tuple(law.loc.shape) == tuple(law.log_scale.shape) == law.shape, "a mean and a scale for each weight",
+                f"{tuple(law.log_scale.shape)} scales for {name!r}", "parameters that weights share",
+                "MeanFieldGaussian(q.mean, q.scale.log())")
+        require(law.trainable, "posteriors that are trained", f"a frozen one of {name!r}", "a copy by freeze()",
+                "with_posteriors(network), whose posteriors are trainable")
+        found[name] = law, prior
+    return found

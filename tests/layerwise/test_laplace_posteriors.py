@@ -49,12 +49,16 @@ def loss_hessian(network, x, y, likelihood, deviation):
     """The generalised Gauss-Newton matrix plus prior precision, by the definition: J^T H J, one datum at a time."""
     plain = posterior_mean_network(network)
     weights = {name: value.detach() for name, value in plain.named_parameters()}
-    total = 0
-    for row, target in zip(x, y):
+
+    def term(row, target):
+        def loss(f):
+            return -likelihood.log_prob(f[None, None], target[None])[0, 0]
+
         jacobian = torch.func.jacrev(lambda w: torch.func.functional_call(plain, w, (row[None],))[0])(weights)
         J = torch.cat([part.flatten(1) for part in jacobian.values()], 1)
-        H = torch.func.jacrev(torch.func.jacrev(lambda f: -likelihood.log_prob(f[None, None], target[None])[0, 0]))(plain(row[None])[0])
-        total = total + J.T @ H.detach() @ J
+        return J.T @ torch.func.jacrev(torch.func.jacrev(loss))(plain(row[None])[0]).detach() @ J
+
+    total = sum(term(row, target) for row, target in zip(x, y))
     return total + torch.eye(len(total)).double() / deviation**2
 
 
@@ -243,8 +247,10 @@ GOOD = masses(mlp())
     ((GOOD, X, Y), dict(likelihood=Categorical(ignore_index=0)), "a target that is known"),
     ((GOOD, X, Y), dict(likelihood=Poisson()), "whose curvature must be known"),
     ((GOOD, X, Y), dict(likelihood=Bernoulli()), "whose curvature must be known"),
-    ((GOOD, X, Y), dict(structure="full"), r"joint_laplace\(network"), ((GOOD, X, Y), dict(structure="low"), "structure"),
-    ((GOOD, X, Y), dict(layers=["1"]), "names of layers or tensors"), ((GOOD, X, Y), dict(layers=[]), "names of layers"),
+    ((GOOD, X, Y), dict(structure="full"), r"joint_laplace\(network"),
+    ((GOOD, X, Y), dict(structure="low"), "structure"),
+    ((GOOD, X, Y), dict(layers=["1"]), "names of layers or tensors"),
+    ((GOOD, X, Y), dict(layers=[]), "names of layers"),
     ((GOOD, X, Y), dict(layers=3), "a Sequence as the layers"), ((GOOD, X, Y), dict(batch_size=0), "batch size"),
     ((GOOD, X, Y), dict(memory_limit=100), "fits into 100 bytes"),
     ((GOOD, X, Y), dict(memory_limit=4000, structure="blocks"), 'structure="diagonal"'),

@@ -85,7 +85,8 @@ def test_draws_have_the_variances_of_their_draws(package, subset, structure):
         mean, variance = found.law.mean, found.law.variance.detach()
     else:
         laws = [variational_tensors(found)[name].posterior for name in names]
-        mean, variance = (torch.cat([getattr(law, key).detach().flatten() for law in laws]) for key in ("mean", "variance"))
+        mean, variance = (torch.cat([getattr(law, key).detach().flatten() for law in laws])
+                          for key in ("mean", "variance"))
     within_standard_errors(theirs.mean(0), mean, theirs.std(0) / 20_000**0.5)
     within_standard_errors(theirs.var(0), variance, (theirs - mean).square().std(0) / 20_000**0.5)
 
@@ -134,7 +135,7 @@ def test_refusals(package):
             (plain, plain, "one of DiagLaplace.*a Sequential"), (other, plain, "a FunctionalLaplace"),
             (package.Laplace(plain, "classification", subset_of_weights="all", hessian_structure="kron"), plain,
              "an object that was fitted"),
-            (la, started(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), seed=4), "made for, at the weights"),
+            (la, started(mlp(), seed=4), "made for, at the weights"),
             (la, cnn(), "made for, at the weights"), (la, la, "network")):
         with pytest.raises(Refusal, match=message):
             from_laplace_torch(wrong, network)

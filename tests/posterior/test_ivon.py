@@ -121,7 +121,8 @@ def test_a_moved_problem_with_moved_noise_has_the_moved_trajectory():
 def test_signs_and_places_are_moved_exactly():
     """With gradients that are moved to the bit, so is everything else."""
     network = with_posteriors(nn.Linear(3, 2, bias=False).double(), scale=SCALE)
-    other, order, sign = copy.deepcopy(network), torch.tensor([4, 0, 5, 2, 1, 3]), torch.tensor([1., -1, -1, 1, -1, 1]).double()
+    other, order = copy.deepcopy(network), torch.tensor([4, 0, 5, 2, 1, 3])
+    sign = torch.tensor([1.0, -1, -1, 1, -1, 1]).double()
 
     def act(value):
         return (value.flatten(-2)[..., order] * sign).view(value.shape)
@@ -234,7 +235,8 @@ def test_training_lowers_the_loss_and_the_result_is_a_mean_field_gaussian():
     (lambda: IVON(mlp(), N, 0.1), "a Bayesian network"), (lambda: IVON(bayesian(), 0, 0.1), "number of data"),
     (lambda: IVON(bayesian(), N, 0.0), "learning rate"), (lambda: IVON(bayesian(), N, math.nan), "learning rate"),
     (lambda: IVON(bayesian(), N, 0.1, beta1=1.0), "beta1"), (lambda: IVON(bayesian(), N, 0.1, beta2=-0.1), "beta2"),
-    (lambda: IVON(bayesian(), N, 0.1, beta2="0.9"), "beta2"), (lambda: IVON(bayesian(), N, 0.1, clip=0), "bound of single"),
+    (lambda: IVON(bayesian(), N, 0.1, beta2="0.9"), "beta2"),
+    (lambda: IVON(bayesian(), N, 0.1, clip=0), "bound of single"),
     (lambda: IVON(bayesian(scale=2.0), N, 0.1), "scales of '0.weight' below those of the prior"),
     (lambda: IVON(with_posteriors(mlp(), FullGaussian), N, 0.1), "a MeanFieldGaussian as posterior"),
     (lambda: IVON(with_posteriors(mlp(), Laplace), N, 0.1), "a MeanFieldGaussian as posterior"),

@@ -61,6 +61,9 @@ def test_moved_weights_have_the_moved_law_and_an_average_is_invariant():
         moved = {name: exchange.parameters[name].act(g, value) for name, value in weights.items()}
         assert_close(q.push_forward(exchange, g).log_prob(moved), q.log_prob(weights))
     assert not q.is_invariant_under(exchange)
+    other = with_posteriors(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double())
+    with pytest.raises(Refusal, match="derived from this very network"):
+        q.push_forward(network_action(other, natural_action(Permutations(3))), exchange.group.identity())
     for kind in ("geometric", "arithmetic", "projection"):
         law = average(q.law, q.action(exchange), kind)
         found = JointGaussian(q.network, q.names, law)

@@ -17,9 +17,8 @@ from tolerances import assert_close
 
 def member(shape=(2, 3), seed=0):
     rows, columns = KroneckerGaussian.sides(shape)
-    return KroneckerGaussian(normal(*shape, seed=seed), normal(rows, rows, seed=seed + 1) + 2 * torch.eye(rows).double(),
-                             normal(columns, columns, seed=seed + 2) + 2 * torch.eye(columns).double(),
-                             normal(rows, columns, seed=seed + 3) - 1)
+    left, right = (normal(n, n, seed=seed + n) + 2 * torch.eye(n).double() for n in (rows, columns))
+    return KroneckerGaussian(normal(*shape, seed=seed), left, right, normal(rows, columns, seed=seed + 3) - 1)
 
 
 def covariance(q):
@@ -73,7 +72,8 @@ def test_the_law_is_invariant_whatever_its_factors_are():
     assert q.is_invariant_under(action)
     assert not KroneckerGaussian(normal(2, 3), q.left, q.right, scale).is_invariant_under(action)
     assert not KroneckerGaussian(q.loc, q.left, q.right, normal(2, 3)).is_invariant_under(action)
-    broken = Action(Cyclic(2), (2, 3), lambda g: SignedPermutation([1, 0, 2, 3, 4, 5] if g else list(range(6)), [1] * 6))
+    swap = [1, 0, 2, 3, 4, 5]
+    broken = Action(Cyclic(2), (2, 3), lambda g: SignedPermutation(swap if g else list(range(6)), [1] * 6))
     with pytest.raises(Refusal, match="Kronecker factors"):
         q.is_invariant_under(broken)
 
