@@ -39,7 +39,7 @@ def at_most(lower, upper):
     assert bool((torch.as_tensor(lower) <= torch.as_tensor(upper) + exact64).all())
 
 
-LAWS = [name for name in FAMILIES if name != "point"]  # a point mass has no density
+LAWS = [name for name in FAMILIES if name not in ("point", "kronecker")]  # no density, and a suite of its own
 
 
 def classifier(seed=0, circular=False):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Barycentre', 'average_rule', 'average', 'symmetrize_', 'symmetrize']
 
-# %% ../../nbs/3_equivariance/11_averages.ipynb #0d63a2b3-0
+# %% ../../nbs/3_equivariance/11_averages.ipynb #fd59af63-0
 import difflib
 from collections.abc import Collection
 from functools import singledispatch
@@ -22,6 +22,7 @@ from ..errors import Refusal, check_choice, check_kind
 from ..posterior.family import Family, no_rule
 from ..posterior.full_gaussian import FullGaussian
 from ..posterior.independent import DiagonalGaussian, Laplace, LocationScaleFamily
+from ..posterior.kronecker_gaussian import KroneckerGaussian
 from ..posterior.layers import VariationalTensor
 from ..posterior.log_normal import LogNormal
 from ..posterior.point_mass import PointMass
@@ -29,7 +30,7 @@ from ..symmetry.actions import Action
 from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 
-# %% ../../nbs/3_equivariance/11_averages.ipynb #468a0397-0
+# %% ../../nbs/3_equivariance/11_averages.ipynb #4930eab0-0
 Barycentre = Literal["geometric", "arithmetic", "projection"]
 
 
@@ -127,6 +128,14 @@ def _average_full_gaussian(family: FullGaussian, action: Action, barycentre: Bar
             root = (upper * upper.diagonal().sign()[:, None]).T
         loc = centre
     return FullGaussian(loc.view(family.shape).to(family.loc), root.to(family.loc), trainable=family.trainable)
+
+
+@average_rule.register(KroneckerGaussian)
+def _average_kronecker(family: KroneckerGaussian, action: Action, barycentre: Barycentre) -> Family:
+    raise Refusal("a family in which the average over a group is a member again", got="a KroneckerGaussian",
+                  cause="a sum of Kronecker products, of covariances or of precisions, is in general none",
+                  fix="laplace_posterior at an invariant mode, whose factors are invariant; average(posterior.full(), "
+                  "action), with all covariances; or OrbitMixture(network, action)")
 
 
 @torch.no_grad()

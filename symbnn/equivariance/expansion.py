@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Widen', 'expansion_rule', 'Expanded', 'expand', 'expanded_action']
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #8bf82764-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #cdb1aacf-0
 import itertools
 import math
 from collections.abc import Sequence, Set
@@ -24,6 +24,7 @@ from ..errors import Refusal, check_choice, require
 from ..posterior.family import Family, no_rule
 from ..posterior.full_gaussian import FullGaussian
 from ..posterior.independent import DiagonalGaussian, Laplace, LocationScaleFamily
+from ..posterior.kronecker_gaussian import KroneckerGaussian
 from ..posterior.layers import VariationalTensor
 from ..posterior.log_normal import LogNormal
 from ..posterior.point_mass import PointMass
@@ -115,7 +116,7 @@ def _grid(places: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Indices of all combinations of these places along the axes of a tensor."""
     return tuple(its.view([-1 if k == axis else 1 for k in range(len(places))]) for axis, its in enumerate(places))
 
-# %% ../../nbs/3_equivariance/13_expansion.ipynb #380a473b-0
+# %% ../../nbs/3_equivariance/13_expansion.ipynb #12f224b1-0
 class Widen(Protocol):
     """Expands a tensor of means, or with `scales` of logarithms of scales, that has the shape of the small weights."""
 
@@ -149,7 +150,8 @@ def _expand_point(family: PointMass, widen: Widen) -> PointMass:
 
 @expansion_rule.register(LogNormal)
 @expansion_rule.register(FullGaussian)
-def _expand_neither(family: LogNormal | FullGaussian, widen: Widen) -> Family:
+@expansion_rule.register(KroneckerGaussian)
+def _expand_neither(family: LogNormal | FullGaussian | KroneckerGaussian, widen: Widen) -> Family:
     reason = ("log-normal weights cannot have mean zero, as those between different copies of \"block_diagonal\" do, "
               "and their mean and deviation cannot be scaled apart" if isinstance(family, LogNormal) else
               "no rule is known for the correlations between the blocks of an expanded tensor")

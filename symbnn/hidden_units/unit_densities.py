@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UnitLaw', 'unit_rule', 'unit_log_densities']
 
-# %% ../../nbs/4_hidden_units/05_unit_densities.ipynb #d3859452-0
+# %% ../../nbs/4_hidden_units/05_unit_densities.ipynb #68f02065-0
 import math
 from collections.abc import Callable
 from functools import singledispatch
@@ -21,12 +21,13 @@ from .modes import Coordinates
 from ..posterior.family import Family, no_rule
 from ..posterior.full_gaussian import FullGaussian
 from ..posterior.independent import DiagonalGaussian, Laplace
+from ..posterior.kronecker_gaussian import KroneckerGaussian
 from ..posterior.layers import variational_tensors
 from ..posterior.log_normal import LogNormal
 from ..posterior.point_mass import PointMass
 from ..posterior.sampling import Weights
 
-# %% ../../nbs/4_hidden_units/05_unit_densities.ipynb #afb9f48c-0
+# %% ../../nbs/4_hidden_units/05_unit_densities.ipynb #be69c999-0
 _PIECE = 2**22  # entries of a temporary array of pairwise distances
 
 
@@ -87,9 +88,10 @@ def _log_normal_units(posterior: LogNormal) -> UnitLaw:
     return UnitLaw(_log_normal_pairs, (posterior.loc, posterior.log_scale, posterior.mask))
 
 
-@unit_rule.register
-def _full_gaussian_units(posterior: FullGaussian) -> UnitLaw:
-    raise Refusal("independent weights, whose density is a product over units", got="a FullGaussian",
+@unit_rule.register(FullGaussian)
+@unit_rule.register(KroneckerGaussian)
+def _correlated_units(posterior: FullGaussian | KroneckerGaussian) -> UnitLaw:
+    raise Refusal("independent weights, whose density is a product over units", got=f"a {type(posterior).__name__}",
                   cause="its weights are correlated, those of different units too", fix="family=MeanFieldGaussian")
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LogPrecisions', 'Curvature', 'check_finite', 'check_data', 'network_at_means', 'FullCurvature', 'KernelCurvature',
-           'full_curvature']
+           'root_jacobian', 'full_curvature']
 
 # %% ../../nbs/5_layerwise/03_curvature.ipynb #6cb18d35-0
 import math
@@ -100,7 +100,7 @@ def network_at_means(network: nn.Module, inputs: Shaped[Tensor, "N ..."], likeli
             "layers that choose and normalise for each input, such as nn.LayerNorm or Subsample")
     return plain
 
-# %% ../../nbs/5_layerwise/03_curvature.ipynb #d1a6dcbc-0
+# %% ../../nbs/5_layerwise/03_curvature.ipynb #3b4cb283-0
 def _log_det_of_one_plus(matrix: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
     """log det(I + matrix) of a positive semi-definite matrix, which is overwritten."""
     matrix.diagonal().add_(1)
@@ -155,9 +155,12 @@ def _output_root(outputs: Float[Tensor, "B C"], likelihood: Likelihood) -> Float
     return below.tril(-1) + nn.functional.pad(diagonal.exp().diag_embed(), (0, 0, 0, 1))
 
 
-def _rows(plain: nn.Module, names: Iterable[str], x: Shaped[Tensor, "B ..."], likelihood: Likelihood
-          ) -> Float[Tensor, "BR P"]:
-    """L^T J of every datum, with columns for the weights of the named tensors; float64."""
+def root_jacobian(plain: nn.Module, names: Iterable[str], x: Shaped[Tensor, "B ..."], likelihood: Likelihood
+                  ) -> Float[Tensor, "BR P"]:
+    """L^T J of every datum, with columns for the weights of the named tensors, one after the other; float64.
+
+    The sum over data of its products with itself, (L^T J)^T L^T J, is the Gauss-Newton matrix.
+    """
     weights = {name: plain.get_parameter(name).detach() for name in names}
 
     def one(x: Tensor, root: Float[Tensor, "C R"]) -> dict[str, Tensor]:
@@ -172,7 +175,7 @@ def _rows(plain: nn.Module, names: Iterable[str], x: Shaped[Tensor, "B ..."], li
 def _weights_side(plain: nn.Module, sizes: dict[str, int], batches: Sequence[Tensor], likelihood: Likelihood
                   ) -> FullCurvature:
     """The sum of Z^T Z over batches."""
-    products = (rows.T @ rows for rows in (_rows(plain, sizes, x, likelihood) for x in batches))
+    products = (rows.T @ rows for rows in (root_jacobian(plain, sizes, x, likelihood) for x in batches))
     return FullCurvature(sum(products, torch.zeros(())), sizes)
 
 
@@ -183,8 +186,8 @@ def _data_side(plain: nn.Module, sizes: dict[str, int], batches: Sequence[Tensor
     for name in sizes:
         blocks = []
         for i, x in enumerate(batches):
-            rows = _rows(plain, [name], x, likelihood)
-            before = (_rows(plain, [name], other, likelihood) for other in batches[:i])
+            rows = root_jacobian(plain, [name], x, likelihood)
+            before = (root_jacobian(plain, [name], other, likelihood) for other in batches[:i])
             blocks.append([*(rows @ other.T for other in before), rows @ rows.T])
         whole = [row + [blocks[j][i].T for j in range(i + 1, len(blocks))] for i, row in enumerate(blocks)]
         kernels.append(torch.cat([torch.cat(row, 1) for row in whole]))

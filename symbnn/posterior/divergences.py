@@ -6,7 +6,7 @@
 __all__ = ['total_variation', 'pinsker', 'bretagnolle_huber', 'hellinger', 'log_affinity', 'affinity_rule',
            'wasserstein2_squared', 'wasserstein_rule', 'jensen_shannon', 'orbit_error', 'through_jensen_shannon']
 
-# %% ../../nbs/2_posterior/18_divergences.ipynb #a992f0ca-0
+# %% ../../nbs/2_posterior/18_divergences.ipynb #61522210-0
 from functools import singledispatch
 
 import torch
@@ -17,6 +17,7 @@ from ..errors import Refusal
 from .family import Family, no_rule
 from .full_gaussian import FullGaussian
 from .independent import DiagonalGaussian, Laplace, LocationScaleFamily
+from .kronecker_gaussian import KroneckerGaussian
 from .log_normal import LogNormal
 from .point_mass import PointMass
 
@@ -43,7 +44,7 @@ def hellinger(log_affinity: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """Upper bound sqrt(1 - BC^2) of a total variation from log BC <= 0, the logarithm of the affinity."""
     return (-torch.expm1(2 * log_affinity)).sqrt()
 
-# %% ../../nbs/2_posterior/18_divergences.ipynb #1b77a624-0
+# %% ../../nbs/2_posterior/18_divergences.ipynb #e84b8aa5-0
 def _check_same_kind(q: Family, p: Family) -> None:
     if type(q) is not type(p) or q.shape != p.shape:
         raise Refusal("two members of one family over one tensor",
@@ -121,7 +122,12 @@ def _affinity_of_full_gaussians(q: FullGaussian, p: FullGaussian) -> Tensor:
     logs = (q.factor.diagonal() + p.factor.diagonal()) / 2 - middle.diagonal().log()
     return logs.sum() - shift.square().sum() / 8
 
-# %% ../../nbs/2_posterior/18_divergences.ipynb #8d458e4a-0
+
+@affinity_rule.register
+def _affinity_of_kronecker_gaussians(q: KroneckerGaussian, p: KroneckerGaussian) -> Tensor:
+    return _affinity_of_full_gaussians(q.full(), p.full())
+
+# %% ../../nbs/2_posterior/18_divergences.ipynb #7d0c20d5-0
 def wasserstein2_squared(q: Family, p: Family) -> Float[Tensor, ""]:
     """Squared Wasserstein-2 distance, in squared units of the weights; squares of independent tensors add.
 
@@ -163,6 +169,11 @@ def _wasserstein_of_full_gaussians(q: FullGaussian, p: FullGaussian) -> Tensor:
     L, M = q.scale_tril, p.scale_tril
     spread = L.square().sum() + M.square().sum() - 2 * torch.linalg.svdvals(L.T @ M).sum()
     return _distance_of_means(q, p) + spread.clamp_min(0)
+
+
+@wasserstein_rule.register
+def _wasserstein_of_kronecker_gaussians(q: KroneckerGaussian, p: KroneckerGaussian) -> Tensor:
+    return _wasserstein_of_full_gaussians(q.full(), p.full())
 
 # %% ../../nbs/2_posterior/18_divergences.ipynb #a6efa7eb-0
 def _check_orbits(means: Float[Tensor, "*n G C"]) -> None:

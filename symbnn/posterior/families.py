@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['FAMILIES']
 
-# %% ../../nbs/2_posterior/07_families.ipynb #37ee4b52-0
+# %% ../../nbs/2_posterior/07_families.ipynb #13189ae5-0
 from .block_gaussian import BlockGaussian
 from .family import Family
 from .full_gaussian import FullGaussian
 from .independent import Laplace, MeanFieldGaussian
+from .kronecker_gaussian import KroneckerGaussian
 from .log_normal import LogNormal
 from .point_mass import PointMass
 
-# %% ../../nbs/2_posterior/07_families.ipynb #aaaa3349-0
+# %% ../../nbs/2_posterior/07_families.ipynb #684d1d82-0
 FAMILIES: dict[str, type[Family]] = {
     "gaussian": MeanFieldGaussian, "laplace": Laplace, "lognormal": LogNormal, "block": BlockGaussian,
-    "full": FullGaussian, "point": PointMass,
+    "full": FullGaussian, "kronecker": KroneckerGaussian, "point": PointMass,
 }

@@ -22,6 +22,7 @@ from symbnn.posterior.families import FAMILIES
 from symbnn.posterior.family import Closure, ContinuousFamily, Family, monomial
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import IndependentFamily, Laplace, MeanFieldGaussian
+from symbnn.posterior.kronecker_gaussian import KroneckerGaussian
 from symbnn.posterior.log_normal import LogNormal
 from symbnn.posterior.point_mass import PointMass
 from symbnn.symmetry.actions import natural_action
@@ -100,6 +101,22 @@ class TestFullGaussian(FamilySuite):
 
     def broken(self):
         return None
+
+
+class TestKroneckerGaussian(FamilySuite):
+    refused = {
+        "expansion": "correlations between the blocks", "units": "weights are correlated",
+        **dict.fromkeys(("geometric", "arithmetic", "projection"), "a sum of Kronecker products"),
+    }
+
+    def member(self, shape, seed=0, trainable=True):
+        rows, columns = KroneckerGaussian.sides(shape)
+        left, right = (0.3 / n**0.5 * random((n, n), seed + 2) + torch.eye(n).double() for n in (rows, columns))
+        return KroneckerGaussian(random(shape, seed), left, right, 0.5 * random((rows, columns), seed + 1) - 1,
+                                 trainable=trainable)
+
+    def broken(self):
+        return None  # one axis: every map acts on the outputs alone
 
 
 class TestPointMass(FamilySuite):
