@@ -306,11 +306,13 @@ OPERATIONS = {
     "divergence": lambda network, action, x, y: kl_sum(network),
     "bounds": lambda network, action, x, y: push_forward_divergences(network, action),
     "evaluate": lambda network, action, x, y: evaluate(network, (x, y), action, draws=2),
-    "units": lambda network, action, x, y: mutual_information(network, unit_permutations(network, (1, 4, 4)), "permanent", draws=2),
+    "units": lambda network, action, x, y: mutual_information(network, unit_permutations(network, (1, 4, 4)), "permanent",
+                                                              draws=2),
     "projected gradients": lambda network, action, x, y: keep_invariant(network, action),
 }
 ABSENT = {  # what the chapter's table says is not defined
-    ("kronecker", "average"): "sum of Kronecker products", ("kronecker", "expansion"): "correlations between the blocks",
+    ("kronecker", "average"): "sum of Kronecker products",
+    ("kronecker", "expansion"): "correlations between the blocks",
     ("blocks", "expansion"): "correlations between the blocks", ("blocks", "units"): "correlated",
     ("kronecker", "units"): "correlated", ("kronecker", "projected gradients"): "factors|turns the noise",
     ("blocks", "projected gradients"): "Cholesky factor",
