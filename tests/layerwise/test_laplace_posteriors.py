@@ -8,20 +8,28 @@ from torch import nn
 from helpers import normal
 from helpers_layerwise import NOISE, labels, started, with_factors
 from symbnn.equivariance.averages import symmetrize
+from symbnn.equivariance.bounds import push_forward_divergences
+from symbnn.equivariance.expansion import expand
+from symbnn.equivariance.mixture import OrbitMixture
+from symbnn.equivariance.predictions import orbit_predictions
+from symbnn.equivariance.projected_gradients import keep_invariant
 from symbnn.equivariance.tied import tie
 from symbnn.errors import Refusal
+from symbnn.hidden_units.mutual_information import mutual_information
 from symbnn.layerwise.kronecker import kronecker_factors
 from symbnn.layerwise.laplace_posteriors import joint_laplace, laplace_posterior
 from symbnn.posterior.full_gaussian import FullGaussian
 from symbnn.posterior.independent import MeanFieldGaussian
 from symbnn.posterior.kronecker_gaussian import KroneckerGaussian
-from symbnn.posterior.layers import posterior_mean_network, variational_tensors, with_posteriors
+from symbnn.posterior.layers import kl_sum, posterior_mean_network, variational_tensors, with_posteriors
 from symbnn.posterior.likelihoods import Bernoulli, Categorical, Poisson
 from symbnn.posterior.point_mass import PointMass
 from symbnn.posterior.priors import isotropic, per_tensor, random_means
 from symbnn.posterior.real_targets import Gaussian
+from symbnn.posterior.sampling import sample_weights
 from symbnn.symmetry.fields import field, rotations
-from symbnn.symmetry.networks import network_action
+from symbnn.symmetry.networks import network_action, unit_permutations
+from symbnn.training.evaluation import evaluate
 from tolerances import assert_close
 
 STRUCTURES = ["diagonal", pytest.param("kronecker", marks=with_factors), "blocks"]
@@ -288,3 +296,40 @@ def test_grouped_convolutions_have_no_single_pair_of_factors():
     with pytest.raises(Refusal, match="grouped convolution"):
         laplace_posterior(grouped, x, labels(9), structure="kronecker")
     assert laplace_posterior(grouped, x, labels(9), structure="kronecker", layers="last") is not None
+
+
+OPERATIONS = {
+    "average": lambda network, action, x, y: symmetrize(network, action),
+    "expansion": lambda network, action, x, y: expand(network, action, "block_diagonal"),
+    "mixture": lambda network, action, x, y: OrbitMixture(network, action).log_densities(sample_weights(network, 2)),
+    "defect": lambda network, action, x, y: orbit_predictions(network, x, action, draws=2),
+    "divergence": lambda network, action, x, y: kl_sum(network),
+    "bounds": lambda network, action, x, y: push_forward_divergences(network, action),
+    "evaluate": lambda network, action, x, y: evaluate(network, (x, y), action, draws=2),
+    "units": lambda network, action, x, y: mutual_information(network, unit_permutations(network, (1, 4, 4)), "permanent",
+                                                              draws=2),
+    "projected gradients": lambda network, action, x, y: keep_invariant(network, action),
+}
+ABSENT = {  # what the chapter's table says is not defined
+    ("kronecker", "average"): "sum of Kronecker products",
+    ("kronecker", "expansion"): "correlations between the blocks",
+    ("blocks", "expansion"): "correlations between the blocks", ("blocks", "units"): "correlated",
+    ("kronecker", "units"): "correlated", ("kronecker", "projected gradients"): "factors|turns the noise",
+    ("blocks", "projected gradients"): "Cholesky factor",
+}
+
+
+@QUIET
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_table_of_operations(structure, operation):
+    plain = started(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)))
+    network, turns, images = masses(plain), field(rotations(), (1, 4, 4)), normal(5, 1, 4, 4, seed=1)
+    action, x = network_action(network, turns), torch.cat([turns.act(g, images) for g in range(4)])
+    mode = symmetrize(network, action, "projection")
+    posterior, ask = laplace_posterior(mode, x, labels(20), structure=structure), OPERATIONS[operation]
+    if (structure, operation) in ABSENT:
+        with pytest.raises(Refusal, match=ABSENT[structure, operation]):
+            ask(posterior, action, x, labels(20))
+    else:
+        ask(posterior, action, x, labels(20))
