@@ -25,7 +25,7 @@ from .sampling import Weights, apply_weights
 from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 
-# %% ../../nbs/2_posterior/20_ivon.ipynb #3baf036b-0
+# %% ../../nbs/2_posterior/20_ivon.ipynb #42f434a7-0
 class IVON:
     """Variational online Newton steps for all posteriors of a network, which are `MeanFieldGaussian`s and are written.
 
@@ -62,7 +62,8 @@ class IVON:
         self.beta1, self.beta2, self.clip = float(beta1), float(beta2), float(clip)
         laws = _laws(network)
         check_kind(action, (NetworkAction, NoneType), "The action", "action=network_action(network, input)")
-        self._moves = None if action is None else tensor_actions(network, action, list(laws))
+        moves = {} if action is None else tensor_actions(network, action, list(laws))
+        self._orbits = {name: (Orbits(move), Orbits(move.absolute())) for name, move in moves.items()}
         self.momentum = {name: torch.zeros_like(law.loc) for name, (law, _) in laws.items()}
         self.hessian = {name: self._hessian_of(name, *pair) for name, pair in laws.items()}
         self.count = 0
@@ -124,9 +125,9 @@ class IVON:
                  ) -> None:
         delta, old, rho = self._delta(prior), self.hessian[name], 1 - self.beta2
         slope, curvature = slopes.sum(0), (slopes * self._noise[name]).sum(0) / law.scale
-        if self._moves is not None:
-            signed = self._moves[name]
-            slope, curvature = Orbits(signed).project(slope), Orbits(signed.absolute()).project(curvature)
+        if name in self._orbits:
+            signed, unsigned = self._orbits[name]
+            slope, curvature = signed.project(slope), unsigned.project(curvature)
         gap = curvature - old
         new = old + rho * gap + rho**2 / 2 * gap.square() / (old + delta)
         self.momentum[name], self.hessian[name] = self.beta1 * self.momentum[name] + (1 - self.beta1) * slope, new

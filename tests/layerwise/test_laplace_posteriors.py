@@ -306,8 +306,8 @@ OPERATIONS = {
     "divergence": lambda network, action, x, y: kl_sum(network),
     "bounds": lambda network, action, x, y: push_forward_divergences(network, action),
     "evaluate": lambda network, action, x, y: evaluate(network, (x, y), action, draws=2),
-    "units": lambda network, action, x, y: mutual_information(network, unit_permutations(network, (1, 4, 4)), "permanent",
-                                                              draws=2),
+    "units": lambda network, action, x, y: mutual_information(network, unit_permutations(network, (1, 4, 4)),
+                                                              "permanent", draws=2),
     "projected gradients": lambda network, action, x, y: keep_invariant(network, action),
 }
 ABSENT = {  # what the chapter's table says is not defined
