@@ -148,7 +148,7 @@ _NAMES = {  # the same by module; a test compares the two
     "training.loop": "train",
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names.split()}
-_ROOMS = ("symmetry", "posterior", "equivariance", "hidden_units", "layerwise", "data", "training", "studies")
+_ROOMS = ("symmetry", "posterior", "equivariance", "hidden_units", "layerwise", "data", "training", "studies", "adapters")
 __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
