@@ -17,7 +17,8 @@ for module in pkgutil.walk_packages(symbnn.__path__, "symbnn."):
         importlib.import_module(module.name)
     except symbnn.Refusal as refusal:
         typed = module.name in ("symbnn.cli", "symbnn.commands", "symbnn.table_commands")
-        if not typed or "symbnn[cli]" not in refusal.fix:
+        other = module.name.startswith("symbnn.adapters.") and "pip install 'symbnn[" in refusal.fix
+        if not other and (not typed or "symbnn[cli]" not in refusal.fix):
             print(f"{module.name}: {refusal}")
     except ImportError as error:
         print(f"{module.name}: {error}")

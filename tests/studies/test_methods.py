@@ -80,7 +80,7 @@ def optimizers(monkeypatch):
     def spying(network, data, config, *, after=None, **options):
         seen.append(("begin", 0 if after is None else len(after.optimizer.state)))
         return real(network, data, config, after=after, **options | {
-            "callback": lambda epoch, net, optimizer: seen.append((epoch, len(optimizer.state)))})
+            "callbacks": lambda end: seen.append((end.record.epoch, len(end.optimizer.state)))})
 
     monkeypatch.setattr(methods, "train", spying)
     return seen
@@ -215,11 +215,11 @@ def test_an_expansion_has_a_new_optimiser(optimizers):
 def press_ctrl_c(at):
     """A `train` that presses Ctrl-C at the end of an epoch, whichever call that is in."""
     def pressing(network, data, config, **options):
-        def stop(epoch, net, optimizer):
-            if epoch == at:
+        def stop(end):
+            if end.record.epoch == at:
                 signal.raise_signal(signal.SIGINT)
 
-        return train(network, data, config, **options | {"callback": stop})
+        return train(network, data, config, **options | {"callbacks": stop})
 
     return pressing
 
@@ -355,15 +355,15 @@ def test_precisions_are_learnt_on_their_schedule(family, rule):
     found = run_method(method, make, task.data.train, PLAIN, action=task.action).network
     asked = []
 
-    def by_hand(epoch, network, optimizer):
-        if epoch in (0, 2):
-            asked.append(epoch)
-            data = task.data.train
+    def by_hand(end):
+        if end.epochs in (1, 3):
+            asked.append(end.epochs)
+            data, network = task.data.train, end.network
             set_log_precisions(network, elbo_precisions(network) if rule == "elbo" else evidence_precisions(
                 network, data.inputs, data.labels, curvature="sampled"))
 
-    expected = train(make(), task.data.train, PLAIN, action=task.action, callback=by_hand).network
-    assert asked == [0, 2]
+    expected = train(make(), task.data.train, PLAIN, action=task.action, callbacks=by_hand).network
+    assert asked == [1, 3]
     for name, value in log_precisions(expected).items():
         assert_close(log_precisions(found)[name], value)
         assert (value - log_precisions(make())[name]).abs() > 1e-3, name
