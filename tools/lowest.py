@@ -77,7 +77,9 @@ def lowest(python: str) -> dict[str, str]:
     found = uv("pip", "compile", "--resolution=lowest-direct", "--no-annotate", "--no-header", *WHEELS,
                f"--python={python}", "-", input="\n".join(requirements()))
     pins = dict(line.split("==") for line in found.split("\n") if "==" in line)
-    return {name: pins[name] for name in sorted({normal(line) for line in requirements()})}
+    elsewhere = {normal(line) for line in requirements() if ";" in line}  # a marker: of some Pythons alone
+    return {name: pins[name] for name in sorted({normal(line) for line in requirements()})
+            if name in pins or name not in elsewhere}
 
 
 def normal(requirement: str) -> str:
