@@ -83,7 +83,8 @@ def test_schedulers_that_do_not_answer_are_refused(address, silent, tmp_path, mo
 @pytest.mark.processes
 def test_a_scheduler_without_workers_is_refused(tmp_path, monkeypatch, untrained):
     monkeypatch.setattr(store, "PATIENCE", 0.5)
-    with LocalCluster(1, threads_per_worker=1, dashboard_address=None, processes=False) as cluster:
+    here = {"dashboard_address": "127.0.0.1:0", "scheduler_kwargs": {"dashboard": False}}  # any free port, no pages
+    with LocalCluster(1, threads_per_worker=1, processes=False, **here) as cluster:
         cluster.scale(0)
         while cluster.scheduler.workers:
             time.sleep(0.05)
