@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Source', 'Stream', 'placed', 'StreamEpoch', 'as_source']
 
-# %% ../../nbs/6_data/05b_streams.ipynb #17fc19d6-0
+# %% ../../nbs/6_data/05b_streams.ipynb #b43111fc-0
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,13 +21,13 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ..binding import seeded_world
 from .batches import Augmentation, Moves, Moving, epoch_generator
-from .containers import Data, Pairs, as_pairs, collated, pair_of
+from .containers import Data, Pairs, as_pairs, batch_pair, collated, joined_batches, pair_of
 from .splits import Split
 from ..errors import SIZE_LIMIT, Refusal, check_count, check_kind, require
 from ..posterior.calls import Inputs
 from ..posterior.likelihoods import Categorical, Likelihood
 
-# %% ../../nbs/6_data/05b_streams.ipynb #8c43b040-0
+# %% ../../nbs/6_data/05b_streams.ipynb #8dbcce53-0
 Source = Iterable[Any] | Callable[[int], Iterable[Any]]
 
 
@@ -155,7 +155,7 @@ def _pair(item: Any) -> Split | Pairs:
     single = isinstance(found[1], Real) or getattr(found[1], "ndim", 1) == 0
     require(not single, "batches (inputs, targets), of several rows", "a single row, whose target is one number",
             "a source of rows", "Stream(source, num_data=60000, batch_size=128), which puts rows together")
-    return as_pairs(found)
+    return batch_pair(found)
 
 
 def _rows_together(items: Iterator[Any], size: int | None) -> Iterator[Any]:
@@ -222,7 +222,7 @@ def _opened(source: Source, seed: int, epoch: int) -> Iterator[Any]:
         for its, state in kept:
             its.set_state(state)
 
-# %% ../../nbs/6_data/05b_streams.ipynb #7c22156b-0
+# %% ../../nbs/6_data/05b_streams.ipynb #c4ad74ee-0
 def placed(values: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     """A tensor or `Inputs` on a device, real numbers in the given type; what lies in pinned memory is not waited
     for."""
@@ -292,7 +292,7 @@ class StreamEpoch:
             number, rows = number + 1, rows + len(pair)
             self._check(pair, first, number)
             if held is not None and len(pair) == 1 and self.rows > 1:
-                held = _joined(held, pair)
+                held = joined_batches([held, pair], "a stream")
                 continue
             if held is not None:
                 yield held
@@ -320,15 +320,6 @@ class StreamEpoch:
                 "workers that each read the whole source, which then comes several times, or another number of data",
                 fix=f"Stream(source, num_data={rows}, steps={max(number, 1)}) if the epoch was right" if number else
                 "a source that can be read again, such as Stream(lambda epoch: rows(), num_data=60000)")
-
-
-def _joined(held: Split | Pairs, pair: Split | Pairs) -> Split | Pairs:
-    """Two batches as one."""
-    targets = torch.cat([held.targets, pair.targets])
-    if isinstance(held, Pairs) and isinstance(pair, Pairs):
-        added = iter(pair.inputs.rows())
-        return Pairs(held.inputs.each_row(lambda leaf: torch.cat([leaf, next(added)])), targets)
-    return Split(torch.cat([held.inputs, pair.inputs]), targets)  # pyright: ignore
 
 # %% ../../nbs/6_data/05b_streams.ipynb #35844fb8-0
 def as_source(data: Data | Pairs | Stream, batch_size: int, name: str = "data") -> Split | Stream:

@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from helpers import seeded
 from symbnn.data import containers
-from symbnn.data.containers import as_split
+from symbnn.data.containers import Pairs, as_pairs, as_split, batch_pair, joined_batches
 from symbnn.data.sources import load
 from symbnn.data.splits import Split
 from symbnn.errors import Refusal
@@ -101,3 +101,34 @@ def test_what_does_not_fit_into_memory_is_refused_after_the_first_part(monkeypat
     with pytest.raises(Refusal, match="read into memory"):
         as_split(items)
     assert len(items.read) == 6
+
+
+# Several inputs
+
+
+SIDES = [((X[i], X[i, 0]), int(Y[i])) for i in range(30)]
+NAMED = [({"left": X[i], "right": X[i, 0]}, int(Y[i])) for i in range(30)]
+
+
+@pytest.mark.parametrize("items", [SIDES, NAMED], ids=["tuples", "names"])
+@pytest.mark.parametrize("wrapped", [Items, lambda items: DataLoader(items, 2), lambda items: DataLoader(items, 7)],
+                         ids=["data set", "batches of two", "batches of seven"])
+def test_several_inputs_of_each_item(items, wrapped, monkeypatch):
+    monkeypatch.setattr(containers, "AT_ONCE", 2)  # as many rows as inputs: a list of two tensors is no list of rows
+    found = as_pairs(wrapped(items))
+    assert isinstance(found, Pairs) and torch.equal(found.targets, Y)
+    assert all(map(torch.equal, found.inputs.rows(), (X, X[:, 0])))
+    with pytest.raises(Refusal, match="inputs of several tensors"):
+        as_split(wrapped(items))
+
+
+def test_rows_in_a_list_are_one_input():
+    square = torch.rand(3, 3, generator=seeded())
+    found = batch_pair(([list(row) for row in square.tolist()], [0, 1, 2]))
+    assert isinstance(found, Split) and torch.equal(found.inputs.float(), square)
+    assert isinstance(as_pairs((list(square), [0, 1, 2])), Split)
+
+
+def test_batches_of_one_and_of_two_inputs_do_not_go_together():
+    with pytest.raises(Refusal, match="one shape"):
+        joined_batches([as_pairs((X, Y)), as_pairs(((X, X), Y))])

@@ -148,14 +148,18 @@ class Both(nn.Module):
         return self.left(image.flatten(1)) + self.right(row)
 
 
-@pytest.mark.parametrize("kind", ["dictionary", "tuple", "inputs", "loader"])
+@pytest.mark.parametrize("kind", ["dictionary", "tuple", "inputs", "loader", "loader of tuples", "items"])
 def test_networks_with_several_inputs_are_trained(kind, tmp_path):
     image, row = DATA.inputs, DATA.inputs[:, 0, 0]
     net = with_posteriors(Both())
     data = {"dictionary": ({"image": image, "row": row}, DATA.labels), "tuple": ((image, row), DATA.labels),
             "inputs": (Inputs(image, row=row), DATA.labels),
-            "loader": DataLoader([({"image": x, "row": x[0, 0]}, y) for x, y in ROWS], 8)}[kind]
-    held = ({"image": VALIDATION.inputs, "row": VALIDATION.inputs[:, 0, 0]}, VALIDATION.labels)
+            "loader": DataLoader([({"image": x, "row": x[0, 0]}, y) for x, y in ROWS], 8),
+            "loader of tuples": DataLoader([((x, x[0, 0]), y) for x, y in ROWS], 8),
+            "items": [((x, x[0, 0]), y) for x, y in ROWS]}[kind]
+    held = DataLoader([((x, x[0, 0]), y) for x, y in zip(VALIDATION.inputs, VALIDATION.labels)], 2)
+    if kind != "loader of tuples":
+        held = ({"image": VALIDATION.inputs, "row": VALIDATION.inputs[:, 0, 0]}, VALIDATION.labels)
     config = replace(PLAIN, epochs=30, learning_rate=0.05)
     result = train(net, data, config, validation=held)
     assert result.history[-1].validation_nll < min(0.5, result.history[0].validation_nll)
