@@ -28,7 +28,7 @@ from ..symmetry.groups import Element
 from ..symmetry.networks import NetworkAction
 from ..symmetry.orbits import Orbits
 
-# %% ../../nbs/3_equivariance/15_ensemble_orbits.ipynb #e8e79688-0
+# %% ../../nbs/3_equivariance/15_ensemble_orbits.ipynb #f63755fb-0
 def _of_network(ensemble: Ensemble, action: NetworkAction) -> None:
     """Raise `Refusal` unless these belong together."""
     check_kind(ensemble, Ensemble, "the ensemble", "Ensemble([first, second])", {
@@ -96,8 +96,8 @@ def orbit_information(ensemble: Ensemble, action: NetworkAction) -> float:
     `Refusal` for an action of another network.
     """
     def entropy(members: Ensemble) -> float:
-        counts = Counter(tuple(value.add(0).numpy().tobytes() for _, value in sorted(_acted(member, action).items()))
-                         for member in members.cpu())
+        counts = Counter(tuple(value.cpu().add(0).numpy().tobytes()
+                               for _, value in sorted(_acted(member, action).items())) for member in members)
         return math.log(len(members)) - sum(n * math.log(n) for n in counts.values()) / len(members)
 
     return entropy(orbit_ensemble(ensemble, action)) - entropy(ensemble)

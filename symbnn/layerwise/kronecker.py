@@ -6,12 +6,13 @@
 __all__ = ['Sharing', 'kfac_operator', 'factor_bytes', 'check_factors', 'KroneckerCurvature', 'kronecker_curvature',
            'kronecker_factors']
 
-# %% ../../nbs/5_layerwise/04_kronecker.ipynb #a7ac430d-0
+# %% ../../nbs/5_layerwise/04_kronecker.ipynb #70f3c28f-0
 import importlib
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -152,7 +153,7 @@ def check_factors(network: nn.Module, memory_limit: int) -> int:
             "needs no curvature")
     return needed
 
-# %% ../../nbs/5_layerwise/04_kronecker.ipynb #59afc74f-0
+# %% ../../nbs/5_layerwise/04_kronecker.ipynb #b6eac5c5-0
 @dataclass(frozen=True)
 class KroneckerCurvature:
     """Eigenvalues of Kronecker factors, float64: for each tensor the pairs (of A, of B) of its independent blocks."""
@@ -208,10 +209,8 @@ def _spoilt(plain: nn.Module, layer: str, x: Shaped[Tensor, "1 ..."], use: int) 
             return y
         return y.reshape(here, -1).index_fill(0, torch.tensor([place], device=y.device), math.nan).view(y.shape)
 
-    hook = plain.get_submodule(layer).register_forward_hook(spoil)
-    found = plain(x)[0].isnan()
-    hook.remove()
-    return found
+    with plain.get_submodule(layer).register_forward_hook(spoil):
+        return plain(x)[0].isnan()
 
 
 @torch.enable_grad()
@@ -223,10 +222,10 @@ def _traced(plain: nn.Module, layers: Iterable[str], x: Tensor) -> tuple[Tensor,
         calls.append((layer, args[0].detach(), torch.zeros_like(y, requires_grad=True)))
         return y + calls[-1][2]
 
-    hooks = [plain.get_submodule(layer).register_forward_hook(partial(add, layer=layer)) for layer in layers]
-    outputs = plain(x)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(plain.get_submodule(layer).register_forward_hook(partial(add, layer=layer)))
+        outputs = plain(x)
     return outputs + sum(0 * added.sum() for _, _, added in calls), calls
 
 
@@ -281,11 +280,11 @@ def _counted(plain: nn.Module, layers: list[str], batches: Sequence[Tensor]) -> 
     def count(module: nn.Module, args: tuple[Tensor], layer: str) -> None:
         uses[layer] += _uses(plain, layer, args[0])
 
-    hooks = [plain.get_submodule(layer).register_forward_pre_hook(partial(count, layer=layer)) for layer in layers]
-    for x in batches:
-        plain(x)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(plain.get_submodule(layer).register_forward_pre_hook(partial(count, layer=layer)))
+        for x in batches:
+            plain(x)
     return uses
 
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LaplaceStructure', 'Chosen', 'FAR', 'through_root', 'laplace_posterior', 'joint_laplace']
 
-# %% ../../nbs/5_layerwise/07_laplace_posteriors.ipynb #cb6dd6d2-0
+# %% ../../nbs/5_layerwise/07_laplace_posteriors.ipynb #7297ca39-0
 import difflib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Literal, get_args
 
@@ -31,7 +32,7 @@ from ..posterior.layers import posterior_mean_network, variational_tensors, with
 from ..posterior.likelihoods import Categorical, Likelihood
 from ..posterior.point_mass import PointMass
 
-# %% ../../nbs/5_layerwise/07_laplace_posteriors.ipynb #a9fa271e-0
+# %% ../../nbs/5_layerwise/07_laplace_posteriors.ipynb #074cec51-0
 LaplaceStructure = Literal["diagonal", "kronecker", "blocks"]
 Chosen = str | Sequence[str]  # "all", "last", or names of layers and tensors
 
@@ -40,12 +41,11 @@ def _last_layer(plain: nn.Module, names: Sequence[str], x: Tensor) -> list[str]:
     """The tensors of the module with weights that is called last."""
     called: list[str] = []
     owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    hooks = [plain.get_submodule(owner).register_forward_hook(lambda *_, owner=owner: called.append(owner))
-             for owner in owners]
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as hooks:
+        for owner in owners:
+            note = plain.get_submodule(owner).register_forward_hook(lambda *_, owner=owner: called.append(owner))
+            hooks.enter_context(note)
         plain(x)
-    for hook in hooks:
-        hook.remove()
     require(bool(called), "a network whose layers are called, to see which of them is the last",
             "weights that are read past the calls of their modules", "F.linear(x, layer.weight), or the like",
             f"layers={list(names)[-2:]}")

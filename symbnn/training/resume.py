@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['OLDER', 'fingerprint', 'describe_run', 'check_same_run', 'EpochRecord', 'read_progress']
 
-# %% ../../nbs/7_training/05_resume.ipynb #1eaa71d4-0
-import zlib
+# %% ../../nbs/7_training/05_resume.ipynb #319809f6-0
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..data.splits import Split
+from ..data.splits import Split, checksum
 from ..data.streams import Stream
 from ..errors import Refusal
 from ..posterior.likelihoods import Categorical, Likelihood
@@ -24,15 +23,13 @@ from ..records import json_values
 from .checkpoints import Checkpoint, Fingerprint, Progress, check_continued, describe_network
 from .config import TrainingConfig, renamed
 
-# %% ../../nbs/7_training/05_resume.ipynb #39b6705d-0
+# %% ../../nbs/7_training/05_resume.ipynb #4ca245d5-0
 def fingerprint(data: Split | Stream, seed: int = 0) -> Fingerprint:
     """Enough to notice that a run is continued with other data; of a stream the first batch that this seed gives."""
     first = data if isinstance(data, Split) else data.first(seed)
     rows = len(data) if isinstance(data, Split) else data.num_data
     inputs = [first.inputs] if isinstance(first, Split) else first.inputs.rows()
-    found = 0
-    for value in (*inputs, first.targets) if isinstance(data, Split) or data.repeatable else ():
-        found = zlib.crc32(value.detach().cpu().contiguous().numpy().data, found)
+    found = checksum((*inputs, first.targets) if isinstance(data, Split) or data.repeatable else ())
     return {"rows": rows, "shape": list(first.shape), "crc32": found}
 
 

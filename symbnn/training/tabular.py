@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['PRIOR_KINDS', 'Standardize', 'Rescale', 'tabular_network', 'TableSetup', 'TableRun', 'noted_table', 'restored']
 
-# %% ../../nbs/7_training/09_tabular.ipynb #01077747-0
-import zlib
+# %% ../../nbs/7_training/09_tabular.ipynb #555b284c-0
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..data.splits import Dataset, Split
+from ..data.splits import Dataset, Split, checksum
 from ..data.tables import Table, TableTask, read_table
 from ..errors import check_choice, check_count, check_positive, require
 from ..posterior.families import FAMILIES
@@ -94,7 +93,7 @@ def tabular_network(
         layers += [layer, nn.ReLU()] if number < len(hidden) else [layer]
     return nn.Sequential(*layers, *([Rescale(data.targets)] if rescale else []))
 
-# %% ../../nbs/7_training/09_tabular.ipynb #801fc295-0
+# %% ../../nbs/7_training/09_tabular.ipynb #24f5ba83-0
 PRIOR_KINDS = {"isotropic": isotropic, "per_tensor": per_tensor}
 
 
@@ -156,10 +155,7 @@ class TableRun:
 
     def checksum(self) -> int:
         """CRC-32 of all inputs and targets."""
-        code = 0
-        for tensor in (self.table.inputs, self.table.targets):
-            code = zlib.crc32(tensor.contiguous().numpy().data, code)
-        return code
+        return checksum((self.table.inputs, self.table.targets))
 
     def noted(self) -> dict[str, Any]:
         """What a checkpoint notes of the run."""
