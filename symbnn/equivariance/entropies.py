@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['EntropyParts', 'check_outputs', 'label_probabilities', 'entropy_parts', 'entropies']
 
-# %% ../../nbs/3_equivariance/02b_entropies.ipynb #f3e1d6f4-0
+# %% ../../nbs/3_equivariance/02b_entropies.ipynb #6ffea056-0
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, distributions
 
 from .predictions import OrbitOutputs, OrbitPredictions, check_predictions
 from ..errors import Refusal, check_kind
 from ..posterior.likelihoods import Bernoulli, Categorical, Likelihood
 
-# %% ../../nbs/3_equivariance/02b_entropies.ipynb #79f4816d-0
+# %% ../../nbs/3_equivariance/02b_entropies.ipynb #d32b9819-0
 class EntropyParts(NamedTuple):
     """What the entropy of each predicted label is made of, in nats: tensors (N,), or (N, ...) of labels of pixels."""
 
@@ -53,6 +53,8 @@ def label_probabilities(
         found = found.movedim(3, -1) if likelihood.class_axis == 1 else found
     elif isinstance(likelihood, Bernoulli):
         found = torch.stack([1 - found, found], -1)
+    elif isinstance(levels := likelihood.distribution(outputs), distributions.Categorical):  # of ordered levels
+        found = levels.probs.detach()
     else:
         raise Refusal("a likelihood of labels, whose entropy is a number of nats", got=likelihood.described(),
                       cause="real targets or counts, whose spread has a unit",

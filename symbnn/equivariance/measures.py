@@ -183,7 +183,7 @@ def _real_scores(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> di
     found |= {f"coverage_{100 * level:.0f}": (place <= level).double() for level in LEVELS}
     return {name: values[known] for name, values in found.items()}
 
-# %% ../../nbs/3_equivariance/03b_measures.ipynb #9e043f95-0
+# %% ../../nbs/3_equivariance/03b_measures.ipynb #3e8d2133-0
 def summarize_outputs(
     predictions: OrbitOutputs, targets: Shaped[Tensor, "N ..."], likelihood: Likelihood
 ) -> dict[str, float]:
@@ -192,7 +192,8 @@ def summarize_outputs(
     `nll_nats` is for each datum. Of real targets: `rmse`, `crps` and `predictive_sd` (target's units), `coverage_50`
     and `coverage_90` (shares), `interval_error` (how far coverage is from the level, over all levels), `aleatoric`,
     `epistemic` and `orbit` (units squared, for each coordinate). Of yes or no and of labels, over all that are known:
-    `accuracy`, `ece`, `adaptive_ece`, `aurc`, `entropy_nats`, `mutual_information_nats`; of labels also `mean_iou`.
+    `accuracy`, `ece`, `adaptive_ece`, `aurc`, `entropy_nats`, `mutual_information_nats`; of labels also `mean_iou`, of
+    levels also `rmse` and `mae` of the expected level.
     `defect_unbiased` with `defect_unbiased_se_draws` is summed over coordinates. Raises `Refusal` where outputs and
     targets do not fit.
 
@@ -270,6 +271,8 @@ def _scores(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> dict[st
         yes = likelihood.mean(outputs).mean(0) > 0.5
         right = (yes == targets.bool()).double().mean().item()
         return found | {"accuracy": right} | _of_labels(likelihood, outputs, targets)
+    if isinstance(distribution, distributions.Categorical):  # of ordered levels
+        return found | _level_scores(likelihood, outputs, targets)
     if isinstance(distribution, (distributions.Normal, distributions.StudentT)):
         scores = _real_scores(likelihood, outputs, targets)
         places = scores.pop("place")
@@ -279,6 +282,15 @@ def _scores(likelihood: Likelihood, outputs: Tensor, targets: Tensor) -> dict[st
                             "interval_error": interval_error(places)}
     errors = likelihood.mean(outputs).mean(0) - targets
     return found | {"rmse": errors.square().mean().sqrt().item()}
+
+
+def _level_scores(likelihood: Likelihood, outputs: Tensor, levels: Tensor) -> dict[str, float]:
+    """Accuracy of the most probable level, errors of the expected one in levels, and what is measured of labels."""
+    probabilities = label_probabilities(OrbitOutputs(outputs[:, :, None], (0,), "common"), likelihood)[:, :, 0].mean(0)
+    errors = likelihood.mean(outputs).mean(0) - levels
+    return {"accuracy": (probabilities.argmax(-1) == levels).double().mean().item(),
+            "rmse": errors.square().mean().sqrt().item(), "mae": errors.abs().mean().item(),
+            } | _of_labels(likelihood, outputs, levels)
 
 
 def _label_scores(likelihood: Categorical, outputs: Tensor, labels: Tensor) -> dict[str, float]:
