@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bound', 'ErrorLedger', 'ledger']
 
-# %% ../../nbs/3_equivariance/08_ledger.ipynb #4de1d9ed-0
+# %% ../../nbs/3_equivariance/08_ledger.ipynb #01558c1e-0
 import math
 from collections.abc import Callable
 from types import NoneType
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .bounds import push_forward_divergences, through_information
+from .coupled import CoupledBound
 from .lipschitz import through_lipschitz
 from .predictions import Probabilities, check_probabilities
 from ..errors import check_kind, require
@@ -23,7 +24,7 @@ from ..estimates import Estimate
 from ..posterior.divergences import bretagnolle_huber, hellinger, orbit_error, pinsker, through_jensen_shannon
 from ..symmetry.networks import NetworkAction, check_acting
 
-# %% ../../nbs/3_equivariance/08_ledger.ipynb #7ca67adf-0
+# %% ../../nbs/3_equivariance/08_ledger.ipynb #c4fd2528-0
 class Bound(NamedTuple):
     """An upper bound on a total variation, and whether it says nothing: it is vacuous from 1 on."""
 
@@ -61,11 +62,13 @@ def ledger(
     probabilities: Probabilities,  # of `orbit_predictions`: turned back, at least 2 draws
     inputs: Float[Tensor, "N ..."] | None = None,  # the inputs of the predictions, for the Lipschitz bound
     information: Estimate | None = None,  # I = KL(q || q^G) in nats, such as that of `OrbitMixture`
+    coupled: CoupledBound | None = None,  # coupled_bound(network, action, inputs, pairs="all")
 ) -> ErrorLedger:
     """The measured equivariance error beside every bound on it, for one network and one set of predictions.
 
-    The information bound is taken at I plus two standard errors. Raises `Refusal` where network, action, predictions
-    and inputs do not belong together, and where `push_forward_divergences` or `through_lipschitz` do.
+    The information bound is taken at I plus two standard errors, the coupled one at what it guarantees. Raises
+    `Refusal` where network, action, predictions and inputs do not belong together, for a coupled bound of other pairs,
+    and where `push_forward_divergences` or `through_lipschitz` do.
     """
     check_acting(network, action)
     check_probabilities(probabilities, turns=2)
@@ -80,6 +83,10 @@ def ledger(
             again)
     check_kind(information, (Estimate, NoneType), "The information", "OrbitMixture(network, action)"
                ".mutual_information(1000)", {(int, float, tuple): "Estimate(value, standard_error)"})
+    fix = 'coupled_bound(network, action, inputs, pairs="all")'
+    check_kind(coupled, (CoupledBound, NoneType), "The coupled bound", fix)
+    require(coupled is None or coupled.pairs == "all", "a coupled bound of all pairs of elements, as the measured "
+            "error", "one of each element with the identity", "its default", fix)
     divergences, double = push_forward_divergences(network, action), probabilities.double()
     means = double.mean(0)
     found = [("KL, Pinsker", pinsker(divergences.kl)[1:]),
@@ -91,6 +98,8 @@ def ledger(
     if information is not None:
         upper = torch.tensor(max(0.0, information.value + 2 * information.standard_error), dtype=torch.float64)
         found.append(("information", through_information(upper)))
+    if coupled is not None:
+        found.append(("coupled, guaranteed", torch.tensor(coupled.guaranteed, dtype=torch.float64)))
     values = [(name, value.mean().item()) for name, value in found]
     error = _jackknife(lambda mean: orbit_error(mean).mean().item(), double)
     return ErrorLedger(orbit_error(means).mean().item(), error,

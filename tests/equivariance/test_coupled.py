@@ -120,6 +120,30 @@ def test_every_task_has_one_and_invariant_posteriors_have_none(name):
     assert (found.distance is not None) == real and (not real or found.measured <= found.distance.value)
 
 
+def test_all_pairs_are_those_of_each_element_as_the_first():
+    """The mean over all pairs of different elements, from the same noise; of two elements there is one pair."""
+    torch.manual_seed(0)
+    pair = bayesianize(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double(), rotations(), SHAPE, scale=0.2)
+    x, posterior = normal(4, *SHAPE), pair.network[1].weight.posterior
+    found = coupled_bound(pair.network, pair.action, x, 16, generator=seeded(), pairs="all")
+    noise, bias = (its.posterior.noise(16, generator) for generator in [seeded()]
+                   for its in (pair.network[1].weight, pair.network[1].bias))
+    offset = pair.network[1].bias.posterior.loc + pair.network[1].bias.posterior.scale * bias
+    p = []
+    for g in range(4):
+        its = posterior.push_forward(pair.action.parameters["1.weight"](g))
+        p.append(torch.einsum("scd,nd->snc", its.loc + its.scale * noise, x.flatten(1)).add(offset[:, None]).softmax(-1))
+    expected = torch.stack([(a - b).abs().sum(-1) / 2 for i, a in enumerate(p) for b in p[:i]]).mean().item()
+    assert_close(found.total_variation.value, expected)
+    assert found.pairs == "all" and found.measured <= found.total_variation.value
+    two = linear((1.0, 0.6), (0.3, 0.4))
+    both = [coupled_bound(two.network, two.action, torch.tensor([[2.0, 5.0]]).double(), 16, likelihood=Gaussian(0.5),
+                          generator=seeded(), pairs=pairs) for pairs in ("identity", "all")]
+    assert both[0].total_variation == both[1].total_variation
+    with pytest.raises(Refusal, match="identity, all"):
+        coupled_bound(pair.network, pair.action, x, 16, pairs="some")
+
+
 @pytest.mark.parametrize("p", [0.003, 0.05, 0.5])
 def test_the_limit_holds_as_often_as_promised(p):
     draws, confidence = 128, 0.9

@@ -9,6 +9,7 @@ from torch import nn
 from helpers import normal, seeded
 from helpers_equivariance import classifier
 from symbnn.equivariance.bounds import push_forward_divergences
+from symbnn.equivariance.coupled import coupled_bound
 from symbnn.equivariance.ledger import ledger
 from symbnn.equivariance.lipschitz import through_lipschitz
 from symbnn.equivariance.predictions import orbit_predictions
@@ -55,6 +56,10 @@ def test_ledger_has_every_number(setting):
     assert all(b.value >= book.error for b in book.bounds if b.name != "information")
     informed = ledger(network, action, P, information=Estimate(0.75, 0.0))
     assert informed.bounds[-1] == ("information", math.sqrt(1.5), True)
+    coupled = coupled_bound(network, action, x, 64, generator=seeded(2), pairs="all")
+    assert ledger(network, action, P, coupled=coupled).bounds[-1] == ("coupled, guaranteed", coupled.guaranteed, False)
+    with pytest.raises(Refusal, match='pairs="all"'):
+        ledger(network, action, P, coupled=coupled_bound(network, action, x, 8))
     without = ledger(network, action, P)
     assert {b.name for b in without.bounds} == expected.keys() - {"information", "Lipschitz, Wasserstein"}
 
