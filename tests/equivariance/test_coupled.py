@@ -132,7 +132,8 @@ def test_all_pairs_are_those_of_each_element_as_the_first():
     p = []
     for g in range(4):
         its = posterior.push_forward(pair.action.parameters["1.weight"](g))
-        p.append(torch.einsum("scd,nd->snc", its.loc + its.scale * noise, x.flatten(1)).add(offset[:, None]).softmax(-1))
+        logits = torch.einsum("scd,nd->snc", its.loc + its.scale * noise, x.flatten(1)) + offset[:, None]
+        p.append(logits.softmax(-1))
     expected = torch.stack([(a - b).abs().sum(-1) / 2 for i, a in enumerate(p) for b in p[:i]]).mean().item()
     assert_close(found.total_variation.value, expected)
     assert found.pairs == "all" and found.measured <= found.total_variation.value
