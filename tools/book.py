@@ -8,6 +8,8 @@
     python tools/book.py site                      # _proc/, what `make docs` gives to Quarto
 """
 import argparse
+import ast
+import base64
 import difflib
 import hashlib
 import os
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import jupytext
@@ -24,11 +27,15 @@ from jupytext.config import load_jupytext_configuration_file
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import api
+
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "nbs"
 LIBRARY = ROOT / "symbnn"
 INDEX = BOOK / "index.ipynb"
 README = ROOT / "README.md"
+PICTURE = "nbs/00_start/orbit.png"  # of the front page: the figure of the chapter `quickstart`
 PAIRING = load_jupytext_configuration_file(str(ROOT / "jupytext.toml"))
 METADATA = {  # of every notebook: what `nbdev_clean` and jupytext leave of it
     "jupytext": {"default_lexer": "ipython3"},
@@ -172,6 +179,13 @@ def readme(index: Path = INDEX) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def picture(chapter: Path = BOOK / "00_start" / "01_quickstart.ipynb") -> bytes:
+    """The figure of the front page, from the chapter that draws it."""
+    drawn = next(cell for cell in read(chapter).cells if cell.cell_type == "code" and draws(cell.source))
+    found = next(output.data["image/png"] for output in drawn.outputs if "image/png" in output.get("data", {}))
+    return base64.b64decode(found)
+
+
 def without_directives(source: str) -> str:
     """The cell as a reader sees it outside Quarto: no `#|` lines, no heading labels, links from the root."""
     source = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
@@ -195,23 +209,127 @@ def text_of(output: nbformat.NotebookNode) -> str:
 
 
 def site(folder: Path = ROOT / "_proc") -> None:
-    """What Quarto renders: the front page at the top, and the chapters as they stand, with their stored outputs.
+    """What Quarto renders: the front page at the top, the chapters with their stored outputs, and the reference.
 
     `nbdev_docs` hides exported code behind its documentation and runs the cells that import something; in this book
-    the code is what the text is about, and nothing needs to be run again.
+    the code is what the text is about, and nothing needs to be run again. Exported code is folded under a line that
+    says what it defines, and names in the text lead to the reference.
     """
     shutil.rmtree(folder, ignore_errors=True)
+    places = api.clear()
     for path in chapters():
-        notebook, page = read(path), folder / path.relative_to(ROOT)
-        notebook.cells = [cell for cell in notebook.cells if not is_hidden(cell)]
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.source = re.sub(r"^#\| *export\w*.*\n", "", cell.source, flags=re.M)  # nbdev's, not Quarto's
+        page = folder / path.relative_to(ROOT)
         page.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(notebook, page)
-    for name in ("_quarto.yml", "references.bib", "nbs/styles.css"):
+        if path != INDEX:
+            nbformat.write(shown(read(path), path.relative_to(ROOT), places), page)
+    for name in ("_quarto.yml", "references.bib", "nbs/styles.css", "nbs/favicon.svg", PICTURE):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    (folder / "index.md").write_text(readme())
+    front = unnumbered(outside(readme(), folder))
+    (folder / "index.md").write_text(f"---\nrepo-actions: false\n---\n\n{front}", encoding="utf-8")
+    api.write(folder / "api")
+
+
+def shown(notebook: nbformat.NotebookNode, page: Path, places: dict[str, str]) -> nbformat.NotebookNode:
+    """A chapter as the site has it: code folded by its kind, names linked, and a way to the notebook."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    module = re.search(r"^#\| *default_exp +([\w.]+)", code, re.M)
+    notebook.cells = [cell for cell in notebook.cells if not re.search(r"^#\| *default_exp\b", cell.source, re.M)]
+    first = True
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = with_options(cell, module[1] if module else None, page)
+        elif first:
+            cell.source, first = f"{cell.source}\n\n{way_to(page)}", False
+        else:
+            cell.source = with_links(cell.source, page, places).replace("$\\blacksquare$", "$\\square$")
+    return notebook
+
+
+def with_options(cell: nbformat.NotebookNode, module: str | None, page: Path) -> str:
+    """The source of a code cell with what Quarto is to do with it; nbdev's own directives are taken out."""
+    source = re.sub(r"^#\| *(export\w*|hide|include: *false)\b.*\n?", "", cell.source, flags=re.M)
+    lines = len([line for line in source.split("\n") if not line.startswith("#|")])
+    kind, summary = kind_of(cell, source, module, page)
+    options = [f"#| classes: {kind}"]
+    if summary:
+        size = f"{lines} line{'s' * (lines != 1)}"
+        options += ["#| code-fold: true", f'#| code-summary: "{summary} ({size})"']
+    if draws(source) and "#| fig-alt:" not in source:
+        caption = re.search(r"^#\| *fig-cap:(.*(?:\n#\|  +.*)*)", source, re.M)
+        options.append(f"#| fig-alt:{caption[1]}" if caption else "")
+    return "\n".join([*filter(None, options), source])
+
+
+def kind_of(cell: nbformat.NotebookNode, source: str, module: str | None, page: Path) -> tuple[str, str]:
+    """The class of a code cell, and the line under which it is folded; empty where it stays open."""
+    if re.search(r"^#\| *export", cell.source, re.M):
+        return "exported", f"symbnn.{module} · {defined(source)}"
+    if is_hidden(cell):
+        return "setup", "Imports of the examples"
+    if draws(source):
+        return ("drawing", "") if page.parts[1] == "00_start" else ("drawing", "Code of the figure")
+    if page.parts[1] == "results":
+        return "setup", "Code of this page"
+    return "check" if module else "example", ""
+
+
+def defined(source: str) -> str:
+    """What a cell defines, in a few words."""
+    functions, values = [], []
+    for node in ast.parse(re.sub(r"^[%!].*$", "pass", source, flags=re.M)).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            functions.append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            values += [ast.unparse(goal) for goal in (node.targets if isinstance(node, ast.Assign) else [node.target])]
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            values.append(ast.unparse(node.value.func))
+    chosen = sorted(dict.fromkeys([*functions, *values]), key=lambda name: name.startswith("_"))  # private ones last
+    others = len(chosen) - 3
+    more = f" and {others} more" if others > 0 else ""
+    return ", ".join(chosen[:3]).replace('"', "'") + more if chosen else "imports"
+
+
+def way_to(page: Path) -> str:
+    """The line under a chapter's title."""
+    return f"::: {{.page-actions}}\n[Download this notebook]({repository('raw')}/{page.as_posix()})\n:::"
+
+
+def repository(kind: str) -> str:
+    """The address of files of the repository: "blob" is the page of a file, "raw" the file itself."""
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    return "{git_url}/{kind}/{branch}".format(**settings["DEFAULT"], kind=kind)
+
+
+def with_links(source: str, page: Path, places: dict[str, str]) -> str:
+    """Markdown in which the first mention of each public name, in backticks, leads to the reference."""
+    seen: set[str] = set()
+
+    def linked(found: re.Match) -> str:
+        name = found["name"]
+        if name is None or name not in places or name in seen:
+            return found[0]
+        seen.add(name)
+        return f"[{found[0]}]({os.path.relpath(places[name], page.parent)})".replace(os.sep, "/")
+
+    skipped = r"^```.*?^```|^#+ .*?$|\$\$.*?\$\$|\[[^\]]*\]\([^)]*\)"
+    name = r"(?<!`)`(?:sb\.)?(?P<name>[A-Za-z]\w*)(?:\(\))?`(?!`)"
+    return re.sub(rf"{skipped}|{name}", linked, source, flags=re.M | re.S)
+
+
+def outside(text: str, folder: Path) -> str:
+    """Markdown in which links to files that are not in `folder` lead to the repository."""
+
+    def found(link: re.Match) -> str:
+        return link[0] if (folder / link[1].split("#")[0]).exists() else f"]({repository('blob')}/{link[1]})"
+
+    return re.sub(r"\]\((?!\w+:|#|/)([^)]+)\)", found, text)
+
+
+def unnumbered(text: str) -> str:
+    """A page whose title has no number."""
+    return re.sub(r"^# (.*)$", r"# \1 {.unnumbered}", text, count=1, flags=re.M)
 
 
 def is_hidden(cell: nbformat.NotebookNode) -> bool:
@@ -274,9 +392,10 @@ def module_problems() -> list[str]:
 
 
 def readme_problems() -> list[str]:
-    """Where README.md differs from the front page."""
-    current = README.exists() and README.read_text() == readme()
-    return [] if current else ["README.md differs from nbs/index.ipynb: run `python tools/book.py readme`"]
+    """Where README.md differs from the front page, and its picture from that of the quickstart."""
+    ours = {"README.md": (README, readme().encode()), PICTURE: (ROOT / PICTURE, picture())}
+    return [f"{name} differs from the book: run `python tools/book.py readme`" for name, (path, content) in ours.items()
+            if not path.exists() or path.read_bytes() != content]
 
 
 def output_problems(path: Path) -> list[str]:
@@ -344,7 +463,8 @@ def main() -> int:
     if arguments.command == "all":
         export_book(ROOT)
     if arguments.command in ("readme", "all"):
-        README.write_text(readme())
+        README.write_text(readme(), encoding="utf-8")
+        (ROOT / PICTURE).write_bytes(picture())
     if arguments.command == "site":
         site()
     return 0

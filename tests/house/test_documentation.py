@@ -9,6 +9,7 @@ from types import FunctionType
 import pytest
 import yaml
 
+import api
 from book import BOOK, INDEX, LIBRARY, README, ROOT, chapters, read
 
 CROSS_REFERENCES = ("eq", "sec", "fig", "tbl", "thm", "lem", "cor", "prp", "def", "exm", "cnj", "lst")
@@ -85,11 +86,32 @@ def test_chapter_begins_with_a_labelled_title(path):
     )
 
 
-def test_contents_list_every_chapter_in_order():
+def contents() -> list[str]:
+    """The pages of the site, in the order of the sidebar."""
     book = yaml.safe_load((ROOT / "_quarto.yml").read_text())["book"]
-    listed = [page for part in book["chapters"] if isinstance(part, dict) for page in part["chapters"]]
+    return [page for part in book["chapters"] for page in (part["chapters"] if isinstance(part, dict) else [part])]
+
+
+def test_contents_list_every_page_once_and_the_chapters_of_a_room_in_their_order():
     existing = [path.relative_to(ROOT).as_posix() for path in chapters() if path != INDEX]
-    assert listed == existing, "the chapters of _quarto.yml are not the notebooks in their order"
+    assert sorted(contents()) == sorted(["index.md", *existing, *(f"api/{page}.md" for page in api.pages())])
+    rooms = {Path(page).parent for page in existing}
+    assert [page for page in contents() if Path(page).parent in rooms] == sorted(
+        existing, key=lambda page: min(contents().index(other) for other in existing
+                                       if Path(other).parent == Path(page).parent)), (
+        "the chapters of a room do not stand together in the order of their files")
+
+
+def test_parts_of_theory_come_behind_what_they_build_on():
+    rooms = list(dict.fromkeys(Path(page).parent.name for page in contents() if page.startswith("nbs/")))
+    theory = [room for room in rooms if room[:2] in ("1_", "2_", "3_", "4_", "5_")]
+    assert theory == sorted(theory)
+
+
+def test_what_the_navigation_names_is_a_page():
+    book = yaml.safe_load((ROOT / "_quarto.yml").read_text())["book"]
+    assert {item["href"] for item in book["navbar"]["left"]} <= set(contents())
+    assert all((ROOT / path).exists() for path in (book["favicon"], book["open-graph"]["image"]))
 
 
 @pytest.mark.parametrize("path", [*chapters(), README], ids=lambda path: path.stem)
