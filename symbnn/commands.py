@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'progress_line', 'Train', 'Evaluate', 'ComparedTraining', 'Compare', 'Reproduce', 'commands_for']
 
-# %% ../nbs/9_command_line/01_commands.ipynb #aa67a90f-0
+# %% ../nbs/9_command_line/01_commands.ipynb #0647b374-0
 import json
 import sys
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ from .studies.tasks import Setup, Task, check_images, evaluate_task, fit, path_r
 from .studies.titles import listing
 from .training.checkpoints import DESCRIPTION, Checkpoint, has_checkpoint, load_network, read_checkpoint
 from .training.checks import choose_device
-from .table_commands import Output, Switch, TrainTable, evaluate_table, is_table, training_table
+from .table_commands import Output, Switch, TrainTable, evaluate_table, in_processes, is_table, training_table
 from .training.config import ObjectiveName, TrainingConfig
 from .training.tabular import TableSetup, noted_table
 
@@ -73,7 +73,7 @@ def progress_line(line: str) -> None:
     """What a person at a terminal reads, and a file of results does not."""
     print(line, file=sys.stderr, flush=True)
 
-# %% ../nbs/9_command_line/01_commands.ipynb #e37d316b-0
+# %% ../nbs/9_command_line/01_commands.ipynb #43cdb644-0
 @dataclass(frozen=True)
 class Train:
     """Train a Bayesian network on images under a symmetry, and keep it as a checkpoint.
@@ -90,6 +90,7 @@ class Train:
     learned_from: int = LearnedPrecisions.first  # epochs before precisions are learned for the first time
     learned_every: int = LearnedPrecisions.every  # epochs from one time to the next
     threads: int | None = None  # of the CPU; None: more for larger steps, up to all cores
+    processes: int = 1  # that divide each batch among them; on a machine with GPUs one for each
     data_folder: Path | None = None  # with the images, where they are not found by name
     setup: Setup = Setup()
     training: TrainingConfig = TrainingConfig()
@@ -104,6 +105,7 @@ class Train:
 
     examples: ClassVar[tuple[str, ...]] = (
         "symbnn train -o runs/digits --epochs 40 --learning-rate 0.02",
+        "symbnn train -o runs/faster --processes 4 --epochs 40",
         "symbnn train mine.csv --task regression -o runs/mine    (symbnn train mine.csv --help explains it)",
         "symbnn train -o runs/fashion --dataset fashion_mnist --channels 32 64",
         "symbnn train -o runs/mine --dataset mine.npz --group D4",
@@ -114,6 +116,10 @@ class Train:
 
     def run(self, typed: str) -> None:
         """Train, and print what came of it."""
+        in_processes(self, self.processes, typed)
+
+    def work(self, typed: str) -> None:
+        """Train in this process, which may be one of several."""
         (setup, root), config = _located(self.setup, self.data_folder), self.training
         method = Baseline() if self.precisions == "fixed" else LearnedPrecisions(
             rule=self.precisions, first=self.learned_from, every=self.learned_every)

@@ -54,7 +54,7 @@ def _watched(altered: list[str], hook: Callable, module: nn.Module, *values, **n
         altered.append(type(module).__name__)
     return result
 
-# %% ../../nbs/2_posterior/12_trials.ipynb #f245cbe3-0
+# %% ../../nbs/2_posterior/12_trials.ipynb #dcebcfb8-0
 ROWS_TRIED = 8
 _SEEDS = 8  # of trials whose outputs depend on nothing, as where all units of a small network are off
 
@@ -120,6 +120,11 @@ def _row_by_row(copy: nn.Module, module: nn.Module) -> None:
         fold_layer(copy, evaluated.forward)
 
 
+def _kept(buffers: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Buffers as they are now: a backward pass that computes activations again writes into norms' statistics again."""
+    return {key: value.clone() for key, value in buffers.items()}
+
+
 def _tensors(found: Leaves) -> list[Tensor]:
     return [leaf for leaf in found.values() if isinstance(leaf, Tensor)]
 
@@ -175,7 +180,7 @@ class _Trial:
             outputs = [piece.into(bound) for piece in given]
             self.given += zip(given, pieces)
             found.append(leaves(outputs[0] if len(pieces) == 1 else combined(torch.cat, outputs)))
-        return found, buffers
+        return found, _kept(buffers)
 
     def together(self, channels_last: bool) -> tuple[list[Leaves], dict[int, Tensor]]:
         """The outputs of both draws at once; and the buffers afterwards."""
@@ -185,7 +190,7 @@ class _Trial:
                               compiled=False, isolated=True, settle=_in_trial)
         both = leaves(self.inputs.each_row(lambda rows: fold(rows, 2, channels_last), torch.clone).into(bound))
         halves = {place: leaf.chunk(2) if isinstance(leaf, Tensor) else (leaf, leaf) for place, leaf in both.items()}
-        return [{place: half[s] for place, half in halves.items()} for s in range(2)], buffers
+        return [{place: half[s] for place, half in halves.items()} for s in range(2)], _kept(buffers)
 
     def slopes(self, outputs: list[Leaves]) -> list[Tensor]:
         """Gradients of a random combination of the outputs, of all that has one, over the largest of them."""

@@ -32,7 +32,7 @@ from ..records import json_values, parse_value, read_record, write_record
 from ..symmetry.networks import check_network
 from .architectures import Architecture, build
 
-# %% ../../nbs/7_training/02_checkpoints.ipynb #66c624b7-0
+# %% ../../nbs/7_training/02_checkpoints.ipynb #0aaed3f5-0
 FORMAT, VERSION = "symbnn checkpoint", 1
 DESCRIPTION = "checkpoint.json"
 Status = Literal["complete", "stopped", "interrupted"]
@@ -92,6 +92,7 @@ class Description(TypedDict):
     symmetry: NotRequired[str | None]
     own_objective: NotRequired[str | None]
     begun: NotRequired[Count]
+    processes: NotRequired[list[list[Count]]]
     progress: NotRequired[Progress]
     history: NotRequired[list[Epoch]]
 

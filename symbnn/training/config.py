@@ -24,7 +24,7 @@ from ..posterior.likelihoods import Likelihood
 from ..posterior.sampling import Estimator
 from ..symmetry.actions import Action
 
-# %% ../../nbs/7_training/03_config.ipynb #6646c8dc-0
+# %% ../../nbs/7_training/03_config.ipynb #ebf26343-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -36,7 +36,7 @@ _CHOICES = {
     "information_method": InformationMethod, "augmentation": Augmentation, "dtype": Dtype, "select": Select,
 }
 _COUNTS = {  # the least of each
-    "epochs": 1, "batch_size": 1, "draws": 1, "information_draws": 1, "negatives": 2, "evaluate_every": 1,
+    "epochs": 1, "batch_size": 1, "accumulate": 1, "draws": 1, "information_draws": 1, "negatives": 2, "evaluate_every": 1,
     "evaluation_draws": 1,
 }
 
@@ -52,6 +52,7 @@ class TrainingConfig:
 
     epochs: int = 20  # passes over the training set, augmented where `augmentation` says so
     batch_size: int = 128  # rows of a step
+    accumulate: int = 1  # pieces in which a step goes through them, one after the other, with samples of their own
     # how the gradient is estimated. split: the batch in `draws` parts with a sample each; whole: every sample on every
     # row; flipout; local, see `forward`
     estimator: Estimator = "split"
@@ -96,6 +97,8 @@ class TrainingConfig:
                 f"at most {self.epochs} epochs of KL annealing, the length of the run",
                 f"kl_annealing={self.kl_annealing}", "a run that was made shorter",
                 f"kl_annealing={self.epochs}, or fewer")
+        require(self.accumulate <= self.batch_size, f"at most {self.batch_size} pieces of a batch, one for each row",
+                f"accumulate={self.accumulate}", "a small batch size", f"accumulate={self.batch_size}, or fewer")
         require(self.estimator not in ("split", "local") or self.draws <= self.batch_size,
                 f"a batch of at least as many rows as draws, since estimator={self.estimator!r} gives each draw rows "
                 "of its own", f"draws={self.draws} and batch_size={self.batch_size}", "a small batch size",
@@ -115,12 +118,13 @@ class TrainingConfig:
 def _default(name: str) -> object:
     return TrainingConfig.__dataclass_fields__[name].default
 
-# %% ../../nbs/7_training/03_config.ipynb #470b55eb-0
+# %% ../../nbs/7_training/03_config.ipynb #548b54ee-0
 class TrainingSettings(TypedDict, total=False):
     """The settings of `TrainingConfig` as keywords, for type checkers."""
 
     epochs: int
     batch_size: int
+    accumulate: int
     estimator: Estimator
     draws: int
     optimizer: Optimizer

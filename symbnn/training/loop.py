@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Until', 'CHECK_EVERY', 'Acting', 'On', 'TrainingResult', 'train']
 
-# %% ../../nbs/7_training/06_loop.ipynb #a7ea91e7-0
+# %% ../../nbs/7_training/06_loop.ipynb #82e1dc01-0
 import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
@@ -38,11 +39,13 @@ from ..symmetry.fields import SpatialAction
 from ..symmetry.networks import NetworkAction
 from .architectures import Architecture
 from .callbacks import Callback, as_callbacks
-from .checkpoints import Status, load_tensors
-from .checks import check_arguments, check_run_folder, check_task, choose_device, training_modes
+from .checkpoints import Status
+from .checks import check_arguments, check_run_folder, check_shared, check_task, choose_device
+from .checks import training_modes
 from .config import TrainingConfig, TrainingSettings, configured
 from .objectives import Objective, objective_name
-from .resume import EpochRecord, describe_run
+from .ranks import Ranks, joined_ranks
+from .resume import EpochRecord, check_one_run, describe_run
 from .state import RunState
 
 # %% ../../nbs/7_training/06_loop.ipynb #57c89627-0
@@ -61,7 +64,7 @@ class TrainingResult:
 Until = Callable[[int, nn.Module], bool]
 CHECK_EVERY = 16  # steps between looking at the numbers, which on a GPU means waiting for them
 
-# %% ../../nbs/7_training/06_loop.ipynb #c0725dcb-0
+# %% ../../nbs/7_training/06_loop.ipynb #d2eeb297-0
 Acting = Action | NetworkAction | Equivariance  # on inputs alone, or on inputs and outputs
 
 
@@ -88,12 +91,13 @@ def _prepare(
     network: nn.Module, data: Split | Stream, config: TrainingConfig, likelihood: Likelihood,
     action: Action | None, output: Action | None, validation: Split | Pairs | None, folder: Path | None, resume: bool,
     architecture: Architecture | None, notes: Mapping[str, Any] | None, symmetry: NetworkAction | None,
-    own: Objective | None, after: TrainingResult | None,
+    own: Objective | None, after: TrainingResult | None, ranks: Ranks,
 ) -> tuple[RunState, Split | Pairs | None]:
-    """All checks; then the run, and the validation data on its device."""
+    """All checks but those of the folder; then the run, and the validation data on its device."""
     check_arguments(network, config, likelihood, validation, folder, resume, architecture, symmetry, own)
     check_kind(after, (TrainingResult, type(None)), "the run before", "after=train(network, data, config, until=...)")
-    device = choose_device(config)
+    device = choose_device(config, ranks)
+    check_shared(data, config, ranks)
     if config.augmentation == "none":
         action = output = None
     elif action is not None:
@@ -107,9 +111,10 @@ def _prepare(
     validation = None if validation is None else _on_device(validation, device, config.numbers)
     likelihood = likelihood.to(device, config.numbers)
     run = RunState(network.to(device, config.numbers), data, config, likelihood, action, output, description, symmetry,
-                   own, device)
+                   own, device, ranks)
     first = run.first() if isinstance(data, Split) else _on_device(run.first(), device, config.numbers)
-    run.output_shape = check_task(network, first, validation, config, run.batches().smallest, likelihood)
+    least = max(1, run.batches().smallest // (ranks.count * config.accumulate))
+    run.output_shape = check_task(network, first, validation, config, least, likelihood)
     require(isinstance(data, Stream) or config.batch_size <= run.num_data, "a batch no larger than the training set",
             f"batch_size={config.batch_size} for {run.num_data} examples", "a small data set",
             f"batch_size={run.num_data}, or fewer")
@@ -119,11 +124,23 @@ def _prepare(
                 "another run, or one that still has to be resumed",
                 "after=train(network, data, config, until=lambda epochs, network: epochs == 5)")
         run.follow(after.history, after.network, after.likelihood, after.optimizer)
-    if folder is not None:
-        check_run_folder(network, folder, resume)
-        if resume:
-            run.restore(folder)
     return run, validation
+
+
+def _begin(run: RunState, folder: Path | None, resume: bool) -> None:
+    """Go on from the checkpoint in a folder, where that is asked for, in all processes of one run. Raises `Refusal` for
+    processes whose runs differ, and for the folder of another run."""
+    check_one_run(run.description, run.ranks)
+    run.go_on_in([[0, 0, 1]] if run.ranks.count == 1 else [[0, 0, run.ranks.count]])
+    if folder is not None:
+        run.ranks.first_alone(partial(_enter, run, folder, resume))
+    run.align()
+
+
+def _enter(run: RunState, folder: Path, resume: bool) -> None:
+    check_run_folder(run.network, folder, resume)
+    if resume:
+        run.restore(folder)
 
 
 @contextmanager
@@ -151,14 +168,29 @@ def _train_epoch(run: RunState, report: Callable[[], object], interrupted: Calla
     """The steps of the current epoch that are left to do, up to an interruption."""
     began = time.perf_counter() - run.seconds
     for inputs, targets in run.left(interrupted):
-        run.advance(inputs, targets)
+        run.advance(inputs, targets, interrupted)
         if run.step % CHECK_EVERY == 0:
             report()
-        if interrupted() and run.step < run.steps:
+        if run.halted and run.step < run.steps:
             break
     if run.step:
         report()
     run.seconds = time.perf_counter() - began
+
+
+def _end_epoch(
+    run: RunState, held_out: Split | Pairs | None, listeners: Sequence[Callback], until: Until | None
+) -> None:
+    """Measure and record the epoch, and let the first process ask those who may end the run."""
+    run.close_epoch(held_out)
+    run.ended = run.ranks.first_alone(lambda: any([listener(run.epoch_end()) is True for listener in listeners]))
+    if listeners:
+        run.align()  # a callback may change the network
+    run.check_finite()
+    run.stopped = run.status == "interrupted" and run.ranks.first_alone(
+        lambda: until is not None and until(run.epoch, run.network))
+    if until is not None:
+        run.align()
 
 
 def train(
@@ -216,26 +248,32 @@ def train(
     network, acting, output = _sides(network, action)
     source, held_out = as_source(data, config.batch_size), None if validation is None else as_pairs(
         validation, "validation")
-    with nullcontext() if folder is None else sole_writer(folder):
-        run, held_out = _prepare(network, source, config, likelihood, acting, output, held_out, folder, resume,
-                                 architecture, notes, symmetry, own, after)
+    ranks = joined_ranks()
+    with ExitStack() as writer:
+        if folder is not None:
+            ranks.first_alone(lambda: _locked(writer, folder))
+        run, held_out = ranks.agreed(lambda: _prepare(
+            network, source, config, likelihood, acting, output, held_out, folder, resume, architecture, notes,
+            symmetry, own, after, ranks))
+        _begin(run, folder, resume)
         run.stopped, run.ended = run.stopped and until is not None, run.ended and bool(listeners)
-        with _reporting(run, progress) as report, training_modes(network), noticing() as interrupted:
-            while run.status == "interrupted" and not interrupted():
+        shown = progress and ranks.first
+        with _reporting(run, shown) as report, training_modes(network), noticing() as interrupted:
+            while run.status == "interrupted" and not ranks.any(interrupted()):
                 _train_epoch(run, report, interrupted)
                 if run.exhausted:
-                    run.close_epoch(held_out)
-                    run.ended = any([listener(run.epoch_end()) is True for listener in listeners])
-                    run.check_finite()  # a callback may change the network
-                    run.stopped = until is not None and run.status == "interrupted" and until(run.epoch, network)
+                    _end_epoch(run, held_out, listeners, until)
                 if folder is not None:
-                    run.save(folder)
+                    ranks.first_alone(partial(run.save, folder))
                 run.check_measured(folder)
-            status = "interrupted" if run.status == "stopped" and interrupted() else run.status
-        if run.status == "complete" and run.best:
-            load_tensors(network, run.best)
-            load_tensors(run.likelihood, run.best_likelihood)
+            status = "interrupted" if run.status == "stopped" and ranks.any(interrupted()) else run.status
+        if run.status == "complete" and config.select == "best":
+            run.take_best()
     return TrainingResult(network, run.history, status, run.optimizer, run.likelihood)
+
+
+def _locked(stack: ExitStack, folder: Path) -> None:
+    stack.enter_context(sole_writer(folder))
 
 
 _ARGUMENTS = tuple(name for name in inspect.signature(train).parameters if name != "settings")

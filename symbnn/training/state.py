@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['predictive_nll', 'RunState']
 
-# %% ../../nbs/7_training/05d_state.ipynb #1946a031-0
+# %% ../../nbs/7_training/05d_state.ipynb #827adbfb-0
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,18 @@ from ..posterior.structures import one_tensor
 from ..symmetry.actions import Action
 from ..symmetry.networks import NetworkAction
 from .callbacks import EpochEnd
-from .checkpoints import Status, load_optimizer, load_tensors, network_tensors, optimizer_tensors
-from .checkpoints import read_checkpoint, remove_others, write_checkpoint
+from .checkpoints import Checkpoint, Status, load_optimizer, load_tensors, network_tensors
+from .checkpoints import optimizer_tensors, read_checkpoint, remove_others, write_checkpoint
 from .config import TrainingConfig, kl_annealing_factor, learning_rate_factor, make_optimizer
 from .objectives import Objective, TrainingStep, chosen_objective
+from .ranks import ALONE, Ranks
 from .resume import EpochRecord, check_same_run, read_progress
+from .shares import SharedGradients, shares_of
 
-# %% ../../nbs/7_training/05d_state.ipynb #a2a36944-0
+# %% ../../nbs/7_training/05d_state.ipynb #b3c2adcc-0
+_LOG = logging.getLogger("symbnn")
+
+
 def predictive_nll(
     network: nn.Module, split: Split | Pairs, draws: int, generator: torch.Generator,
     likelihood: Likelihood = Categorical(),
@@ -53,11 +60,12 @@ class RunState:
     def __init__(
         self, network: nn.Module, data: Split | Stream, config: TrainingConfig, likelihood: Likelihood,
         action: Action | None, output: Action | None, description: dict[str, Any],
-        symmetry: NetworkAction | None, own: Objective | None, device: torch.device,
+        symmetry: NetworkAction | None, own: Objective | None, device: torch.device, ranks: Ranks = ALONE,
     ):
         self.network, self.data, self.config = network, data, config
         self.likelihood, self.action, self.output, self.description = likelihood, action, output, description
-        self.device = device
+        self.device, self.ranks = device, ranks
+        self.gradients = SharedGradients(network, likelihood, ranks)
         self.optimizer = make_optimizer(network, config, likelihood)
         self.noise = torch.Generator(self.device)
         self.epoch = self.step = 0  # of the step to be done next
@@ -74,6 +82,7 @@ class RunState:
         self.exhausted = False  # nothing is left of the current epoch
         self.stopped = False  # by `until`, after the last of `history`
         self.ended = False  # by a callback, after the last of `history`
+        self.halted = False  # some process was told to end in the last step
         self.unmeasured = False  # the validation NLL of the last of `history` was not finite
         self.objective = chosen_objective(own, network, config, self.first().shape, symmetry)
 
@@ -106,8 +115,10 @@ class RunState:
         while True:
             try:
                 pair = next(found, None)
-            except RuntimeError:  # the same Ctrl-C ends the workers of a loader
-                if interrupted():
+            except Exception as error:
+                self.halted = isinstance(error, RuntimeError) and interrupted()  # Ctrl-C ends a loader's workers, too
+                self.gradients.withdraw(self.halted)
+                if self.halted:
                     return
                 raise
             if pair is None:
@@ -119,25 +130,42 @@ class RunState:
         """The generator of the device, seeded for one use."""
         return self.noise.manual_seed(epoch_generator(self.config.seed, epoch, stream).initial_seed())
 
-    def advance(self, inputs: Any, targets: Tensor) -> None:
-        """One step of the optimiser."""
+    def advance(self, inputs: Any, targets: Tensor, interrupted: Callable[[], bool] = lambda: False) -> None:
+        """One step of the optimiser on a batch, the same in all processes; afterwards `halted` says whether one of them
+        was told to end."""
         config = self.config
         factor = learning_rate_factor(config.schedule, self.epoch * self.steps + self.step, config.epochs * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * group["factor"] * factor
-        noise = self.seed_noise(self.epoch, f"noise/{self.step}")
-        seed = epoch_generator(config.seed, self.epoch, f"layers/{self.step}").initial_seed()
-        drawn = execution_plan(self.network, inputs).random  # dropout draws from torch's own generators
-        with seeded_world(self.device, seed) if drawn else nullcontext():
-            parts = self.parts(inputs, targets, noise)
-            self.optimizer.zero_grad(set_to_none=True)
-            (-parts.elbo).backward()
+        try:
+            counted = self.gradient(inputs, targets)
+        except Exception:
+            self.gradients.withdraw()
+            raise
+        self.halted, done = self.gradients.sum_(counted, interrupted)
+        if not done:
+            return
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_([*self.network.parameters(), *self.likelihood.parameters()], config.clip_norm)
         self.optimizer.step()
-        fit, kl = parts.expected_log_likelihood.detach(), parts.kl.detach()
-        self.sums += len(inputs) * torch.stack([fit, kl, torch.ones_like(fit)])
+        self.sums += counted
         self.step += 1
+
+    def gradient(self, inputs: Any, targets: Tensor) -> Tensor:
+        """Set the gradients of this process's part of the objective; the sums of log-likelihood, KL and rows in it."""
+        shares = shares_of(inputs, targets, self.ranks, self.config.accumulate)
+        noise = self.seed_noise(self.epoch, self.ranks.stream(f"noise/{self.step}"))
+        layers = epoch_generator(self.config.seed, self.epoch, self.ranks.stream(f"layers/{self.step}"))
+        drawn = any(execution_plan(self.network, share.inputs).random for share in shares[:1])
+        self.optimizer.zero_grad(set_to_none=True)
+        counted = torch.zeros_like(self.sums)
+        with seeded_world(self.device, layers.initial_seed()) if drawn else nullcontext():  # as dropout draws
+            for share in shares:
+                parts = self.parts(share.inputs, share.targets, noise)
+                (-share.weight * parts.elbo).backward()
+                fit, kl = parts.expected_log_likelihood.detach(), parts.kl.detach()
+                counted += len(share.targets) * torch.stack([fit, kl, torch.ones_like(fit)])
+        return counted
 
     def parts(self, inputs: Any, targets: Tensor, noise: torch.Generator) -> ELBO:
         """What this step maximises, and its parts."""
@@ -171,18 +199,21 @@ class RunState:
         config, means, nll = self.config, self.means(), None
         done = self.epoch + 1
         if validation is not None and (done % config.evaluate_every == 0 or done == config.epochs):
-            noise = self.seed_noise(0, "validation")  # the same draws in every epoch
-            with seeded_world(self.device, config.seed):  # for a network that is random in evaluation mode
-                nll = predictive_nll(self.network, validation, config.evaluation_draws, noise, self.likelihood)
+            nll = self.ranks.first_alone(partial(self._measured, validation))
             self.unmeasured, nll = (False, nll) if math.isfinite(nll) else (True, None)
             known = [its.validation_nll for its in self.history[self.begun:] if its.validation_nll is not None]
             if config.select == "best" and nll is not None and all(nll < other for other in known):
                 self.best, self.best_likelihood = (
                     {name: tensor.clone() for name, tensor in its.state_dict().items()}
                     for its in (self.network, self.likelihood))
-        self.history.append(EpochRecord(self.epoch, *means, nll, round(self.seconds, 3)))
+        self.history.append(EpochRecord(self.epoch, *means, nll, self.ranks.shared(round(self.seconds, 3))))
         self.epoch, self.step, self.seconds, self.exhausted = done, 0, 0.0, False
         self.sums.zero_()
+
+    def _measured(self, validation: Split | Pairs) -> float:
+        noise = self.seed_noise(0, "validation")  # the same draws in every epoch
+        with seeded_world(self.device, self.config.seed):  # for a network that is random in evaluation mode
+            return predictive_nll(self.network, validation, self.config.evaluation_draws, noise, self.likelihood)
 
     def epoch_end(self) -> EpochEnd:
         """What callbacks are told of the epoch that was closed last."""
@@ -211,11 +242,43 @@ class RunState:
             raise Refusal(refusal.expected, got=refusal.got, cause="a network that was changed in between",
                           fix="after.optimizer.state.clear(), which forgets the moments") from refusal
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, and the moments of the optimiser."""
+        found = network_tensors(self.network) | optimizer_tensors(self.network, self.optimizer)
+        found |= network_tensors(self.likelihood, "likelihood")
+        return found | optimizer_tensors(self.likelihood, self.optimizer, "likelihood_optimizer")
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` gave. Raises `Refusal` for those of another network."""
+        found = Checkpoint(Path(), dict(tensors), {})
+        load_tensors(self.network, found.part("network"))
+        load_optimizer(self.network, self.optimizer, found.part("optimizer"))
+        load_tensors(self.likelihood, found.part("likelihood"))
+        load_optimizer(self.likelihood, self.optimizer, found.part("likelihood_optimizer"))
+
+    def align(self) -> None:
+        """Let every process have the state of the first one. Raises `Refusal` where it is of another network."""
+        if self.ranks.count == 1:
+            return
+        ours = self.tensors()
+        known = self.ranks.shared({name: (value.shape, value.dtype) for name, value in ours.items()})
+        found = {name: ours[name] if self.ranks.first else torch.empty(shape, dtype=dtype, device=_kept(name, self.device))
+                 for name, (shape, dtype) in known.items()}
+        self.ranks.from_first_(list(found.values()))
+        groups = self.ranks.shared([{key: its for key, its in group.items() if key != "params"}
+                                    for group in self.optimizer.param_groups])
+        if not self.ranks.first:
+            self.optimizer.state.clear()
+            for group, its in zip(self.optimizer.param_groups, groups):
+                group.update(its)
+        self.ranks.agreed(lambda: None if self.ranks.first else self.load(found))
+        place = "epoch", "step", "seconds", "history", "begun", "stopped", "ended", "description"
+        self.__dict__.update(self.ranks.shared({name: self.__dict__[name] for name in place}))
+        self.ranks.from_first_([self.sums])
+
     def save(self, folder: Path) -> None:
         """Write everything that is needed to go on."""
-        tensors = network_tensors(self.network) | optimizer_tensors(self.network, self.optimizer)
-        tensors |= network_tensors(self.likelihood, "likelihood")
-        tensors |= optimizer_tensors(self.likelihood, self.optimizer, "likelihood_optimizer")
+        tensors = self.tensors()
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()} | {"progress/sums": self.sums}
         tensors |= {f"best_likelihood/{name}": tensor for name, tensor in self.best_likelihood.items()}
         progress = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds, "status": self.status}
@@ -233,10 +296,7 @@ class RunState:
         checkpoint = read_checkpoint(folder)
         check_same_run(checkpoint.description, self.description)
         progress, history, sums = read_progress(checkpoint, self.config.epochs, self.steps)
-        load_tensors(self.network, checkpoint.part("network"))
-        load_optimizer(self.network, self.optimizer, checkpoint.part("optimizer"))
-        load_tensors(self.likelihood, checkpoint.part("likelihood"))
-        load_optimizer(self.likelihood, self.optimizer, checkpoint.part("likelihood_optimizer"))
+        self.load(checkpoint.tensors)
         self.best, self.best_likelihood = (
             {name: tensor.to(self.device) for name, tensor in checkpoint.part(part).items()}
             for part in ("best", "best_likelihood"))
@@ -245,4 +305,28 @@ class RunState:
         self.history, self.stopped = history, progress.get("status") == "stopped"
         short = progress["epoch"] < checkpoint.description["config"]["epochs"]
         self.ended = progress.get("status") == "complete" and short
+        self.go_on_in(checkpoint.description.get("processes", [[0, 0, 1]]))
         remove_others(folder, checkpoint.description["tensors"])
+
+    def take_best(self) -> None:
+        """Let the network have the weights of the best epoch, where one was measured."""
+        if self.best:
+            load_tensors(self.network, self.best)
+            load_tensors(self.likelihood, self.best_likelihood)
+        self.align()
+
+    def go_on_in(self, processes: list[list[int]]) -> None:
+        """Note from which step on how many processes there were, and say where that changes."""
+        before, now = processes[-1][2], self.ranks.count
+        if before != now:
+            processes = [*processes, [self.epoch, self.step, now]]
+            _LOG.warning("the run goes on from epoch %d, step %d, in %d process%s where it had %d: the state is kept, the "
+                         "noise from here on is another one; its checkpoint notes this", self.epoch + 1, self.step, now,
+                         "es" if now > 1 else "", before)
+        if processes != [[0, 0, 1]]:
+            self.description["processes"] = processes
+
+
+def _kept(name: str, device: torch.device) -> torch.device | str:
+    """Where a tensor of a run is: a count of steps is on the CPU."""
+    return "cpu" if "optimizer/" in name and name.endswith("/step") else device
