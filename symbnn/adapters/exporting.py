@@ -23,7 +23,7 @@ from ..posterior.layers import posterior_mean_network, variational_tensors
 from ..posterior.sampling import Weights, check_inputs, sample_weights
 from ..posterior.structures import combined
 
-# %% ../../nbs/8b_adapters/04_exporting.ipynb #13a7bbd4-0
+# %% ../../nbs/8b_adapters/04_exporting.ipynb #1a5c7ead-0
 class _Samples(nn.Module):
     """Plain networks side by side; outputs (S, B, ...)."""
 
@@ -42,7 +42,8 @@ def export_program(
     """The network as a program of `torch.export`, for batches of any size.
 
     Without `draws` and `weights` it is the network at the posterior mean, (B, ...). With `draws` samples of the
-    weights, drawn now, or `weights` as from `sample_weights`, it is their ensemble, (S, B, ...); so is it of an `Ensemble`.
+    weights, drawn now, or `weights` as from `sample_weights`, it is their ensemble, (S, B, ...); an `Ensemble` gives
+    that of its members.
     `inputs` are an example of a batch, two rows or more: a tensor, or a tuple of several that all have rows. Nothing of
     the network changes. Raises `Refusal` for a plain network, other inputs, both or draws of an ensemble, and for a
     network that `torch.export` cannot trace.
