@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Network', 'BayesianClassifier', 'BayesianRegressor']
 
-# %% ../../nbs/8b_adapters/01_scikit_learn.ipynb #be72db74-0
+# %% ../../nbs/8b_adapters/01_scikit_learn.ipynb #f05186e4-0
 from collections.abc import Callable
 from copy import deepcopy
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -23,17 +24,19 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
 
 from ..data.splits import Split
-from ..errors import Refusal, check_positive
+from ..errors import Refusal, check_kind, check_positive, require, shortened
 from ..posterior.families import FAMILIES
 from ..posterior.layers import with_posteriors
 from ..posterior.likelihoods import Categorical, Likelihood
 from ..posterior.priors import per_tensor
 from ..posterior.real_targets import Gaussian
 from ..posterior.sampling import predict
+from ..symmetry.actions import Action
+from ..symmetry.fields import SpatialAction, field
 from ..training.loop import train
 from ..training.tabular import Rescale, tabular_network
 
-# %% ../../nbs/8b_adapters/01_scikit_learn.ipynb #5e028c3a-0
+# %% ../../nbs/8b_adapters/01_scikit_learn.ipynb #d6ca9d36-0
 Network = nn.Module | Callable[[int, int], nn.Module]  # a network, or a function (columns, outputs) that makes one
 
 
@@ -44,12 +47,13 @@ class _Bayesian(BaseEstimator):
         self, network: Network | None = None, *, hidden: tuple[int, ...] = (64, 64), family: str = "gaussian",
         initial_scale: float = 0.02, prior_scale: float = 1.0, epochs: int = 100, batch_size: int = 32,
         learning_rate: float = 0.01, kl_annealing: int = 0, draws: int = 64, random_state: Any = None,
-        settings: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None, action: SpatialAction | Action | None = None,
     ):
         self.network, self.hidden, self.family = network, hidden, family
         self.initial_scale, self.prior_scale = initial_scale, prior_scale
         self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate
         self.kl_annealing, self.draws, self.random_state, self.settings = kl_annealing, draws, random_state, settings
+        self.action = action
 
     def _fitted(self, X: np.ndarray, targets: Tensor, outputs: int, likelihood: Likelihood, rescale: bool) -> None:
         """Build and train the network."""
@@ -67,15 +71,32 @@ class _Bayesian(BaseEstimator):
         self.shape_ = tuple(X.shape[1:])
         self.network_ = with_posteriors(plain, FAMILIES[self.family], self.initial_scale, per_tensor(self.prior_scale))
         self.likelihood_, self.seed_ = likelihood, seed
-        rows = min(self.batch_size, len(data))
-        usual = {"augmentation": "none", "device": "cpu", "draws": min(8, rows), "dtype": str(X.dtype)}
-        how: dict[str, Any] = usual | (self.settings or {}) | {
-            "epochs": self.epochs, "batch_size": rows, "learning_rate": self.learning_rate,
-            "kl_annealing": self.kl_annealing, "seed": seed}
-        result = train(self.network_, data, likelihood=likelihood, **how)
+        rows, acting = min(self.batch_size, len(data)), self._acting()
+        usual = {"augmentation": "none" if acting is None else "full", "device": "cpu", "draws": min(8, rows),
+                 "dtype": str(X.dtype)}
+        own = {"epochs": self.epochs, "batch_size": rows, "learning_rate": self.learning_rate,
+               "kl_annealing": self.kl_annealing, "seed": seed, "action": acting, "likelihood": likelihood}
+        result = train(self.network_, data, **(usual | self._others(own) | own))
         self.history_, self.n_iter_ = result.history, len(result.history)
         if result.status == "interrupted":
             raise KeyboardInterrupt
+
+    def _acting(self) -> Action | None:
+        """The action on one input, by which the data are augmented."""
+        kinds = (SpatialAction, Action, NoneType)
+        check_kind(self.action, kinds, "the action on one input", "action=rotations(), or field(rotations(), shape)")
+        return field(self.action, self.shape_) if isinstance(self.action, SpatialAction) else self.action
+
+    def _others(self, own: dict[str, Any]) -> dict[str, Any]:
+        """The further settings. Raises `Refusal` for one that the estimator has itself."""
+        others = self.settings or {}
+        repeated = sorted(others.keys() & own.keys())
+        require(not repeated, f"settings that are no parameters of {type(self).__name__}",
+                f"settings={shortened(others)}", "a setting in two places", ", ".join(
+                    f"random_state={others[name]}" if name == "seed" else f"the likelihood of {type(self).__name__}"
+                    if name == "likelihood" else f"{name}={shortened(others[name])}" for name in repeated)
+                + " in its place, and not in settings")
+        return others
 
     def _plain(self, data: Split, outputs: int, rescale: bool, generator: torch.Generator) -> nn.Module:
         if self.network is None:
@@ -107,8 +128,9 @@ class BayesianClassifier(ClassifierMixin, _Bayesian):
 
     `network`: None for a fully connected one with `hidden` units, a plain torch network, or a function (columns,
     classes) that makes one. Parameters are those of `TrainingConfig` where they have its names; `draws` are those of a
-    prediction; `settings` has further ones of `train`. Raises scikit-learn's errors for data that it would refuse, and
-    `Refusal` as `train` does.
+    prediction; `settings` has further ones of `train`, where "draws" are those of a step. `action` is one of a group on
+    an input, or on the pixels of images (N, C, H, W): data are augmented by all of its elements, and labels stay.
+    Raises scikit-learn's errors for data that it would refuse, and `Refusal` as `train` does.
 
     >>> from sklearn.datasets import load_iris
     >>> from symbnn.adapters.scikit_learn import BayesianClassifier
@@ -140,8 +162,8 @@ class BayesianClassifier(ClassifierMixin, _Bayesian):
 class BayesianRegressor(RegressorMixin, _Bayesian):
     """A Bayesian network as a regressor of scikit-learn, with a noise that is learned.
 
-    Parameters as in `BayesianClassifier`. Targets (N,) or (N, m) are standardised inside, and predictions are in their
-    units; `noise_` is the learned standard deviation.
+    Parameters as in `BayesianClassifier`; with an `action` targets stay where inputs move. Targets (N,) or (N, m) are
+    standardised inside, and predictions are in their units; `noise_` is the learned standard deviation.
 
     >>> from sklearn.datasets import load_diabetes
     >>> from symbnn.adapters.scikit_learn import BayesianRegressor

@@ -14,6 +14,7 @@ from torch import nn
 
 from symbnn.adapters.scikit_learn import BayesianClassifier, BayesianRegressor
 from symbnn.errors import Refusal
+from symbnn.symmetry.fields import field, rotations
 
 QUICK = {"hidden": (8,), "epochs": 30, "learning_rate": 0.03, "draws": 8, "random_state": 0}
 X = np.random.default_rng(0).normal(size=(60, 3))
@@ -100,7 +101,29 @@ def test_networks_of_ones_own_take_inputs_of_any_shape(network):
 @pytest.mark.parametrize(("options", "said"), [
     ({"family": "cauchy"}, "family"), ({"epochs": 0}, "epochs"), ({"learning_rate": -1}, "learning_rate"),
     ({"settings": {"learnig_rate": 1}}, "learning_rate"), ({"prior_scale": -1.0}, "scale"),
+    ({"settings": {"seed": 3}}, "random_state=3"), ({"settings": {"epochs": 3, "draws": 2}}, "epochs=3 in its place"),
+    ({"settings": {"likelihood": None}}, "the likelihood of"), ({"action": "rotations"}, "rotations()"),
 ])
 def test_settings_that_cannot_be_meant_are_refused(options, said):
     with pytest.raises(Refusal, match=said):
         BayesianClassifier(**QUICK | options).fit(X, LABELS)
+
+
+def test_an_action_augments():
+    images = np.random.default_rng(0).random((40, 1, 4, 4)).astype(np.float32)
+    images[:20, :, 0] += 2  # bright at the top, or not
+    labels, turned = np.arange(40) < 20, np.rot90(images, 2, (2, 3)).copy()
+
+    def made(action):
+        return BayesianClassifier(lambda columns, outputs: nn.Sequential(
+            nn.Flatten(), nn.Linear(columns, 16), nn.ReLU(), nn.Linear(16, outputs)), epochs=80, learning_rate=0.02,
+            random_state=0, action=action)
+
+    plain, augmented = made(None).fit(images, labels), clone(made(rotations())).fit(images, labels)
+    assert plain.score(images, labels) > 0.9 and plain.score(turned, labels) < 0.8
+    assert augmented.score(images, labels) > 0.9 and augmented.score(turned, labels) > 0.9
+    same = made(field(rotations(), (1, 4, 4))).fit(images, labels)
+    assert np.array_equal(same.predict_proba(images), augmented.predict_proba(images))
+    regressor = BayesianRegressor(lambda columns, outputs: nn.Sequential(nn.Flatten(), nn.Linear(columns, outputs)),
+                                  epochs=3, random_state=0, action=rotations()).fit(images, labels * 1.0)
+    assert regressor.predict(images).shape == (40,)
