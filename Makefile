@@ -7,7 +7,7 @@ WORKERS ?= auto
 # Idle threads give their core away: on a busy machine this is several times faster.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help ready demo test check types lowest lab docs quarto bench attack book clean
+.PHONY: help ready demo test check types lowest lab docs look quarto bench attack book clean
 
 help:
 	@echo "make demo    train a small Bayesian network on digits, with and without orbit expansion; results in output/demo"
@@ -17,6 +17,7 @@ help:
 	@echo "make lab     JupyterLab on the notebooks"
 	@echo "make book    run every chapter, export the package, write README.md"
 	@echo "make docs    the book as a web site in _docs (needs Quarto)"
+	@echo "make look    the pages of that site in a headless Chromium: widths, colours, links, pictures, formulas"
 	@echo "make bench   the benchmarks"
 	@echo "make attack  what can break files, records, processes and threads: ten thousand tries a kind (hours)"
 	@echo "make clean   remove what can be made again, except .venv and output"
@@ -35,7 +36,7 @@ test: ready
 	$(PYTEST) --numprocesses=4 -m "processes and not slow" || failed=1; \
 	exit $$failed
 
-CHECKS := style documentation in_step face extras project types
+CHECKS := style documentation api in_step face extras project types
 check: ready
 	$(PYTEST) --numprocesses=$(WORKERS) $(CHECKS:%=tests/house/test_%.py)
 
@@ -61,6 +62,9 @@ docs: quarto ready
 	cd _proc && quarto render --no-cache
 	rm -rf _docs && mv _proc/_docs _docs
 	@echo "The site is in _docs: open _docs/index.html"
+
+look: ready
+	$(BIN)/python tools/browser.py
 
 attack: ready
 	$(BIN)/python tools/attack.py $(ATTACK)

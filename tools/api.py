@@ -11,6 +11,7 @@ import re
 import sys
 from configparser import ConfigParser
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +57,7 @@ class Module:
 # Reading
 
 
+@cache
 def modules() -> list[Module]:
     """Every module with a public name, those of one page in the order of the book."""
     chapters = chapter_of()
@@ -143,6 +145,7 @@ def head(node: ast.ClassDef) -> str:
 # Writing
 
 
+@cache
 def face() -> dict[str, str]:
     """The names of `import symbnn as sb`, with their modules."""
     tree = ast.parse((LIBRARY / "__init__.py").read_text(encoding="utf-8"))
@@ -153,6 +156,7 @@ def face() -> dict[str, str]:
     raise LookupError("symbnn/__init__.py has no _NAMES")
 
 
+@cache
 def links() -> dict[str, str]:
     """The place of each public name on the site, from its root; for a name of the face that on its own page."""
     places = {entry.name: f"api/{module.page}.md#{entry.name}" for module in modules() for entry in module.entries}
@@ -251,6 +255,7 @@ def prose(text: str) -> str:
     return "".join(part if part.startswith("`") else re.sub(r"([\\*_<>$@#\[\]|^~{}])", r"\\\1", part) for part in parts)
 
 
+@cache
 def repository() -> str:
     """The address of the source."""
     settings = ConfigParser(delimiters=["="])

@@ -235,14 +235,13 @@ def shown(notebook: nbformat.NotebookNode, page: Path, places: dict[str, str]) -
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     module = re.search(r"^#\| *default_exp +([\w.]+)", code, re.M)
     notebook.cells = [cell for cell in notebook.cells if not re.search(r"^#\| *default_exp\b", cell.source, re.M)]
-    first = True
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source = with_options(cell, module[1] if module else None, page)
-        elif first:
-            cell.source, first = f"{cell.source}\n\n{way_to(page)}", False
         else:
             cell.source = with_links(cell.source, page, places).replace("$\\blacksquare$", "$\\square$")
+    title = notebook.cells[0]
+    title.source = re.sub(r"(?m)^> .*$", lambda said: f"{said[0]}\n\n{way_to(page)}", title.source, count=1)
     return notebook
 
 

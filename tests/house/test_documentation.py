@@ -124,6 +124,54 @@ def test_links_lead_somewhere(path):
     assert not broken, f"{path.name} links to {broken}, which do not exist"
 
 
+@each_chapter
+def test_pictures_have_a_caption_or_an_alternative_text(path):
+    """The site takes the caption where there is no alternative text."""
+    code = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    bare = [number for number, cell in enumerate(code) if not re.search(r"^#\| *fig-(cap|alt):", cell.source, re.M)
+            and any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    assert not bare, f"{path.name}: code cells {bare} draw without fig-cap and fig-alt"
+    assert not re.search(r"!\[\]\(", text(path)), f"{path.name} has a picture without an alternative text"
+
+
+@each_chapter
+def test_lines_of_code_fit_the_page(path):
+    lines = [line for source in cells(path, "code") for line in source.split("\n") if not line.startswith("#|")]
+    wide = [line for line in lines if len(re.sub(r" *# pyright: .*", "", line)) > 120]
+    assert not wide, f"{path.name}: {wide}"
+
+
+@each_chapter
+def test_dollars_are_mathematics(path):
+    """Neither a minus sign in dollars before a number, nor a dollar that opens nothing."""
+    odd = re.findall(r".{0,20}(?:\$[-−+±]\$|[-−]\$\d+(?:\.\d+)?(?![^$\n]*\$)).{0,20}", text(path))
+    assert not odd, f"{path.name}: {odd}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_have_no_references_of_the_book(module):
+    source = (LIBRARY / f"{module.replace('.', '/')}.py").read_text()
+    raw = re.findall(rf"@(?:{'|'.join(CROSS_REFERENCES)})-[\w-]+", source)
+    assert not raw, f"symbnn.{module} says {raw}, which only Quarto resolves"
+
+
+def test_the_list_of_theorems_is_complete():
+    [listing] = [path for path in chapters() if path.stem == "07_theorems"]
+    stored = "".join(str(cell.get("outputs", "")) for cell in read(listing).cells)
+    kinds = ("def", "thm", "prp", "cor", "lem")
+    missing = [label for path in chapters() for label in labels(path) if label.split("-")[0] in kinds
+               and f"#{label})" not in stored]
+    assert not missing, f"07_theorems lists no {missing}: run `python tools/book.py build nbs/00_start/07_theorems.md`"
+
+
+@pytest.mark.parametrize("path", [path for path in chapters() if path.parent.name == "results"], ids=lambda p: p.stem)
+def test_results_open_with_their_verdict(path):
+    """In bold before the first heading: in the text, or in what its first code cell shows."""
+    first = next((number for number, cell in enumerate(read(path).cells) if cell.source.startswith("## ")), 2)
+    said = "\n".join(cell.source + str(cell.get("outputs", "")) for cell in read(path).cells[:first])
+    assert re.search(r"\*\*.{40,}\*\*", said), f"{path.name} begins without its verdict"
+
+
 def documented(cls: type, name: str) -> bool:
     """Whether a method has a docstring, its own or that of the base class in this package which it implements."""
     bases = [base for base in cls.__mro__ if base.__module__.startswith("symbnn") and name in vars(base)]
