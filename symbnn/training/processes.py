@@ -27,7 +27,7 @@ from ..errors import Refusal, check_count, require
 from ..signals import TERMINATING, Ended, end, handled
 from .ranks import GONE, PATIENCE, as_refusal, leave
 
-# %% ../../nbs/7_training/06b_processes.ipynb #36f56b38-0
+# %% ../../nbs/7_training/06b_processes.ipynb #950a7be6-0
 Returned = TypeVar("Returned")
 _GRACE = 5.0  # seconds in which processes may end by themselves
 
@@ -135,10 +135,10 @@ def _answers(started: list[tuple[SpawnProcess, connection.Connection]]) -> dict[
 
 def _end_all(processes: list[SpawnProcess]) -> None:
     """Wait for the processes to end, and end those that do not."""
-    for stop in (None, SpawnProcess.terminate, SpawnProcess.kill):
+    for stop in ("", "terminate", "kill"):
         for process in processes:
-            if process.is_alive() and stop is not None:
-                stop(process)
+            if stop and process.is_alive():
+                getattr(process, stop)()
         until = time.monotonic() + _GRACE
         for process in processes:
             process.join(max(0.0, until - time.monotonic()))
