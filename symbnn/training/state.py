@@ -40,7 +40,7 @@ from .ranks import ALONE, Ranks
 from .resume import EpochRecord, check_same_run, read_progress
 from .shares import SharedGradients, shares_of
 
-# %% ../../nbs/7_training/05d_state.ipynb #b8002c86-0
+# %% ../../nbs/7_training/05d_state.ipynb #fd4ddfad-0
 _LOG = logging.getLogger("symbnn")
 
 
@@ -322,7 +322,8 @@ class RunState:
         if before != now:
             processes = [*processes, [self.epoch, self.step, now]]
             _LOG.warning("the run goes on from epoch %d, step %d, in %d process%s where it had %d: the state is kept, "
-                         "the noise from here on is another one; its checkpoint notes this", self.epoch + 1, self.step, now,
+                         "the noise from here on is another one; its checkpoint notes this",
+                         self.epoch + 1, self.step, now,
                          "es" if now > 1 else "", before)
         if processes != [[0, 0, 1]]:
             self.description["processes"] = processes
