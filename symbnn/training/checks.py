@@ -121,7 +121,7 @@ def _tried(network: nn.Module, data: Split | Pairs, config: TrainingConfig, rows
             "pixels, Split(inputs.float(), targets) for measurements, or nn.Embedding as the first layer for token ids",
         ) from error
 
-# %% ../../nbs/7_training/04_checks.ipynb #b53e856f-0
+# %% ../../nbs/7_training/04_checks.ipynb #fa02583d-0
 def check_arguments(
     network: nn.Module, config: TrainingConfig, likelihood: Likelihood, validation: Split | Pairs | None,
     folder: Path | None, resume: bool, architecture: Architecture | None, symmetry: NetworkAction | None,
@@ -153,8 +153,9 @@ def check_shared(data: Split | Stream, config: TrainingConfig, ranks: Ranks) -> 
     """Raise `Refusal` for batches that processes cannot divide: too few rows, or rows that each process reads anew."""
     if ranks.count == 1:
         return
-    require(ranks.count <= config.batch_size or isinstance(data, Stream), f"a batch with a row for each of {ranks.count} "
-            "processes", f"batch_size={config.batch_size}", "a small batch size, or too many processes",
+    enough = ranks.count <= config.batch_size or isinstance(data, Stream)
+    require(enough, f"a batch with a row for each of {ranks.count} processes",
+            f"batch_size={config.batch_size}", "a small batch size, or too many processes",
             f"batch_size={32 * ranks.count}")
     require(isinstance(data, Split) or data.repeatable, "a stream that gives every process the same rows, of which it "
             "takes its own", "repeatable=False", "a queue, of which each process gets other rows",

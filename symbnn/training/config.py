@@ -24,7 +24,7 @@ from ..posterior.likelihoods import Likelihood
 from ..posterior.sampling import Estimator
 from ..symmetry.actions import Action
 
-# %% ../../nbs/7_training/03_config.ipynb #ebf26343-0
+# %% ../../nbs/7_training/03_config.ipynb #f8ccb241-0
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine"]
 Dtype = Literal["float32", "float64", "bfloat16"]
@@ -36,8 +36,8 @@ _CHOICES = {
     "information_method": InformationMethod, "augmentation": Augmentation, "dtype": Dtype, "select": Select,
 }
 _COUNTS = {  # the least of each
-    "epochs": 1, "batch_size": 1, "accumulate": 1, "draws": 1, "information_draws": 1, "negatives": 2, "evaluate_every": 1,
-    "evaluation_draws": 1,
+    "epochs": 1, "batch_size": 1, "accumulate": 1, "draws": 1, "information_draws": 1, "negatives": 2,
+    "evaluate_every": 1, "evaluation_draws": 1,
 }
 
 

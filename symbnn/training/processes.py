@@ -27,7 +27,7 @@ from ..errors import Refusal, check_count, require
 from ..signals import TERMINATING, Ended, end, handled
 from .ranks import GONE, PATIENCE, as_refusal, leave
 
-# %% ../../nbs/7_training/06b_processes.ipynb #44aae1f4-0
+# %% ../../nbs/7_training/06b_processes.ipynb #950a7be6-0
 Returned = TypeVar("Returned")
 _GRACE = 5.0  # seconds in which processes may end by themselves
 
@@ -40,7 +40,7 @@ def _watch_parent() -> None:
         os._exit(1)
 
 
-def _share(rank: int, count: int, store: str, threads: int, call: bytes, answer: connection.Connection) -> None:
+def _share(rank: int, count: int, folder: str, threads: int, answer: connection.Connection) -> None:
     """What each process does: join the others, call the function, and say what came of it."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # Ctrl-C at a terminal comes from the parent alone, once
@@ -51,9 +51,9 @@ def _share(rank: int, count: int, store: str, threads: int, call: bytes, answer:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
             torch.set_num_threads(threads)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=count,
+            dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=count,
                                     timeout=PATIENCE)
-            function, arguments, options = pickle.loads(call)
+            function, arguments, options = pickle.loads(Path(folder, "call").read_bytes())
             found = function(*arguments, **options)
             told = "done", pickle.dumps(found) if rank == 0 else None
         except KeyboardInterrupt:
@@ -101,10 +101,10 @@ def launch(
 
     with tempfile.TemporaryDirectory() as folder, handled(forward, (signal.SIGINT, *TERMINATING)):
         try:
+            Path(folder, "call").write_bytes(call)
             for rank in range(processes):
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_share, args=(rank, processes, str(Path(folder) / "store"), share, call,
-                                                               theirs))
+                process = context.Process(target=_share, args=(rank, processes, folder, share, theirs))
                 process.start()
                 theirs.close()
                 started.append((process, ours))
@@ -135,10 +135,10 @@ def _answers(started: list[tuple[SpawnProcess, connection.Connection]]) -> dict[
 
 def _end_all(processes: list[SpawnProcess]) -> None:
     """Wait for the processes to end, and end those that do not."""
-    for stop in (lambda process: None, SpawnProcess.terminate, SpawnProcess.kill):
+    for stop in ("", "terminate", "kill"):
         for process in processes:
-            if process.is_alive():
-                stop(process)
+            if stop and process.is_alive():
+                getattr(process, stop)()
         until = time.monotonic() + _GRACE
         for process in processes:
             process.join(max(0.0, until - time.monotonic()))

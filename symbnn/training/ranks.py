@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Known', 'PATIENCE', 'GONE', 'BUCKET', 'ALONE', 'as_refusal', 'Ranks', 'joined_ranks', 'leave']
 
-# %% ../../nbs/7_training/03b_ranks.ipynb #0bd4dd3d-0
+# %% ../../nbs/7_training/03b_ranks.ipynb #a015f8c8-0
 import atexit
 import os
 import pickle
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist

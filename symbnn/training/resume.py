@@ -76,12 +76,13 @@ def check_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None
                 for its in (stored, wanted)]
     check_continued(theirs | parts_of[0], ours | parts_of[1])
 
-# %% ../../nbs/7_training/05_resume.ipynb #ce0986ec-0
+# %% ../../nbs/7_training/05_resume.ipynb #35a419a8-0
 def check_one_run(description: Mapping[str, Any], ranks: Ranks) -> None:
     """Raise `Refusal`, in all processes, unless they describe the same run."""
     ours = {name: json.dumps(value, sort_keys=True) for name, value in description.items()}
     first, *others = ranks.all(ours)
-    differing = sorted({name for its in others for name in first.keys() | its.keys() if first.get(name) != its.get(name)})
+    differing = sorted({name for its in others for name in first.keys() | its.keys()
+                        if first.get(name) != its.get(name)})
     require(not differing, "one run in all processes, which divide each batch among them",
             f"runs that differ in {', '.join(differing)}",
             "data that each process shuffles by itself, or a sampler that deals rows to processes",

@@ -40,7 +40,7 @@ from .ranks import ALONE, Ranks
 from .resume import EpochRecord, check_same_run, read_progress
 from .shares import SharedGradients, shares_of
 
-# %% ../../nbs/7_training/05d_state.ipynb #b3c2adcc-0
+# %% ../../nbs/7_training/05d_state.ipynb #fd4ddfad-0
 _LOG = logging.getLogger("symbnn")
 
 
@@ -262,7 +262,8 @@ class RunState:
             return
         ours = self.tensors()
         known = self.ranks.shared({name: (value.shape, value.dtype) for name, value in ours.items()})
-        found = {name: ours[name] if self.ranks.first else torch.empty(shape, dtype=dtype, device=_kept(name, self.device))
+        found = {name: ours[name] if self.ranks.first else
+                 torch.empty(shape, dtype=dtype, device=_kept(name, self.device))
                  for name, (shape, dtype) in known.items()}
         self.ranks.from_first_(list(found.values()))
         groups = self.ranks.shared([{key: its for key, its in group.items() if key != "params"}
@@ -320,8 +321,9 @@ class RunState:
         before, now = processes[-1][2], self.ranks.count
         if before != now:
             processes = [*processes, [self.epoch, self.step, now]]
-            _LOG.warning("the run goes on from epoch %d, step %d, in %d process%s where it had %d: the state is kept, the "
-                         "noise from here on is another one; its checkpoint notes this", self.epoch + 1, self.step, now,
+            _LOG.warning("the run goes on from epoch %d, step %d, in %d process%s where it had %d: the state is kept, "
+                         "the noise from here on is another one; its checkpoint notes this",
+                         self.epoch + 1, self.step, now,
                          "es" if now > 1 else "", before)
         if processes != [[0, 0, 1]]:
             self.description["processes"] = processes

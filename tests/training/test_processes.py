@@ -14,8 +14,20 @@ import torch
 from torch import nn
 
 from helpers import seeded
-from helpers_training import ACTION, ARCHITECTURE, CONFIG, DATA, history, network, normed, press_ctrl_c, run
-from helpers_training import same, task, tensors
+from helpers_training import (
+    ACTION,
+    ARCHITECTURE,
+    CONFIG,
+    DATA,
+    history,
+    network,
+    normed,
+    press_ctrl_c,
+    run,
+    same,
+    task,
+    tensors,
+)
 from symbnn.data.splits import Split
 from symbnn.equivariance.averages import symmetrize_
 from symbnn.equivariance.projected_gradients import drift, keep_invariant
