@@ -43,7 +43,8 @@ LOOK = r"""
   }
   const width = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth > width) {
-    const wide = [...document.querySelectorAll("body *")].filter(one => one.getBoundingClientRect().right > width + 1);
+    const wide = [...document.querySelectorAll("body *:not(pre *, table *)")].filter(
+      one => one.getBoundingClientRect().right > width + 1);
     const last = wide.filter(one => ![...one.children].some(child => wide.includes(child)))[0];
     found.push("scrolls sideways, " + document.documentElement.scrollWidth + " > " + width + " pixels" +
                (last ? ": <" + last.tagName.toLowerCase() + "> " + shown(last.textContent) : ""));
