@@ -20,8 +20,8 @@ import symbnn as sb
 from symbnn.data.batches import epoch_generator
 from symbnn.data.splits import Split
 from symbnn.equivariance.ensemble_orbits import ensemble_defect, expand_members, orbit_ensemble, project_members
-from symbnn.equivariance.mixture import orbit_average
 from symbnn.equivariance.metrics import summarize
+from symbnn.equivariance.mixture import orbit_average
 from symbnn.equivariance.predictions import orbit_predictions
 from symbnn.equivariance.projected_gradients import keep_invariant
 from symbnn.errors import Refusal

@@ -244,8 +244,9 @@ def test_a_killed_process_ends_the_others_and_the_checkpoint_is_whole(tmp_path, 
     epochs = stored.description["progress"]["epoch"]
     assert 0 < epochs < 200 and stored.description["processes"] == [[0, 0, 2]]
     with caplog.at_level(logging.WARNING, "symbnn"):
-        result = run(replace(CONFIG, epochs=epochs + 1), net=network(5), folder=tmp_path / "run", resume=True)
-    assert result.status == "complete" and "in 1 process where it had 2" in caplog.text
+        result = run(replace(CONFIG, epochs=200), net=network(5), folder=tmp_path / "run", resume=True,
+                     until=lambda done, net: done == epochs + 1)
+    assert result.status == "stopped" and "in 1 process where it had 2" in caplog.text
     assert read_checkpoint(tmp_path / "run").description["processes"] == [[0, 0, 2], [epochs, 0, 1]]
 
 
