@@ -27,7 +27,7 @@ from ..errors import Refusal, check_count, require
 from ..signals import TERMINATING, Ended, end, handled
 from .ranks import GONE, PATIENCE, as_refusal, leave
 
-# %% ../../nbs/7_training/06b_processes.ipynb #950a7be6-0
+# %% ../../nbs/7_training/06b_processes.ipynb #e5f88610-0
 Returned = TypeVar("Returned")
 _GRACE = 5.0  # seconds in which processes may end by themselves
 
@@ -122,10 +122,10 @@ def _answers(started: list[tuple[SpawnProcess, connection.Connection]]) -> dict[
         ready = connection.wait(list(waiting), None if until is None else max(0.0, until - time.monotonic()))
         if not ready:
             break
-        for ours in ready:
-            rank = waiting.pop(ours)  # pyright: ignore[reportArgumentType]
+        for ours in [its for its in waiting if its in ready]:
+            rank = waiting.pop(ours)
             try:
-                told[rank] = ours.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                told[rank] = ours.recv()
             except (EOFError, OSError):
                 told[rank] = "died", None
             if told[rank][0] != "done" and until is None:
