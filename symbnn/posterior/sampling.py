@@ -6,8 +6,9 @@
 __all__ = ['Weights', 'Estimator', 'sample_weights', 'mean_weights', 'check_inputs', 'apply_weights', 'forward', 'try_step',
            'predict']
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #7a407f1d-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #76f9661c-0
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,7 +26,7 @@ from .structures import combined, each_tensor, stacked
 from .trials import Plan, has_hooks, watch_hooks, without_hooks
 from ..symmetry.networks import check_network
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #44815870-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #33e3322c-0
 Weights = dict[str, Tensor]  # parameter name -> (S, *shape)
 
 
@@ -107,6 +108,21 @@ class _Altered(Exception):
     """A forward hook changed what it saw, so it may have mixed the rows of several draws."""
 
 
+@contextmanager
+def _types_explained(network: nn.Module, x: Inputs) -> Iterator[None]:
+    """Inside, the error of a layer that is given numbers of another type than its weights is a `Refusal`."""
+    try:
+        yield
+    except RuntimeError as error:
+        weights = {str(its.dtype) for its in network.parameters() if its.is_floating_point()}
+        odd = {str(leaf.dtype) for leaf in x.tensors() if leaf.is_floating_point()} - weights
+        if "type" not in str(error) or not odd or len(weights) != 1:
+            raise
+        kind = weights.pop()
+        raise Refusal(f"inputs of the type of the weights, {kind}", got=f"inputs of {', '.join(sorted(odd))}",
+                      cause="an array of NumPy, whose numbers are double", fix=f"inputs.to({kind})") from error
+
+
 def _with_hooks(call: Callable[[], Any], network: nn.Module, x: Inputs, evaluating: bool,
                 generator: torch.Generator | None) -> Any:
     """A call, which is done again draw by draw if a hook turns out to change what it sees."""
@@ -176,7 +192,7 @@ def apply_weights(network: nn.Module, x: Batch, weights: Weights, *, output: Out
     _check_weights(network, weights)
     return _with_hooks(lambda: _Bound(network, inputs).every_draw(inputs, weights), network, inputs, False, None)
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #b955c7f0-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #3a30f3e4-0
 Estimator = Literal["whole", "split", "flipout", "local"]
 
 
@@ -228,8 +244,9 @@ def forward(
     check_count(draws, "The number of samples", "draws=8")
     inputs = check_inputs(network, x, output)
     check_kind(generator, (torch.Generator, type(None)), "The generator", "generator=torch.Generator().manual_seed(0)")
-    return _with_hooks(lambda: _estimate(_Bound(network, inputs), inputs, draws, estimator, generator), network, inputs,
-                       False, generator)
+    with _types_explained(network, inputs):
+        return _with_hooks(lambda: _estimate(_Bound(network, inputs), inputs, draws, estimator, generator), network,
+                           inputs, False, generator)
 
 
 def try_step(network: nn.Module, x: Batch, draws: int = 1, estimator: Estimator = "whole") -> Any:
@@ -265,7 +282,7 @@ def _estimate(
                          for s, piece in enumerate(pieces)], 1)
     return each_tensor(lambda y: y[:, : len(x)], found)
 
-# %% ../../nbs/2_posterior/15_sampling.ipynb #ffb0a948-0
+# %% ../../nbs/2_posterior/15_sampling.ipynb #162b7a7d-0
 _DRAW_BLOCK = 16  # fixed, so that a seed gives the same draws whatever the memory budget
 _BUDGET = {"cpu": 12 * 2**20}  # bytes: what caches hold; other devices want large pieces
 
@@ -350,7 +367,8 @@ def predict(
             found.append(_predict_block(bound, pieces, block))
         return _joined(found, 0)
 
-    return _with_hooks(once, network, inputs, True, generator)
+    with _types_explained(network, inputs):
+        return _with_hooks(once, network, inputs, True, generator)
 
 
 def _pieces(bound: _Bound, x: Inputs, weights: Weights, memory: int) -> list[_Copies]:

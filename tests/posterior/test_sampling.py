@@ -455,6 +455,16 @@ def test_eval_does_not_change_whether_weights_are_random():
     assert not torch.equal(outputs[0][0], outputs[0][1])
 
 
+@pytest.mark.parametrize("layer, shape", [(nn.Linear(4, 2), (3, 4)), (nn.Conv2d(1, 2, 3), (3, 1, 5, 5))], ids=str)
+def test_inputs_of_another_type_than_the_weights_are_refused(layer, shape):
+    network, x = with_posteriors(layer), torch.zeros(shape, dtype=torch.float64)
+    for call in (lambda: predict(network, x, draws=2), lambda: forward(network, x)):
+        with pytest.raises(Refusal, match=r"Fix: inputs\.to\(torch\.float32\)"):
+            call()
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes|channels"):  # another error stays as it is
+        predict(network, x.float().flatten(1)[:, None, None, :3].expand(-1, 3, 3, 3), draws=2)
+
+
 def test_weights_of_another_network_are_refused():
     network, x = with_posteriors(small_cnn()), torch.zeros(1, 1, 4, 4, dtype=torch.float64)
     with pytest.raises(Refusal, match=r"0\.bias"):
