@@ -461,7 +461,7 @@ def test_inputs_of_another_type_than_the_weights_are_refused(layer, shape):
     for call in (lambda: predict(network, x, draws=2), lambda: forward(network, x)):
         with pytest.raises(Refusal, match=r"Fix: inputs\.to\(torch\.float32\)"):
             call()
-    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes|channels"):  # another error stays as it is
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes|channels"):  # another error stays as it is
         predict(network, x.float().flatten(1)[:, None, None, :3].expand(-1, 3, 3, 3), draws=2)
 
 
