@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BayesianModule']
 
-# %% ../../nbs/8b_adapters/02_lightning_module.ipynb #f8a53729-0
+# %% ../../nbs/8b_adapters/02_lightning_module.ipynb #9fbfdf57-0
 import math
 import sys
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ from lightning import LightningModule
 
 from ..binding import seeded_world
 from ..data.batches import Moves, epoch_generator, moving_pairs
-from ..data.containers import Pairs, as_pairs, pair_of
+from ..data.containers import Pairs, batch_pair, pair_of
 from ..data.splits import Split
 from ..data.streams import placed
 from ..equivariance.symmetric import Symmetric
@@ -44,7 +44,7 @@ from ..training.config import learning_rate_factor, make_optimizer
 from ..training.objectives import Objective, TrainingStep, chosen_objective
 from ..training.state import predictive_nll
 
-# %% ../../nbs/8b_adapters/02_lightning_module.ipynb #3669a80d-0
+# %% ../../nbs/8b_adapters/02_lightning_module.ipynb #8c5a3980-0
 _ELSEWHERE = {  # settings of `train` that have another place here
     "epochs": "Trainer(max_epochs=20)", "batch_size": "DataLoader(data, batch_size=128)",
     "dtype": 'Trainer(precision="bf16-mixed"), or Trainer(precision="64-true")',
@@ -104,8 +104,8 @@ class BayesianModule(LightningModule):
 
     def bound(self, batch: Any, batch_idx: int = 0) -> ELBO:
         """The ELBO per datum of a batch with the noise of this step, and its parts, in nats."""
-        config, epoch = self.config, self.current_epoch
-        inputs, targets = self._moved(self._read(batch), batch_idx)
+        config, epoch, pair = self.config, self.current_epoch, self._read(batch)
+        inputs, targets = self._moved(pair, batch_idx)
         noise = torch.Generator(self.device).manual_seed(self._seed(f"noise/{batch_idx}", epoch))
         seed = self._seed(f"layers/{batch_idx}", epoch)
         with training_modes(self.network):
@@ -115,7 +115,7 @@ class BayesianModule(LightningModule):
             if batch_idx == 0:
                 self.likelihood.check_targets(targets, tuple(outputs.shape[2:]))
             if self._objective is None:
-                self._objective = chosen_objective(self.own, self.network, config, tuple(inputs.shape[1:]))
+                self._objective = chosen_objective(self.own, self.network, config, pair.shape)
             copies = self.action.group.order if self.action and config.augmentation == "full" else 1
             with torch.autocast(self.device.type, enabled=False):
                 return self._objective(TrainingStep(
@@ -182,7 +182,7 @@ class BayesianModule(LightningModule):
             raise Refusal("batches that are pairs (inputs, targets)", got=f"a {type(batch).__name__}",
                           cause="inputs without targets, or several columns",
                           fix="DataLoader(TensorDataset(inputs, targets), batch_size=128)")
-        found = as_pairs(pair)
+        found = batch_pair(pair)
         return type(found)(*(placed(part, self.device, self._numbers) for part in (found.inputs, found.targets)))
 
     def _moved(self, pair: Split | Pairs, batch_idx: int) -> tuple[Any, Tensor]:

@@ -176,6 +176,26 @@ def test_validation_is_that_of_train():
     assert abs(several - found["validation_nll"]) < 0.1
 
 
+class Two(nn.Module):
+    """An image and a row of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.row = nn.Linear(16, 3), nn.Linear(4, 3)
+
+    def forward(self, image, row):
+        return self.image(image.flatten(1)) + self.row(row)
+
+
+def test_several_inputs_of_a_loader():
+    torch.manual_seed(0)
+    ours, theirs = (with_posteriors(net, scale=0.3) for net in [Two()] for _ in range(2))
+    items = DataLoader([((x, x[0, 0]), int(y)) for x, y in zip(INPUTS, LABELS)], batch_size=8)
+    train(ours, items, epochs=2, draws=2, learning_rate=0.01, device="cpu", augmentation="none")
+    trainer(2).fit(BayesianModule(theirs, num_data=24, draws=2, learning_rate=0.01), items)
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
 def test_predictions():
     network = with_posteriors(plain(), scale=0.3)
     module = BayesianModule(network, num_data=24, evaluation_draws=8)
