@@ -131,7 +131,7 @@ def test_the_description_is_the_readme_with_links_that_lead_somewhere(built):
     [found] = importlib.metadata.distributions(name="symbnn", path=[str(built / "wheel")])
     text, url = found.metadata.get_payload() or found.metadata["Description"], settings()["git_url"]
     assert f"![picture]({url}/raw/main/results/draws/figure.png)" in text
-    assert f"({url}/blob/main/nbs/3_equivariance/13_expansion.ipynb)" in text
+    assert f"({url}/blob/main/nbs/3_equivariance/04_bounds.ipynb)" in text
     assert "`a[0](b)`" in text and "\nrow[0](x)\n" in text
     back = re.sub(rf"{re.escape(url)}/(raw|blob)/main/", "", text)
     assert back.strip() == (README.read_text(encoding="utf-8") + ADDED).strip()
